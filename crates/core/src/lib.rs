@@ -1,0 +1,40 @@
+//! The state and the decisions of peerspace.
+//!
+//! This crate is what the simulator, the model checkers and the real engine share: it knows pages, frames and
+//! devices by number, and no operating system. It forbids unsafe code, allocates nothing after set-up, and
+//! every structure that several threads use says in its first paragraphs who may do what, in which order.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`addr`] | addresses, page numbers, sizes and orders as types |
+//! | [`entry`] | one word of the logical page table: the states of a page |
+//! | [`table`] | the logical page table, its locks, splitting and joining of blocks |
+//! | [`memmap`] | 32-byte descriptors of the host's frames |
+//! | [`pagemap`] | which device a page frame number belongs to |
+//! | [`buddy`] | the allocator of device memory, over out-of-band bitmaps |
+//! | [`regions`] | which addresses are managed |
+//! | [`reclaim`] | which frame goes next |
+//! | [`stream`] | sequential streams seen in the faults |
+//! | [`plan`] | what to do: pure functions from state and event |
+
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+#[macro_use]
+extern crate std;
+
+pub mod addr;
+pub mod bitmap;
+pub mod buddy;
+pub mod entry;
+pub mod memmap;
+pub mod pagemap;
+pub mod plan;
+pub mod reclaim;
+pub mod regions;
+pub mod stream;
+pub mod sync;
+pub mod table;
+pub mod words;

@@ -1,0 +1,367 @@
+//! Which address ranges the space manages, and what is known about each: read without a lock.
+//!
+//! A sorted array under a sequence lock. A reader that meets a writer reads again; writers are serialised by
+//! their owner and work on a few thousand entries at most, so a reader waits for microseconds. Every word is an
+//! atomic, so a reader that loses the race sees old or new words, never torn ones, and throws them away.
+
+use crate::addr::{PageRange, Vpn};
+use crate::sync::{AtomicU64, Ordering, fence, spin_hint};
+use crate::words::Words;
+use core::fmt;
+
+const ENTRY_WORDS: usize = 3;
+
+/// How a region came about, and what its user said about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Attributes(u64);
+
+impl Attributes {
+    /// The program owned this memory before the space did: pages the kernel populated may be in it, and the
+    /// program may unmap or change it at any time.
+    pub const ADOPTED: Attributes = Attributes(1);
+    /// Never use huge folios here.
+    pub const NO_HUGE: Attributes = Attributes(2);
+    /// Use huge folios from the first fault on.
+    pub const HUGE: Attributes = Attributes(4);
+
+    /// Both.
+    pub const fn with(self, other: Attributes) -> Attributes {
+        Attributes(self.0 | other.0)
+    }
+
+    /// This without `other`.
+    pub const fn without(self, other: Attributes) -> Attributes {
+        Attributes(self.0 & !other.0)
+    }
+
+    /// True when all of `other` is set.
+    pub const fn has(self, other: Attributes) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// A managed range of pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// The pages.
+    pub range: PageRange,
+    /// What is known about them.
+    pub attributes: Attributes,
+}
+
+/// Why a region was not added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RegionError {
+    /// The range shares pages with this region.
+    Overlap(PageRange),
+    /// There are as many regions as the map can hold.
+    Full(usize),
+}
+
+impl fmt::Display for RegionError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RegionError::Overlap(r) => write!(f, "the range overlaps the managed region {r:?}"),
+            RegionError::Full(n) => write!(f, "no room for more than {n} regions"),
+        }
+    }
+}
+
+impl core::error::Error for RegionError {}
+
+/// The regions of a space.
+#[derive(Debug)]
+pub struct Regions<W> {
+    words: W,
+    sequence: AtomicU64,
+    len: AtomicU64,
+}
+
+impl<W: Words> Regions<W> {
+    /// Words for a map of `n` regions.
+    pub const fn words_for(n: usize) -> usize {
+        n * ENTRY_WORDS
+    }
+
+    /// A map without regions.
+    pub fn new(words: W) -> Regions<W> {
+        Regions { words, sequence: AtomicU64::new(0), len: AtomicU64::new(0) }
+    }
+
+    fn capacity(&self) -> usize {
+        self.words.words().len() / ENTRY_WORDS
+    }
+
+    fn entry(&self, i: usize) -> RegionInfo {
+        let w = |k| self.words.at(i * ENTRY_WORDS + k).load(Ordering::Relaxed);
+        RegionInfo { range: PageRange { start: Vpn(w(0)), end: Vpn(w(1)) }, attributes: Attributes(w(2)) }
+    }
+
+    fn put(&self, i: usize, r: RegionInfo) {
+        let w = |k, v| self.words.at(i * ENTRY_WORDS + k).store(v, Ordering::Relaxed);
+        w(0, r.range.start.0);
+        w(1, r.range.end.0);
+        w(2, r.attributes.0);
+    }
+
+    /// The first region that ends behind `vpn`: the one that holds it, or else the next one.
+    pub fn next(&self, vpn: Vpn) -> Option<RegionInfo> {
+        loop {
+            // Acquire: pairs with the Release that ends a change.
+            let before = self.sequence.load(Ordering::Acquire);
+            if before & 1 == 0 {
+                let len = (self.len.load(Ordering::Relaxed) as usize).min(self.capacity());
+                let i = self.search(vpn, len);
+                let found = (i < len).then(|| self.entry(i));
+                // The loads above stay above this fence; it pairs with the Release fence that begins a change.
+                fence(Ordering::Acquire);
+                if self.sequence.load(Ordering::Relaxed) == before {
+                    return found;
+                }
+            }
+            spin_hint();
+        }
+    }
+
+    /// The region that holds `vpn`.
+    #[inline]
+    pub fn find(&self, vpn: Vpn) -> Option<RegionInfo> {
+        self.next(vpn).filter(|r| r.range.contains(vpn))
+    }
+
+    /// Index of the first of `len` regions that ends behind `vpn`.
+    fn search(&self, vpn: Vpn, len: usize) -> usize {
+        let (mut low, mut high) = (0, len);
+        while low < high {
+            let mid = (low + high) / 2;
+            if self.words.at(mid * ENTRY_WORDS + 1).load(Ordering::Relaxed) <= vpn.0 {
+                low = mid + 1;
+            } else {
+                high = mid;
+            }
+        }
+        low
+    }
+
+    /// Every region, in order of address. Sees regions that exist throughout; others perhaps.
+    pub fn iter(&self) -> impl Iterator<Item = RegionInfo> + '_ {
+        let mut at = Vpn(0);
+        core::iter::from_fn(move || {
+            let r = self.next(at)?;
+            at = r.range.end;
+            Some(r)
+        })
+    }
+
+    /// Number of regions.
+    pub fn len(&self) -> usize {
+        self.len.load(Ordering::Relaxed) as usize
+    }
+
+    /// True when there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn change<T>(&self, f: impl FnOnce() -> T) -> T {
+        let before = self.sequence.load(Ordering::Relaxed);
+        debug_assert!(before & 1 == 0, "two writers");
+        self.sequence.store(before + 1, Ordering::Relaxed);
+        // No store of the change is seen before the odd number; pairs with the Acquire fence of a reader.
+        fence(Ordering::Release);
+        let out = f();
+        self.sequence.store(before + 2, Ordering::Release);
+        out
+    }
+
+    /// Opens `n` free entries at index `at`.
+    fn open(&self, at: usize, n: usize) {
+        let len = self.len();
+        for i in (at..len).rev() {
+            self.put(i + n, self.entry(i));
+        }
+        self.len.store((len + n) as u64, Ordering::Relaxed);
+    }
+
+    fn close(&self, at: usize, n: usize) {
+        let len = self.len();
+        for i in at + n..len {
+            self.put(i - n, self.entry(i));
+        }
+        self.len.store((len - n) as u64, Ordering::Relaxed);
+    }
+
+    /// Adds a region. Joins it with neighbours that have the same attributes.
+    ///
+    /// Writers are serialised by the caller.
+    ///
+    /// # Errors
+    /// When it overlaps a region, or the map is full; nothing changed.
+    pub fn insert(&self, region: RegionInfo) -> Result<(), RegionError> {
+        debug_assert!(!region.range.is_empty());
+        let len = self.len();
+        let at = self.search(region.range.start, len);
+        if at < len && self.entry(at).range.start < region.range.end {
+            return Err(RegionError::Overlap(self.entry(at).range));
+        }
+        let joins = |a: RegionInfo, b: RegionInfo| a.range.end == b.range.start && a.attributes == b.attributes;
+        let left = at.checked_sub(1).map(|i| self.entry(i)).filter(|l| joins(*l, region));
+        let right = (at < len).then(|| self.entry(at)).filter(|r| joins(region, *r));
+        if left.is_none() && right.is_none() && len == self.capacity() {
+            return Err(RegionError::Full(self.capacity()));
+        }
+        self.change(|| match (left, right) {
+            (Some(l), Some(r)) => {
+                self.close(at, 1);
+                self.put(at - 1, RegionInfo { range: PageRange { start: l.range.start, end: r.range.end }, ..l });
+            }
+            (Some(l), None) => {
+                self.put(at - 1, RegionInfo { range: PageRange { end: region.range.end, ..l.range }, ..l });
+            }
+            (None, Some(r)) => {
+                self.put(at, RegionInfo { range: PageRange { start: region.range.start, ..r.range }, ..r });
+            }
+            (None, None) => {
+                self.open(at, 1);
+                self.put(at, region);
+            }
+        });
+        Ok(())
+    }
+
+    /// Takes `range` out of every region it touches; what remains of a region stays. Calls `removed` with each
+    /// piece.
+    ///
+    /// # Errors
+    /// [`RegionError::Full`] when a region would have to become two and there is no room; nothing changed.
+    pub fn remove(&self, range: PageRange, mut removed: impl FnMut(RegionInfo)) -> Result<(), RegionError> {
+        loop {
+            let len = self.len();
+            let at = self.search(range.start, len);
+            if at == len {
+                return Ok(());
+            }
+            let old = self.entry(at);
+            let piece = old.range.intersect(range);
+            if piece.is_empty() {
+                return Ok(());
+            }
+            let left = PageRange { start: old.range.start, end: piece.start };
+            let right = PageRange { start: piece.end, end: old.range.end };
+            match (left.is_empty(), right.is_empty()) {
+                (true, true) => self.change(|| self.close(at, 1)),
+                (false, true) => self.change(|| self.put(at, RegionInfo { range: left, ..old })),
+                (true, false) => self.change(|| self.put(at, RegionInfo { range: right, ..old })),
+                (false, false) if len == self.capacity() => return Err(RegionError::Full(len)),
+                (false, false) => self.change(|| {
+                    self.open(at, 1);
+                    self.put(at, RegionInfo { range: left, ..old });
+                    self.put(at + 1, RegionInfo { range: right, ..old });
+                }),
+            }
+            removed(RegionInfo { range: piece, ..old });
+        }
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::words::zeroed;
+    use proptest::prelude::*;
+
+    fn range(start: u64, end: u64) -> PageRange {
+        PageRange { start: Vpn(start), end: Vpn(end) }
+    }
+
+    fn region(start: u64, end: u64) -> RegionInfo {
+        RegionInfo { range: range(start, end), attributes: Attributes::default() }
+    }
+
+    #[test]
+    fn overlap_and_overflow_are_refused() {
+        let m = Regions::new(zeroed(Regions::<std::vec::Vec<AtomicU64>>::words_for(2)));
+        m.insert(region(10, 20)).unwrap();
+        assert_eq!(m.insert(region(19, 30)), Err(RegionError::Overlap(range(10, 20))));
+        assert_eq!(m.insert(region(0, 11)), Err(RegionError::Overlap(range(10, 20))));
+        m.insert(region(30, 40)).unwrap();
+        assert_eq!(m.insert(region(50, 60)), Err(RegionError::Full(2)));
+        m.insert(region(20, 30)).unwrap();
+        assert_eq!(m.iter().collect::<std::vec::Vec<_>>(), [region(10, 40)]);
+        m.insert(region(50, 60)).unwrap();
+        assert_eq!(m.remove(range(20, 30), |_| panic!("nothing was removed")), Err(RegionError::Full(2)));
+        assert_eq!(m.len(), 2);
+    }
+
+    #[test]
+    fn different_attributes_stay_apart() {
+        let m = Regions::new(zeroed(30));
+        m.insert(region(10, 20)).unwrap();
+        let adopted = RegionInfo { attributes: Attributes::ADOPTED, ..region(20, 30) };
+        m.insert(adopted).unwrap();
+        assert_eq!(m.find(Vpn(19)), Some(region(10, 20)));
+        assert_eq!(m.find(Vpn(20)), Some(adopted));
+        assert_eq!(m.find(Vpn(30)), None);
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_page_map(ops in proptest::collection::vec((any::<bool>(), 0u64..64, 1u64..20, any::<bool>()), 1..80)) {
+            let m = Regions::new(zeroed(300));
+            let mut model = [None::<Attributes>; 90];
+            for (insert, start, len, adopted) in ops {
+                let attributes = if adopted { Attributes::ADOPTED } else { Attributes::default() };
+                let pages = start as usize..(start + len) as usize;
+                if insert {
+                    let free = model[pages.clone()].iter().all(Option::is_none);
+                    let got = m.insert(RegionInfo { range: range(start, start + len), attributes });
+                    prop_assert_eq!(got.is_ok(), free);
+                    if free { model[pages].fill(Some(attributes)); }
+                } else {
+                    let mut gone = 0;
+                    m.remove(range(start, start + len), |r| gone += r.range.pages().0).unwrap();
+                    prop_assert_eq!(gone as usize, model[pages.clone()].iter().flatten().count());
+                    model[pages].fill(None);
+                }
+                for (i, want) in model.iter().enumerate() {
+                    prop_assert_eq!(m.find(Vpn(i as u64)).map(|r| r.attributes), *want);
+                }
+                let mut end = Vpn(0);
+                for r in m.iter() {
+                    prop_assert!(r.range.start >= end && !r.range.is_empty());
+                    end = r.range.end;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn readers_never_see_half_a_change() {
+        let m = Regions::new(zeroed(3000));
+        for i in 0..200 {
+            m.insert(region(i * 100, i * 100 + 50)).unwrap();
+        }
+        let stop = crate::sync::AtomicBool::new(false);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    for i in 0..200 {
+                        // This region exists throughout, while those in front of it come and go.
+                        let r = m.find(Vpn(19_910)).expect("a region that exists was not found");
+                        assert_eq!(r.range, range(19_900, 19_950));
+                        if let Some(r) = m.find(Vpn(i * 100 + 10)) {
+                            assert_eq!(r.range, range(i * 100, i * 100 + 50));
+                        }
+                    }
+                }
+            });
+            for round in 0..300 {
+                let i = round % 199;
+                m.remove(range(i * 100, i * 100 + 50), |_| {}).unwrap();
+                m.insert(region(i * 100, i * 100 + 50)).unwrap();
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+    }
+}

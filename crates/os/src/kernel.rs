@@ -1,0 +1,314 @@
+//! The facade: what the engine asks of a kernel, as one trait with its contract.
+//!
+//! Two implementations stand behind it, [`linux`](crate::linux) and [`sim`](crate::sim), and
+//! [`inject`](crate::inject) wraps either of them to make calls fail on a schedule. The engine knows this trait
+//! alone; no other crate contains unsafe code.
+//!
+//! # Vocabulary
+//!
+//! *Region memory* is what the program uses: private anonymous memory in which a page that is not there raises a
+//! fault. *Staging* is memory of ours at fixed addresses where frames are while the program does not map them.
+//! A page travels between the two whole, without being copied: [`take_out`](Kernel::take_out) and
+//! [`put_back`](Kernel::put_back) are atomic for everybody who looks at the page.
+//!
+//! # What the calls promise
+//!
+//! - Calls on ranges work page by page in ascending order and may stop early: [`Done::pages`] says how many pages
+//!   were done, [`Done::trouble`] why no more.
+//! - [`Trouble::Changing`] means that the program is changing its mappings right now and that a [`Message`] about
+//!   it waits to be received. Retrying in place never ends: let go of every lock, let messages be handled, and
+//!   plan again.
+//! - None of the calls on the fault path allocates, touches region memory, or takes a lock that a user of region
+//!   memory could hold.
+
+use peerspace_core::addr::{Geometry, Pages, Va, VaRange};
+use peerspace_core::sync::Park;
+use peerspace_core::words::Words;
+use std::fmt;
+use std::time::Duration;
+
+/// Why a call stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Trouble {
+    /// The program is changing its mappings; a message says how (EAGAIN).
+    Changing,
+    /// There is a page already (EEXIST).
+    Present,
+    /// There is no page, or no registered mapping (ENOENT).
+    Absent,
+    /// The page is shared with a forked process, or pinned by the kernel (EBUSY).
+    Busy,
+    /// The mapping does not allow it: read-only, executable, locked, or not registered (EINVAL).
+    Unsuitable,
+    /// The kernel has no memory for it (ENOMEM).
+    NoMemory,
+    /// The process is going away (ESRCH).
+    Exiting,
+    /// Interrupted before anything was done (EINTR).
+    Interrupted,
+    /// Anything else, as an errno.
+    Other(i32),
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Trouble::Changing => f.write_str("the program is changing its mappings"),
+            Trouble::Present => f.write_str("a page is there already"),
+            Trouble::Absent => f.write_str("no page, or no registered mapping, is there"),
+            Trouble::Busy => f.write_str("the page is shared with a forked process or pinned"),
+            Trouble::Unsuitable => f.write_str("the mapping does not allow it"),
+            Trouble::NoMemory => f.write_str("the kernel is out of memory"),
+            Trouble::Exiting => f.write_str("the process is exiting"),
+            Trouble::Interrupted => f.write_str("interrupted by a signal"),
+            Trouble::Other(errno) => write!(f, "{}", std::io::Error::from_raw_os_error(*errno)),
+        }
+    }
+}
+
+impl std::error::Error for Trouble {}
+
+/// How far a call on a range came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub struct Done {
+    /// Pages done, from the start of the range.
+    pub pages: Pages,
+    /// Why the rest was not done.
+    pub trouble: Option<Trouble>,
+}
+
+impl Done {
+    /// All of `pages` were done.
+    pub const fn all(pages: Pages) -> Done {
+        Done { pages, trouble: None }
+    }
+
+    /// `pages` were done, then this happened.
+    pub const fn stopped(pages: Pages, trouble: Trouble) -> Done {
+        Done { pages, trouble: Some(trouble) }
+    }
+}
+
+/// Whether a page appears write-protected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protect {
+    /// The CPU may write without a fault.
+    No,
+    /// The first write faults.
+    Yes,
+}
+
+/// Whether threads that wait for the page in the kernel are let go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wake {
+    /// No: more is to be done first, or nobody can be waiting (signal delivery).
+    No,
+    /// Yes.
+    Yes,
+}
+
+/// A fault, or a change the program made to its mappings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Message {
+    /// A thread waits for the page at this address.
+    Fault {
+        /// The address, at least to the page.
+        va: Va,
+        /// It wants to write.
+        write: bool,
+        /// The page is there but write-protected.
+        protected: bool,
+    },
+    /// The program discarded the content (MADV_DONTNEED, MADV_FREE, MADV_REMOVE). The pages themselves go a
+    /// moment after this message was received.
+    Discard(VaRange),
+    /// The range was unmapped. Somebody else may use the addresses already.
+    Unmap(VaRange),
+    /// The mapping moved, with its pages and its registration.
+    Move {
+        /// Where it was.
+        from: Va,
+        /// Where it is.
+        to: Va,
+        /// Bytes moved.
+        len: u64,
+    },
+    /// The process forked without asking this library first; the number names the child's registration.
+    Fork(i32),
+}
+
+/// What this kernel can do. Everything else is emulated or done without; see [`Kernel`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Pages can be moved between addresses (6.8): [`take_out`](Kernel::take_out), [`put_back`](Kernel::put_back).
+    pub move_pages: bool,
+    /// Pages can be write-protected (5.7).
+    pub write_protect: bool,
+    /// Pages can be poisoned (6.6).
+    pub poison: bool,
+    /// Accesses by the kernel on behalf of the program are served too, not only the program's own.
+    pub kernel_faults: bool,
+    /// Huge pages can be had.
+    pub huge: bool,
+}
+
+/// The operating system, as the engine sees it. See the [module](self) for the contract.
+pub trait Kernel: Send + Sync + 'static {
+    /// Memory for tables.
+    type Words: Words + 'static;
+    /// How threads wait for each other.
+    type Park: Park + Clone + 'static;
+
+    /// The page size.
+    fn geometry(&self) -> Geometry;
+
+    /// What can be done here.
+    fn capabilities(&self) -> Capabilities;
+
+    /// How threads wait for each other.
+    fn park(&self) -> Self::Park;
+
+    /// Reserves `words` zeroed words of which `usable` can be used at once.
+    ///
+    /// # Errors
+    /// When the kernel refuses the mapping.
+    fn words(&self, words: usize, usable: usize) -> Result<Self::Words, Trouble>;
+
+    /// Makes the first `usable` words usable.
+    ///
+    /// # Errors
+    /// When that is more than was reserved, or the kernel refuses.
+    fn grow(&self, words: &Self::Words, usable: usize) -> Result<(), Trouble>;
+
+    // --- region memory ---
+
+    /// Maps fresh region memory of `len` bytes at a block boundary: no page is there, every access faults.
+    ///
+    /// # Errors
+    /// When there is no room, or the kernel refuses.
+    fn map(&self, len: u64) -> Result<VaRange, Trouble>;
+
+    /// Gives back what [`map`](Kernel::map) mapped, without a [`Message`].
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn unmap(&self, range: VaRange) -> Result<(), Trouble>;
+
+    /// Makes accesses to missing pages of existing private anonymous memory fault from now on. Pages that are
+    /// there stay.
+    ///
+    /// # Errors
+    /// [`Trouble::Unsuitable`] for memory of another kind, [`Trouble::Busy`] when it is registered elsewhere.
+    fn adopt(&self, range: VaRange) -> Result<(), Trouble>;
+
+    /// Undoes [`adopt`](Kernel::adopt). Missing pages read as zeros from now on.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn disown(&self, range: VaRange) -> Result<(), Trouble>;
+
+    /// Installs copies of `from`, whole pages, at `to`.
+    fn copy_in(&self, to: Va, from: &[u8], protect: Protect, wake: Wake) -> Done;
+
+    /// Installs copies of staged pages at `to`: [`copy_in`](Kernel::copy_in) from `from` in staging.
+    fn copy_staged(&self, to: Va, from: VaRange, protect: Protect, wake: Wake) -> Done;
+
+    /// Installs zeroed pages at `to`, at most 16 of them.
+    fn zero_in(&self, to: VaRange, protect: Protect, wake: Wake) -> Done;
+
+    /// Moves staged pages to `to`, where none may be. They appear writable. A whole block of one huge page
+    /// stays huge where nothing has ever been mapped in the block.
+    fn put_back(&self, to: Va, from: VaRange, wake: Wake) -> Done;
+
+    /// Moves the program's pages to staging, where none may be.
+    fn take_out(&self, to: Va, from: VaRange) -> Done;
+
+    /// Sets or clears write protection of the pages that are there. Clearing can wake.
+    ///
+    /// # Errors
+    /// See [`Trouble`].
+    fn protect(&self, range: VaRange, protect: Protect, wake: Wake) -> Result<(), Trouble>;
+
+    /// Lets threads that wait for pages of `range` look again.
+    ///
+    /// # Errors
+    /// When the range is not registered.
+    fn wake(&self, range: VaRange) -> Result<(), Trouble>;
+
+    /// Makes every access to the page at `va`, which is not there, raise SIGBUS (rule Z9).
+    ///
+    /// # Errors
+    /// [`Trouble::Unsuitable`] where the kernel cannot; see [`Trouble`].
+    fn poison(&self, va: Va) -> Result<(), Trouble>;
+
+    /// Whether the page at `va` is there.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn is_present(&self, va: Va) -> Result<bool, Trouble>;
+
+    /// Calls `found` with each run of pages of `range` that are there.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn present_runs(&self, range: VaRange, found: &mut dyn FnMut(VaRange)) -> Result<(), Trouble>;
+
+    /// Whether the CPU maps the block at `va` by one huge page.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn is_huge(&self, va: Va) -> Result<bool, Trouble>;
+
+    /// Gives the process pages of its own where it still shares them with a forked one. Pages that are there
+    /// become writable. Not for threads that receive messages: it may have to wait for them.
+    ///
+    /// # Errors
+    /// See [`Trouble`].
+    fn unshare(&self, range: VaRange) -> Result<(), Trouble>;
+
+    /// Drops the program's pages of `range`: they are missing from then on. Where pages can be moved, a [`Message`]
+    /// tells of it like of any discarding; the call waits until that is received.
+    ///
+    /// # Errors
+    /// See [`Trouble`].
+    fn discard(&self, range: VaRange) -> Result<(), Trouble>;
+
+    /// The registered mapping that holds `va`, if `va` belongs to one: the program may have grown a region in
+    /// place, which no message tells.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn mapping_at(&self, va: Va) -> Result<Option<VaRange>, Trouble>;
+
+    // --- staging ---
+
+    /// The staging area; fixed for the life of this kernel object.
+    fn staging(&self) -> VaRange;
+
+    /// Gives `read` the bytes of staged pages. The caller owns them.
+    fn read_staged<T>(&self, range: VaRange, read: impl FnOnce(&[u8]) -> T) -> T;
+
+    /// Gives `write` the bytes of staged pages, which appear (zeroed) where there are none. The caller owns
+    /// them.
+    fn write_staged<T>(&self, range: VaRange, write: impl FnOnce(&mut [u8]) -> T) -> T;
+
+    /// Frees the staged pages of `range`. Not while messages are being handled by the caller.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn drop_staged(&self, range: VaRange) -> Result<(), Trouble>;
+
+    // --- messages ---
+
+    /// Waits up to `timeout` for a message to be there. True when [`receive`](Kernel::receive) may find one.
+    fn wait_message(&self, timeout: Option<Duration>) -> bool;
+
+    /// Receives the next message, if there is one. Whoever caused a [`Message`] other than a fault goes on from
+    /// here, whether or not it has been acted on.
+    fn receive(&self) -> Option<Message>;
+
+    /// True when a change of mappings has been announced that nobody has received yet.
+    fn is_changing(&self) -> bool;
+}

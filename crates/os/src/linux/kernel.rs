@@ -1,0 +1,466 @@
+//! The facade over Linux: region memory by userfaultfd, staging beside it.
+//!
+//! One userfaultfd serves the regions and the staging area. That staging is registered with the same descriptor
+//! as the regions is what makes [`take_out`](Kernel::take_out) safe: the kernel refuses it (EAGAIN) while an
+//! unmap of a region is announced but not received, so a page can never be taken from a mapping that somebody
+//! else has put in the place of ours. Staging itself is only ever emptied while unregistered, so that our own
+//! housekeeping causes no messages.
+
+use super::futex::Futex;
+use super::map::{Arena, Mapping};
+use super::memory::Memory;
+use super::scan::{Maps, Pagemap};
+use super::staging::{Staging, Use};
+use super::uffd::{FAULT_WP, FAULT_WRITE, Mode, Partial, Uffd, event, feature};
+use crate::error::OsError;
+use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, Trouble, Wake};
+use peerspace_core::addr::{Geometry, Va, VaRange};
+use peerspace_core::plan::CLUSTER;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::AsFd;
+use rustix::io::Errno;
+use rustix::mm::Advice;
+use std::time::Duration;
+
+/// How faults reach the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// By SIGBUS in the faulting thread: fast, for accesses of the program itself.
+    Signal,
+    /// As messages: also for accesses the kernel makes for the program.
+    Messages,
+}
+
+/// What a [`Linux`] is opened with.
+#[derive(Debug, Clone, Copy)]
+pub struct Setup {
+    /// How faults reach the engine.
+    pub delivery: Delivery,
+    /// Blocks of the staging area.
+    pub blocks: u64,
+    /// Slots (single pages) of the staging area.
+    pub slots: u64,
+    /// userfaultfd features to do without although the kernel has them: for tests of the fallbacks.
+    pub without: u64,
+}
+
+/// A real kernel.
+#[derive(Debug)]
+pub struct Linux {
+    geometry: Geometry,
+    capabilities: Capabilities,
+    delivery: Delivery,
+    uffd: Uffd,
+    mode: Mode,
+    staging: Staging,
+    zeros: Mapping,
+    pagemap: Pagemap,
+    maps: Maps,
+}
+
+/// The features wanted for each delivery, if the kernel has them.
+const WANTED: u64 = feature::PAGEFAULT_FLAG_WP
+    | feature::EVENT_REMAP
+    | feature::EVENT_REMOVE
+    | feature::EVENT_UNMAP
+    | feature::EXACT_ADDRESS
+    | feature::POISON
+    | feature::MOVE;
+/// The features nothing works without.
+const NEEDED: u64 = feature::EVENT_REMAP | feature::EVENT_UNMAP;
+
+const REMEDY_PERMISSION: &str = "run as root, set vm.unprivileged_userfaultfd=1, or make /dev/userfaultfd accessible; \
+     in a container allow the userfaultfd system call";
+
+impl Linux {
+    /// Opens userfaultfd and sets up staging.
+    ///
+    /// # Errors
+    /// With a sentence and a remedy when this kernel or this container does not allow it.
+    pub fn open(setup: Setup) -> Result<Linux, OsError> {
+        let page = rustix::param::page_size() as u64;
+        let geometry = Geometry::from_page_bytes(page)
+            .ok_or_else(|| OsError::plain(format!("pages of {page} bytes are not supported")))?;
+        let known = Uffd::known_features().map_err(|e| {
+            let e = OsError::new("this system offers no userfaultfd", e);
+            if e.errno == libc::ENOSYS {
+                e.remedy("the kernel needs CONFIG_USERFAULTFD, and a container must allow the system call")
+            } else {
+                e.remedy(REMEDY_PERMISSION)
+            }
+        })? & !setup.without;
+        if known & NEEDED != NEEDED {
+            return Err(OsError::plain("this kernel's userfaultfd does not report changed mappings")
+                .remedy("Linux 4.14 or newer is needed"));
+        }
+        let mut features = known & WANTED;
+        let signal = setup.delivery == Delivery::Signal;
+        if signal {
+            if known & feature::SIGBUS == 0 {
+                return Err(OsError::plain("this kernel's userfaultfd cannot deliver faults by signal")
+                    .remedy("Linux 4.14 or newer is needed, or thread delivery"));
+            }
+            features |= feature::SIGBUS;
+        }
+        if features & feature::MOVE == 0 {
+            // Pages are dropped by madvise then, which must not announce itself.
+            features &= !feature::EVENT_REMOVE;
+        }
+        // Accesses of the kernel need the stronger kind; signal delivery cannot serve them in any case.
+        let (mut uffd, kernel_faults) = match Uffd::open(false) {
+            Ok(u) => (u, !signal),
+            Err(e) if signal => (
+                Uffd::open(true).map_err(|_| OsError::new("open a userfaultfd", e).remedy(REMEDY_PERMISSION))?,
+                false,
+            ),
+            Err(e) => {
+                return Err(OsError::new("open a userfaultfd that serves system calls too", e)
+                    .remedy(REMEDY_PERMISSION));
+            }
+        };
+        uffd.enable(features).map_err(|e| OsError::new(format!("switch on userfaultfd features {features:#x}"), e))?;
+        let write_protect = features & feature::PAGEFAULT_FLAG_WP != 0;
+        let move_pages = features & feature::MOVE != 0;
+        let huge = move_pages && geometry == Geometry::KIB4 && super::probe::huge_pages_allowed();
+        let staging = Staging::new(geometry, setup.blocks, setup.slots)
+            .map_err(|e| OsError::new("reserve the staging area", e))?;
+        if move_pages {
+            let r = staging.range();
+            uffd.register(r.start.0, r.len(), Mode::Protected)
+                .map_err(|e| OsError::new("register the staging area", e))?;
+        }
+        let zeros = Mapping::new(CLUSTER.0 as usize * geometry.page_bytes(), geometry.page_bytes(), true)
+            .map_err(|e| OsError::new("map a page of zeros", e))?;
+        Ok(Linux {
+            geometry,
+            capabilities: Capabilities {
+                move_pages,
+                write_protect,
+                poison: features & feature::POISON != 0,
+                kernel_faults,
+                huge,
+            },
+            delivery: setup.delivery,
+            uffd,
+            mode: if write_protect { Mode::MissingAndProtected } else { Mode::Missing },
+            staging,
+            zeros,
+            pagemap: Pagemap::open().map_err(|e| OsError::new("open /proc/self/pagemap", e).remedy("mount /proc"))?,
+            maps: Maps::open().map_err(|e| OsError::new("open /proc/self/maps", e).remedy("mount /proc"))?,
+        })
+    }
+
+    /// How faults reach the engine.
+    pub fn delivery(&self) -> Delivery {
+        self.delivery
+    }
+
+    /// The mappings of this process.
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    /// Maps region memory ([`Kernel::map`]) to be used as bytes.
+    ///
+    /// # Errors
+    /// As for [`Kernel::map`].
+    pub fn map_memory(&self, len: u64) -> Result<Memory, Trouble> {
+        Ok(Memory::new(self.map(len)?))
+    }
+
+    /// Gives back what [`map_memory`](Linux::map_memory) mapped.
+    ///
+    /// # Errors
+    /// As for [`Kernel::unmap`].
+    pub fn unmap_memory(&self, memory: Memory) -> Result<(), Trouble> {
+        self.unmap(memory.range())
+    }
+
+    /// Gives back the first `len` bytes of what [`map_memory`](Linux::map_memory) mapped; the rest, if there is any,
+    /// stays.
+    ///
+    /// # Errors
+    /// As for [`Kernel::unmap`]; the memory is lost then, mapped as it is.
+    pub fn unmap_front(&self, memory: Memory, len: u64) -> Result<Option<Memory>, Trouble> {
+        let VaRange { start, end } = memory.range();
+        let cut = Va(start.0 + len);
+        assert!(cut <= end);
+        self.unmap(VaRange { start, end: cut })?;
+        Ok((cut < end).then(|| Memory::new(VaRange { start: cut, end })))
+    }
+
+    fn done(&self, (bytes, error): Partial) -> Done {
+        Done { pages: self.geometry.pages_in(bytes), trouble: error.map(trouble) }
+    }
+
+    fn assert_foreign(&self, range: VaRange) {
+        assert!(!self.staging.range().overlaps(range), "{range} is staging, not region memory");
+    }
+
+    /// Copies the program's pages to staging and drops them there: what is left to do without UFFDIO_MOVE.
+    fn take_out_by_copy(&self, to: Va, from: VaRange) -> Done {
+        let page = self.geometry.page_bytes() as u64;
+        let staged = VaRange { start: to, end: Va(to.0 + from.len()) };
+        let mut claim = self.staging.claim(staged, Use::Alone);
+        let mut done = 0;
+        let out = self.staging.bytes_mut(&mut claim, staged);
+        for (i, out) in out.chunks_exact_mut(page as usize).enumerate() {
+            let at = from.start.0 + i as u64 * page;
+            match self.pagemap.is_present(Va(at)) {
+                Ok(true) => {}
+                Ok(false) => return Done::stopped(self.geometry.pages_in(done), Trouble::Absent),
+                Err(e) => return Done::stopped(self.geometry.pages_in(done), trouble(e)),
+            }
+            // Nobody can write from here on: a write waits until the page is gone, and then for its entry.
+            if let Err(e) = self.uffd.write_protect(at, page, true, false) {
+                return Done::stopped(self.geometry.pages_in(done), trouble(e));
+            }
+            match read_self(at, out) {
+                Ok(n) if n == out.len() => {}
+                Ok(_) => return Done::stopped(self.geometry.pages_in(done), Trouble::Absent),
+                Err(e) => return Done::stopped(self.geometry.pages_in(done), trouble(e)),
+            }
+            // SAFETY: the page belongs to a region, its content is safe in staging, and the entry of the page is
+            // locked, so that whoever needs it next waits for the engine.
+            if let Err(e) = unsafe { rustix::mm::madvise(at as *mut _, page as usize, Advice::LinuxDontNeed) } {
+                return Done::stopped(self.geometry.pages_in(done), trouble(e));
+            }
+            done += page;
+        }
+        Done::all(self.geometry.pages_in(done))
+    }
+}
+
+/// Reads memory of this process through the kernel: a page that vanished is an error, not a fault.
+fn read_self(at: u64, out: &mut [u8]) -> Result<usize, Errno> {
+    let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
+    let remote = libc::iovec { iov_base: at as *mut _, iov_len: out.len() };
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: the local vector is ours to write; the kernel checks the remote one.
+    let n = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
+    if n < 0 { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::FAULT)) } else { Ok(n as usize) }
+}
+
+/// What an errno means to the engine.
+pub(super) fn trouble(e: Errno) -> Trouble {
+    match e {
+        Errno::AGAIN => Trouble::Changing,
+        Errno::EXIST => Trouble::Present,
+        Errno::NOENT => Trouble::Absent,
+        Errno::BUSY => Trouble::Busy,
+        Errno::INVAL | Errno::PERM | Errno::ACCESS => Trouble::Unsuitable,
+        Errno::NOMEM => Trouble::NoMemory,
+        Errno::SRCH => Trouble::Exiting,
+        Errno::INTR => Trouble::Interrupted,
+        other => Trouble::Other(other.raw_os_error()),
+    }
+}
+
+impl Kernel for Linux {
+    type Words = Arena;
+    type Park = Futex;
+
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    fn park(&self) -> Futex {
+        Futex
+    }
+
+    fn words(&self, words: usize, usable: usize) -> Result<Arena, Trouble> {
+        Arena::new(words, usable).map_err(trouble)
+    }
+
+    fn grow(&self, words: &Arena, usable: usize) -> Result<(), Trouble> {
+        words.grow(usable).map_err(trouble)
+    }
+
+    fn map(&self, len: u64) -> Result<VaRange, Trouble> {
+        let mapping = Mapping::new(len as usize, self.geometry.block_bytes(), true).map_err(trouble)?;
+        let r = mapping.range();
+        // SAFETY: advice without effect on content. Huge pages appear by our moves alone, not by the kernel's
+        // own faults, since every missing page of a registered range is ours to fill.
+        let _ = unsafe { mapping.advise(0, r.len() as usize, Advice::LinuxHugepage) };
+        self.uffd.register(r.start.0, r.len(), self.mode).map_err(trouble)?;
+        // The mapping is the program's from here on, not one of ours that must not be managed.
+        super::map::unclaim(r);
+        Ok(mapping.leak())
+    }
+
+    fn unmap(&self, range: VaRange) -> Result<(), Trouble> {
+        self.assert_foreign(range);
+        // Unregistered first, so that nobody has to be told.
+        self.uffd.unregister(range.start.0, range.len()).map_err(trouble)?;
+        // SAFETY: the caller mapped the range by `map` and lets go of it.
+        unsafe { rustix::mm::munmap(range.start.0 as *mut _, range.len() as usize) }.map_err(trouble)
+    }
+
+    fn adopt(&self, range: VaRange) -> Result<(), Trouble> {
+        self.assert_foreign(range);
+        self.uffd.register(range.start.0, range.len(), self.mode).map_err(trouble)
+    }
+
+    fn disown(&self, range: VaRange) -> Result<(), Trouble> {
+        self.assert_foreign(range);
+        self.uffd.unregister(range.start.0, range.len()).map_err(trouble)
+    }
+
+    fn copy_in(&self, to: Va, from: &[u8], protect: Protect, wake: Wake) -> Done {
+        debug_assert!(from.len().is_multiple_of(self.geometry.page_bytes()));
+        let protect = protect == Protect::Yes && self.capabilities.write_protect;
+        // SAFETY: `from` is borrowed for the call. Pages appear only where none were.
+        self.done(unsafe { self.uffd.copy(to.0, from.as_ptr(), from.len() as u64, protect, wake == Wake::Yes) })
+    }
+
+    fn copy_staged(&self, to: Va, from: VaRange, protect: Protect, wake: Wake) -> Done {
+        let claim = self.staging.claim(from, Use::Shared);
+        self.copy_in(to, self.staging.bytes(&claim, from), protect, wake)
+    }
+
+    fn zero_in(&self, to: VaRange, protect: Protect, wake: Wake) -> Done {
+        assert!(to.len() <= self.zeros.len() as u64);
+        // SAFETY: the mapping lives as long as `self` and is never written.
+        let zeros = unsafe { std::slice::from_raw_parts(self.zeros.as_ptr(), to.len() as usize) };
+        self.copy_in(to.start, zeros, protect, wake)
+    }
+
+    fn put_back(&self, to: Va, from: VaRange, wake: Wake) -> Done {
+        if !self.capabilities.move_pages {
+            let done = self.copy_staged(to, from, Protect::No, wake);
+            return match self.drop_staged(VaRange { end: Va(from.start.0 + self.geometry.bytes(done.pages)), ..from }) {
+                Ok(()) => done,
+                Err(t) => Done { trouble: done.trouble.or(Some(t)), ..done },
+            };
+        }
+        let _claim = self.staging.claim(from, Use::Alone);
+        // SAFETY: the claim says that nobody refers to the staged bytes; at `to` no page was.
+        self.done(unsafe { self.uffd.move_pages(to.0, from.start.0, from.len(), wake == Wake::Yes) })
+    }
+
+    fn take_out(&self, to: Va, from: VaRange) -> Done {
+        self.assert_foreign(from);
+        if !self.capabilities.move_pages {
+            return self.take_out_by_copy(to, from);
+        }
+        let _claim = self.staging.claim(VaRange { start: to, end: Va(to.0 + from.len()) }, Use::Alone);
+        // SAFETY: the claim says that nobody refers to staging there. The program's pages vanish from its sight
+        // and come back on its next access: its references stay good.
+        self.done(unsafe { self.uffd.move_pages(to.0, from.start.0, from.len(), false) })
+    }
+
+    fn protect(&self, range: VaRange, protect: Protect, wake: Wake) -> Result<(), Trouble> {
+        let on = protect == Protect::Yes;
+        if !self.capabilities.write_protect {
+            return if on { Err(Trouble::Unsuitable) } else { Ok(()) };
+        }
+        self.uffd.write_protect(range.start.0, range.len(), on, wake == Wake::Yes).map_err(trouble)
+    }
+
+    fn wake(&self, range: VaRange) -> Result<(), Trouble> {
+        self.uffd.wake(range.start.0, range.len()).map_err(trouble)
+    }
+
+    fn poison(&self, va: Va) -> Result<(), Trouble> {
+        if !self.capabilities.poison {
+            return Err(Trouble::Unsuitable);
+        }
+        match self.uffd.poison(va.0, self.geometry.page_bytes() as u64) {
+            (_, None) => Ok(()),
+            (_, Some(e)) => Err(trouble(e)),
+        }
+    }
+
+    fn is_present(&self, va: Va) -> Result<bool, Trouble> {
+        self.pagemap.is_present(va).map_err(trouble)
+    }
+
+    fn present_runs(&self, range: VaRange, found: &mut dyn FnMut(VaRange)) -> Result<(), Trouble> {
+        self.pagemap.present_runs(range, found).map_err(trouble)
+    }
+
+    fn is_huge(&self, va: Va) -> Result<bool, Trouble> {
+        self.pagemap.is_huge(va).map_err(trouble)
+    }
+
+    fn unshare(&self, range: VaRange) -> Result<(), Trouble> {
+        self.assert_foreign(range);
+        // SAFETY: populating for writing gives each page of the range an own copy with the same content.
+        unsafe { rustix::mm::madvise(range.start.0 as *mut _, range.len() as usize, Advice::LinuxPopulateWrite) }
+            .map_err(trouble)
+    }
+
+    fn discard(&self, range: VaRange) -> Result<(), Trouble> {
+        self.assert_foreign(range);
+        // SAFETY: the caller has the say over the content of the range, and wants zeros.
+        unsafe { rustix::mm::madvise(range.start.0 as *mut _, range.len() as usize, Advice::LinuxDontNeed) }
+            .map_err(trouble)
+    }
+
+    fn mapping_at(&self, va: Va) -> Result<Option<VaRange>, Trouble> {
+        Ok(self.maps.at(va).map_err(trouble)?.filter(|v| !v.file && !v.shared).map(|v| v.range))
+    }
+
+    fn staging(&self) -> VaRange {
+        self.staging.range()
+    }
+
+    fn read_staged<T>(&self, range: VaRange, read: impl FnOnce(&[u8]) -> T) -> T {
+        let claim = self.staging.claim(range, Use::Shared);
+        read(self.staging.bytes(&claim, range))
+    }
+
+    fn write_staged<T>(&self, range: VaRange, write: impl FnOnce(&mut [u8]) -> T) -> T {
+        let mut claim = self.staging.claim(range, Use::Alone);
+        write(self.staging.bytes_mut(&mut claim, range))
+    }
+
+    fn drop_staged(&self, range: VaRange) -> Result<(), Trouble> {
+        let claim = self.staging.claim(range, Use::Alone);
+        if !self.capabilities.move_pages {
+            return self.staging.discard(&claim, range).map_err(trouble);
+        }
+        self.uffd.unregister(range.start.0, range.len()).map_err(trouble)?;
+        let dropped = self.staging.discard(&claim, range);
+        self.uffd.register(range.start.0, range.len(), Mode::Protected).map_err(trouble)?;
+        dropped.map_err(trouble)
+    }
+
+    fn wait_message(&self, timeout: Option<Duration>) -> bool {
+        let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
+        let mut fds = [PollFd::from_borrowed_fd(self.uffd.as_fd(), PollFlags::IN)];
+        matches!(poll(&mut fds, timeout.as_ref()), Ok(1..))
+    }
+
+    fn receive(&self) -> Option<Message> {
+        let m = self.uffd.read().ok()?;
+        let range = |start, end| VaRange { start: Va(start), end: Va(end) };
+        let [a, b, c] = m.args;
+        Some(match m.event {
+            event::PAGEFAULT => {
+                Message::Fault { va: Va(b), write: a & FAULT_WRITE != 0, protected: a & FAULT_WP != 0 }
+            }
+            event::REMOVE => Message::Discard(range(a, b)),
+            event::UNMAP => Message::Unmap(range(a, b)),
+            event::REMAP => Message::Move { from: Va(a), to: Va(b), len: c },
+            event::FORK => Message::Fork(a as i32),
+            _ => return None,
+        })
+    }
+
+    fn is_changing(&self) -> bool {
+        // Every operation is refused while a change is pending; this one does nothing where it is allowed: the
+        // page of zeros is not registered, which is found out after the check.
+        let page = self.geometry.page_bytes() as u64;
+        let r = self.staging.range();
+        matches!(self.uffd.write_protect(r.end.0 - page, page, false, false), Err(Errno::AGAIN))
+    }
+}
+
+#[cfg(test)]
+#[path = "kernel_tests.rs"]
+mod tests;

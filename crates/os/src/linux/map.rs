@@ -1,0 +1,265 @@
+//! Mappings of our own: reserved, committed, registered so that nobody adopts them.
+//!
+//! Everything this library keeps for itself lives in a [`Mapping`]: private anonymous memory that is entered in
+//! a table of own ranges ([`is_ours`]), so that a scan of the process's mappings never takes it for the
+//! program's. Nothing here comes from the program's heap.
+
+use peerspace_core::addr::{Va, VaRange};
+use peerspace_core::sync::{AtomicU64, AtomicUsize, Ordering};
+use peerspace_core::words::Words;
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use std::ffi::c_void;
+use std::fmt;
+use std::sync::atomic::AtomicU64 as StdAtomicU64;
+
+/// A private anonymous mapping that is unmapped when dropped.
+pub struct Mapping {
+    start: *mut u8,
+    len: usize,
+}
+
+// SAFETY: a mapping is memory, usable from any thread; what is in it is guarded by its users.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes, aligned to `align` (a power of two, at least a page). Without `usable` nothing can be
+    /// accessed until [`allow`](Mapping::allow).
+    ///
+    /// # Errors
+    /// The errno of mmap.
+    pub fn new(len: usize, align: usize, usable: bool) -> Result<Mapping, Errno> {
+        let prot = if usable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::empty() };
+        let page = rustix::param::page_size();
+        let len = len.next_multiple_of(page);
+        let slack = align.saturating_sub(page);
+        let total = len.checked_add(slack).ok_or(Errno::NOMEM)?;
+        // SAFETY: a new mapping at an address the kernel chooses.
+        let at = unsafe {
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), total, prot, MapFlags::PRIVATE | MapFlags::NORESERVE)?
+        };
+        let start = (at as usize).next_multiple_of(align);
+        let (front, back) = (start - at as usize, at as usize + total - (start + len));
+        // SAFETY: both ends belong to the mapping just made, and nobody knows of them.
+        unsafe {
+            if front > 0 {
+                rustix::mm::munmap(at, front)?;
+            }
+            if back > 0 {
+                rustix::mm::munmap((start + len) as *mut c_void, back)?;
+            }
+        }
+        let mapping = Mapping { start: start as *mut u8, len };
+        enter(mapping.range());
+        Ok(mapping)
+    }
+
+    /// The addresses.
+    pub fn range(&self) -> VaRange {
+        VaRange { start: Va(self.start as u64), end: Va(self.start as u64 + self.len as u64) }
+    }
+
+    /// The first byte.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.start
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True for a mapping of no bytes, which cannot be made.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Makes the first `len` bytes readable and writable.
+    ///
+    /// # Errors
+    /// The errno of mprotect; ENOMEM beyond the end.
+    pub fn allow(&self, len: usize) -> Result<(), Errno> {
+        if len > self.len {
+            return Err(Errno::NOMEM);
+        }
+        // SAFETY: the range is ours; adding permissions cannot break a reference.
+        unsafe { rustix::mm::mprotect(self.start.cast(), len, MprotectFlags::READ | MprotectFlags::WRITE) }
+    }
+
+    /// Gives advice about `len` bytes from `offset`.
+    ///
+    /// # Safety
+    /// Advice that discards content needs the bytes to be unreferenced.
+    ///
+    /// # Errors
+    /// The errno of madvise.
+    pub unsafe fn advise(&self, offset: usize, len: usize, advice: Advice) -> Result<(), Errno> {
+        assert!(offset + len <= self.len);
+        // SAFETY: the range is ours; the caller vouches for the content.
+        unsafe { rustix::mm::madvise(self.start.add(offset).cast(), len, advice) }
+    }
+
+    /// Lets go of the mapping without unmapping it: for memory whose use cannot be seen to end.
+    #[must_use]
+    pub fn leak(self) -> VaRange {
+        let range = self.range();
+        std::mem::forget(self);
+        range
+    }
+}
+
+impl Mapping {
+    /// Takes up again what [`leak`](Mapping::leak) let go of.
+    ///
+    /// # Safety
+    /// `start` and `len` (before rounding to pages) are those of a leaked mapping that nobody uses any more.
+    pub unsafe fn from_leaked(start: *mut u8, len: usize) -> Mapping {
+        Mapping { start, len: len.next_multiple_of(rustix::param::page_size()) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        forget(self.range());
+        // SAFETY: the mapping is ours, and its owner lets go of it.
+        let r = unsafe { rustix::mm::munmap(self.start.cast(), self.len) };
+        debug_assert_eq!(r, Ok(()));
+    }
+}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Mapping({:?})", self.range())
+    }
+}
+
+const MAX_OWN: usize = 1024;
+/// Start and end of each own range; a start of zero is a free place.
+static OWN: [[StdAtomicU64; 2]; MAX_OWN] = [const { [StdAtomicU64::new(0), StdAtomicU64::new(0)] }; MAX_OWN];
+
+fn enter(range: VaRange) {
+    for [start, end] in &OWN {
+        // The end is written first, so whoever sees the start sees the end.
+        if start.load(Ordering::Relaxed) == 0
+            && start.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok()
+        {
+            end.store(range.end.0, Ordering::Relaxed);
+            start.store(range.start.0, Ordering::Release);
+            return;
+        }
+    }
+    // Losing track of own memory would let it be adopted and evicted under our feet.
+    panic!("more than {MAX_OWN} own mappings");
+}
+
+fn forget(range: VaRange) {
+    for [start, _] in &OWN {
+        if start.compare_exchange(range.start.0, 0, Ordering::Release, Ordering::Relaxed).is_ok() {
+            return;
+        }
+    }
+}
+
+/// Enters memory this library uses that was not mapped here (a thread's stack, say).
+pub fn claim(range: VaRange) {
+    enter(range);
+}
+
+/// Undoes [`claim`].
+pub fn unclaim(range: VaRange) {
+    forget(range);
+}
+
+/// Our own ranges that overlap `range`.
+pub fn ours_within(range: VaRange) -> impl Iterator<Item = VaRange> {
+    OWN.iter()
+        .map(|[start, end]| {
+            let start = start.load(Ordering::Acquire);
+            VaRange { start: Va(start), end: Va(end.load(Ordering::Relaxed)) }
+        })
+        .filter(move |own| own.start.0 > 1 && own.overlaps(range))
+}
+
+/// Bytes of our own mappings, used or not.
+pub fn own_bytes() -> u64 {
+    ours_within(VaRange { start: Va(2), end: Va(u64::MAX) }).map(VaRange::len).sum()
+}
+
+/// Zeroed words in a mapping of their own, usable up to a mark that can rise.
+#[derive(Debug)]
+pub struct Arena {
+    mapping: Mapping,
+    usable: AtomicUsize,
+}
+
+impl Arena {
+    /// Reserves `words` words; the first `usable` can be used.
+    ///
+    /// # Errors
+    /// The errno of mmap or mprotect.
+    pub fn new(words: usize, usable: usize) -> Result<Arena, Errno> {
+        let mapping = Mapping::new(words.max(1) * 8, rustix::param::page_size(), false)?;
+        let arena = Arena { mapping, usable: AtomicUsize::new(0) };
+        arena.grow(usable)?;
+        Ok(arena)
+    }
+
+    /// Makes the first `usable` words usable; fewer than now is of no effect.
+    ///
+    /// # Errors
+    /// ENOMEM beyond what was reserved, or the errno of mprotect.
+    pub fn grow(&self, usable: usize) -> Result<(), Errno> {
+        if usable > self.usable.load(Ordering::Relaxed) {
+            // In steps, since each changes a mapping under the kernel's lock.
+            let bytes = (usable * 8).next_multiple_of(1 << 20).min(self.mapping.len());
+            if usable * 8 > bytes {
+                return Err(Errno::NOMEM);
+            }
+            self.mapping.allow(bytes)?;
+            // Release: whoever sees the mark may use the memory below it.
+            self.usable.fetch_max(bytes / 8, Ordering::Release);
+        }
+        Ok(())
+    }
+}
+
+impl Words for Arena {
+    #[inline]
+    fn words(&self) -> &[AtomicU64] {
+        let n = self.usable.load(Ordering::Acquire);
+        // SAFETY: the first `n` words are mapped, zeroed by the kernel, and stay so while `self` lives; an
+        // all-zero AtomicU64 is valid.
+        unsafe { std::slice::from_raw_parts(self.mapping.as_ptr().cast::<AtomicU64>(), n) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_mappings_are_known_and_forgotten() {
+        let m = Mapping::new(3 << 20, 2 << 20, true).unwrap();
+        let r = m.range();
+        assert!(r.start.is_aligned(2 << 20));
+        assert_eq!(ours_within(r).collect::<Vec<_>>(), [r]);
+        drop(m);
+        assert!(!ours_within(r).any(|x| x == r));
+    }
+
+    #[test]
+    fn an_arena_grows_in_place_and_refuses_more_than_it_has() {
+        let a = Arena::new(1 << 22, 10).unwrap();
+        let first = a.words().as_ptr();
+        assert!(a.words().len() >= 10);
+        a.words()[9].store(7, Ordering::Relaxed);
+        a.grow(1 << 20).unwrap();
+        assert_eq!(a.words().as_ptr(), first);
+        assert!(a.words().len() >= 1 << 20);
+        assert_eq!(a.words()[9].load(Ordering::Relaxed), 7);
+        assert_eq!(a.words()[(1 << 20) - 1].load(Ordering::Relaxed), 0);
+        assert!(a.grow((1 << 22) + 1).is_err());
+    }
+}

@@ -1,0 +1,14 @@
+//! The facade over a real Linux kernel, and what else peerspace needs from it.
+
+pub mod futex;
+pub mod kernel;
+pub mod map;
+pub mod memory;
+pub mod probe;
+pub mod scan;
+mod staging;
+pub mod signal;
+pub mod thread;
+pub mod uffd;
+
+pub use kernel::{Delivery, Linux, Setup};

@@ -1,0 +1,272 @@
+//! What a device is: somewhere pages can live while they are not in RAM.
+//!
+//! A compressed store, a file, a remote machine, an accelerator: to the engine they are the same kind of thing.
+//! The engine decides which page of the device holds what, so a device that moves bytes to and from numbered
+//! pages is complete:
+//!
+//! ```
+//! use peerspace::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store};
+//! use std::sync::Mutex;
+//!
+//! /// Memory that the engine cannot see into.
+//! struct Toy(Mutex<Vec<u8>>);
+//!
+//! impl Device for Toy {
+//!     fn describe(&self) -> Descriptor {
+//!         Descriptor::private("toy", self.0.lock().unwrap().len() as u64 / 4096)
+//!     }
+//!     fn store(&self, batch: &mut [Store<'_>]) {
+//!         let mut memory = self.0.lock().unwrap();
+//!         for s in batch {
+//!             let at = s.page as usize * 4096;
+//!             memory[at..at + s.bytes.len()].copy_from_slice(s.bytes);
+//!             s.result = Ok(());
+//!         }
+//!     }
+//!     fn load(&self, batch: &mut [Load<'_>]) {
+//!         let memory = self.0.lock().unwrap();
+//!         for l in batch {
+//!             let at = l.page as usize * 4096;
+//!             l.bytes.copy_from_slice(&memory[at..at + l.bytes.len()]);
+//!             l.result = Ok(());
+//!         }
+//!     }
+//!     fn freed(&self, _: DevicePages) {}
+//! }
+//! # let _ = Toy(Mutex::new(vec![0; 4096])).describe();
+//! ```
+//!
+//! # What a device is called with
+//!
+//! Calls come from faulting threads and from the engine's own, concurrently. No two calls at a time are about the
+//! same page. A device must not touch memory that a space manages, nor allocate from a heap that is managed: it
+//! would wait for itself. Nothing it returns is believed on its word where that can be checked: a result that
+//! was not set counts as a failure.
+
+use peerspace_core::addr::Pages;
+use std::fmt;
+
+#[cfg(feature = "compressed")]
+pub mod compressed;
+#[cfg(feature = "file")]
+pub mod file;
+#[cfg(feature = "soft")]
+pub mod soft;
+
+/// How a device's memory relates to the CPU (rule Z5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MemoryType {
+    /// The CPU cannot map it: an access migrates the page home.
+    Private,
+    /// The CPU maps it in place.
+    Coherent,
+    /// The CPU maps it in place, and it survives the process.
+    Persistent,
+}
+
+impl MemoryType {
+    /// The word for it in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            MemoryType::Private => "private",
+            MemoryType::Coherent => "coherent",
+            MemoryType::Persistent => "persistent",
+        }
+    }
+}
+
+/// What a device is and can do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Descriptor {
+    /// A name for reports and errors.
+    pub name: String,
+    /// How its memory relates to the CPU.
+    pub memory: MemoryType,
+    /// Pages it can number. What it really holds may be less: [`DeviceError::NoSpace`] says so.
+    pub pages: Pages,
+    /// The bytes that bound it, for reports; 0 where the pages do.
+    pub capacity_bytes: u64,
+    /// A transfer keeps the calling thread waiting (for a disk, a network), so that others should go on meanwhile.
+    pub slow: bool,
+    /// [`Device::holds`] costs about as much as a load, so it pays to compare before writing back.
+    pub compares: bool,
+}
+
+impl Descriptor {
+    /// A private device of `pages` pages that is fast and does not compare.
+    pub fn private(name: impl Into<String>, pages: u64) -> Descriptor {
+        Descriptor {
+            name: name.into(),
+            memory: MemoryType::Private,
+            pages: Pages(pages),
+            capacity_bytes: 0,
+            slow: false,
+            compares: false,
+        }
+    }
+
+    /// The same with another bound for reports.
+    #[must_use]
+    pub fn capacity_bytes(self, bytes: u64) -> Descriptor {
+        Descriptor { capacity_bytes: bytes, ..self }
+    }
+
+    /// The same for a device whose transfers wait for something.
+    #[must_use]
+    pub fn slow(self) -> Descriptor {
+        Descriptor { slow: true, ..self }
+    }
+
+    /// The same for a device that can [compare](Device::holds).
+    #[must_use]
+    pub fn compares(self) -> Descriptor {
+        Descriptor { compares: true, ..self }
+    }
+}
+
+/// Why a device did not do something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// It is full. The engine goes on with the next device.
+    NoSpace,
+    /// The transfer failed; the errno says why.
+    Io(i32),
+    /// Fewer bytes came than were asked for.
+    Short {
+        /// How many came.
+        got: usize,
+        /// How many were asked for.
+        wanted: usize,
+    },
+    /// What came back is not what was stored: a checksum differs, or it cannot be decoded.
+    Corrupt,
+    /// The device returned without saying what became of the transfer.
+    NoAnswer,
+    /// The device cannot do this.
+    Unsupported,
+    /// The device is gone.
+    Gone,
+}
+
+impl fmt::Display for DeviceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceError::NoSpace => f.write_str("the device is full"),
+            DeviceError::Io(errno) => write!(f, "{}", std::io::Error::from_raw_os_error(*errno)),
+            DeviceError::Short { got, wanted } => write!(f, "{got} of {wanted} bytes came"),
+            DeviceError::Corrupt => f.write_str("what came back is not what was stored"),
+            DeviceError::NoAnswer => f.write_str("the device did not say what became of the transfer"),
+            DeviceError::Unsupported => f.write_str("the device cannot do this"),
+            DeviceError::Gone => f.write_str("the device is gone"),
+        }
+    }
+}
+
+impl std::error::Error for DeviceError {}
+
+/// Pages to be written to a device.
+#[derive(Debug)]
+pub struct Store<'a> {
+    /// The first page of the device to write.
+    pub page: u64,
+    /// The bytes of one or more whole pages, aligned to the page size.
+    pub bytes: &'a [u8],
+    /// What became of it; the device sets it.
+    pub result: Result<(), DeviceError>,
+}
+
+impl<'a> Store<'a> {
+    /// A transfer that has not been answered yet.
+    pub fn new(page: u64, bytes: &'a [u8]) -> Store<'a> {
+        Store { page, bytes, result: Err(DeviceError::NoAnswer) }
+    }
+}
+
+/// Pages to be read from a device.
+#[derive(Debug)]
+pub struct Load<'a> {
+    /// The first page of the device to read.
+    pub page: u64,
+    /// Where one or more whole pages go, aligned to the page size.
+    pub bytes: &'a mut [u8],
+    /// What became of it; the device sets it.
+    pub result: Result<(), DeviceError>,
+}
+
+impl<'a> Load<'a> {
+    /// A transfer that has not been answered yet.
+    pub fn new(page: u64, bytes: &'a mut [u8]) -> Load<'a> {
+        Load { page, bytes, result: Err(DeviceError::NoAnswer) }
+    }
+}
+
+/// A run of a device's pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DevicePages {
+    /// The first.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+}
+
+/// What a device holds right now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes it takes up, by its own account.
+    pub used_bytes: u64,
+    /// The most it has taken up.
+    pub peak_bytes: u64,
+}
+
+/// Somewhere pages can live. See the [module](self) for what a device may rely on and what it must not do.
+pub trait Device: Send + Sync {
+    /// What it is. Asked once.
+    fn describe(&self) -> Descriptor;
+
+    /// Writes pages, all of the batch; sets each result. A page may be written again without having been freed.
+    ///
+    /// After an error the page holds what it held before, or nothing; the engine frees it.
+    fn store(&self, batch: &mut [Store<'_>]);
+
+    /// Reads pages that were written, all of the batch; sets each result. On error the bytes may be anything.
+    fn load(&self, batch: &mut [Load<'_>]);
+
+    /// The pages are not needed any more; called exactly once for each page that was stored (rule Z6).
+    fn freed(&self, pages: DevicePages);
+
+    /// Whether `page` holds exactly `bytes`, one page. Only called when the descriptor says that the device
+    /// compares.
+    ///
+    /// # Errors
+    /// When that cannot be found out; the engine then writes the page back.
+    fn holds(&self, page: u64, bytes: &[u8]) -> Result<bool, DeviceError> {
+        let _ = (page, bytes);
+        Err(DeviceError::Unsupported)
+    }
+
+    /// What it holds, for reports; `None` where that is what its pages in use add up to.
+    fn usage(&self) -> Option<Usage> {
+        None
+    }
+
+    /// The process is about to fork: bring everything into a state that two processes can go on from. Nothing is
+    /// in flight.
+    fn before_fork(&self) {}
+
+    /// The process has forked; called in both (rule G12).
+    fn after_fork(&self, side: ForkSide) {
+        let _ = side;
+    }
+}
+
+/// Which process this is, after a fork.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ForkSide {
+    /// The one that called fork.
+    Parent,
+    /// The new one. It has copies of all private memory; threads, and what is shared by descriptor, it has not.
+    Child,
+}

@@ -1,0 +1,164 @@
+//! The engine's invariants, executable.
+//!
+//! [`Engine::check`] walks everything: every page has exactly one owner, every frame and device page one entry,
+//! and the account of memory adds up. It is for tests and for moments of rest: it locks each entry as it goes, and
+//! sums are only meaningful while nothing else runs.
+
+use super::Engine;
+use peerspace_core::addr::{BLOCK_PAGES, Pfn};
+use peerspace_core::entry::{Dirt, State};
+use peerspace_core::memmap::{Backing, Frame, ListId};
+use peerspace_os::Kernel;
+use std::collections::HashMap;
+
+/// What a walk has seen.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Census {
+    /// Pages the CPU maps.
+    pub(crate) mapped: u64,
+    /// Of those, in whole blocks.
+    pub(crate) mapped_whole: u64,
+    /// Pages on standby.
+    pub(crate) standby: u64,
+    /// Pages on devices alone.
+    pub(crate) on_devices: u64,
+    /// Pages that are lost.
+    pub(crate) poisoned: u64,
+    /// Device pages owned, backing of clean frames included.
+    pub(crate) device_pages: u64,
+}
+
+impl<K: Kernel> Engine<K> {
+    /// Checks every invariant. The engine must be at rest.
+    ///
+    /// # Panics
+    /// When one does not hold.
+    pub(crate) fn check(&self) -> Census {
+        let mut census = Census::default();
+        let mut owners: HashMap<Pfn, String> = HashMap::new();
+        let mut own = |pfn: Pfn, n: u64, who: String| {
+            for i in 0..n {
+                if let Some(other) = owners.insert(pfn + i, who.clone()) {
+                    panic!("{:?} has two owners: {other} and {who}", pfn + i);
+                }
+            }
+        };
+        let mut split_heads: HashMap<Frame, u64> = HashMap::new();
+        // Drain what faults announced, so that every mapped frame is on a list.
+        {
+            let mut policy = self.policy.lock();
+            self.incoming.drain(&self.memmap, &mut **policy);
+        }
+        let mut staged_blocks = 0;
+        for region in self.regions.iter() {
+            let mut at = region.range.start;
+            while at < region.range.end {
+                let entry = self.table.lock(at).expect("a region is covered by the table");
+                let whole = entry.is_whole();
+                let range = entry.range();
+                let n = range.pages().0;
+                assert!(
+                    !whole || entry.state() == State::Empty || region.range.covers(range),
+                    "block {range:?} is whole but reaches out of its region {region:?}"
+                );
+                let who = format!("{range:?}");
+                match entry.state() {
+                    State::Empty => {}
+                    State::Poisoned => census.poisoned += n,
+                    State::Device { pfn, .. } => {
+                        assert!(self.is_device_page(pfn), "{who}: {pfn} is no device page");
+                        own(pfn, n, who);
+                        census.on_devices += n;
+                        census.device_pages += n;
+                    }
+                    State::Host { pfn, writable, dirt } => {
+                        let frame = self.frame_of(pfn, whole);
+                        assert_eq!(self.memmap.vpn(frame), range.start, "{who}: the reverse map is wrong");
+                        let list = self.memmap.list(frame);
+                        assert!(matches!(list, ListId::Small | ListId::Main), "{who}: mapped, but on list {list:?}");
+                        assert_eq!(writable, dirt == Dirt::Dirty, "{who}: writable and {dirt:?}");
+                        self.check_backing(frame, dirt, whole, &who, &mut own, &mut census);
+                        if let (Some(head), false) = (self.memmap.head_of(frame), whole) {
+                            *split_heads.entry(head).or_default() += 1;
+                        }
+                        own(pfn, n, who);
+                        census.mapped += n;
+                        census.mapped_whole += if whole { n } else { 0 };
+                    }
+                    State::Standby { pfn, dirt } => {
+                        let frame = self.frame_of(pfn, whole);
+                        assert_eq!(self.memmap.vpn(frame), range.start, "{who}: the reverse map is wrong");
+                        assert_eq!(self.memmap.list(frame), ListId::None, "{who}: on standby and on a list");
+                        self.check_backing(frame, dirt, whole, &who, &mut own, &mut census);
+                        if whole {
+                            staged_blocks += 1;
+                        } else {
+                            match self.memmap.slot(frame) {
+                                Some(slot) => assert_eq!(self.ring.occupant(slot), Some(frame), "{who}: slot {slot}"),
+                                None => {
+                                    let head = self.memmap.head_of(frame).expect("only parts have no slot");
+                                    *split_heads.entry(head).or_default() += 1;
+                                }
+                            }
+                        }
+                        own(pfn, n, who);
+                        census.standby += n;
+                    }
+                    State::Leaf(_) => unreachable!("a lock is never on a leaf"),
+                }
+                at = range.end;
+            }
+        }
+        self.check_tiers(&census);
+        self.check_charges(&census, staged_blocks, &split_heads);
+        census
+    }
+
+    fn frame_of(&self, pfn: Pfn, whole: bool) -> Frame {
+        assert!(self.memmap.contains(pfn), "{pfn} is no frame of the host");
+        if whole { self.memmap.block(pfn) } else { self.memmap.page(pfn) }
+    }
+
+    fn check_backing(
+        &self,
+        frame: Frame,
+        dirt: Dirt,
+        whole: bool,
+        who: &str,
+        own: &mut impl FnMut(Pfn, u64, String),
+        census: &mut Census,
+    ) {
+        let n = if whole { BLOCK_PAGES } else { 1 };
+        match (dirt, self.memmap.backing(frame)) {
+            (Dirt::Dirty, Backing::None) | (Dirt::Clean | Dirt::Unverified, Backing::Zero) => {}
+            (Dirt::Clean | Dirt::Unverified, Backing::Page(pfn)) => {
+                own(pfn, n, format!("backing of {who}"));
+                census.device_pages += n;
+            }
+            (dirt, backing) => panic!("{who}: {dirt:?} with backing {backing:?}"),
+        }
+    }
+
+    /// Device pages in use are exactly those that somebody owns.
+    fn check_tiers(&self, census: &Census) {
+        let used: u64 = self.tiers.iter().map(|t| (t.range.pages - t.available()).0).sum();
+        assert_eq!(used, census.device_pages, "device pages in use, and owned");
+    }
+
+    /// Charges are mapped pages, staged pages and frames that lie ready.
+    fn check_charges(&self, census: &Census, staged_blocks: u64, split_heads: &HashMap<Frame, u64>) {
+        // What a split block has left behind in its staging is known only when its last part goes; allow for it.
+        let ready = self.blocks.ready() as u64;
+        let ring = self.ring.pages();
+        let known = census.mapped + ring.0 + (staged_blocks + ready) * BLOCK_PAGES;
+        let unsure = split_heads.len() as u64 * BLOCK_PAGES;
+        let charged = self.budget.charged() as u64;
+        assert!(
+            charged >= known && charged <= known + unsure,
+            "{charged} pages are charged; {} mapped, {ring} in the ring, {staged_blocks} blocks on standby, {ready} \
+             ready, {} blocks in pieces",
+            census.mapped,
+            split_heads.len(),
+        );
+    }
+}

@@ -1,0 +1,412 @@
+//! Reclaim: making room before it is missed, by unmapping what is least likely to be used.
+//!
+//! ```text
+//!  mapped --victim of the policy, unmapped--> standby --asked for--> mapped again
+//!                                                |
+//!                                                +--its turn comes--> device, or dropped  (evict)
+//! ```
+//!
+//! Reclaim runs in the background when the budget falls below its low watermark, and in the faulting thread when
+//! there is nothing left at all. It comes from the frame to the page, against the order of locks, and therefore
+//! only ever *tries* to lock an entry.
+//!
+//! Unmapping a page makes the kernel interrupt every processor that runs a thread of the process. On some
+//! machines (virtual ones above all) that costs more than all the rest, and interrupts the program too. The
+//! background reclaimer therefore measures what a small page costs it, and leaves small pages to the faulting
+//! threads where they do it more cheaply ([`Pace`]).
+
+use super::context::Working;
+use super::evict::Drained;
+use super::fault::{Hold, Patience};
+use super::stats::{count, count_n};
+use super::{Engine, Entry};
+use arrayvec::ArrayVec;
+use peerspace_core::addr::{BLOCK_PAGES, PageRange, Pages, Vpn};
+use peerspace_core::entry::State;
+use peerspace_core::memmap::{Arrival, Frame};
+use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
+use peerspace_os::{Done, Kernel, Trouble};
+use std::time::{Duration, Instant};
+
+/// Victims unmapped in one go.
+const VICTIMS: usize = 32;
+/// How long there is no progress before room is made by exceeding the limit: every device is full.
+const STUCK: Duration = Duration::from_millis(50);
+
+/// What one step of reclaim achieved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// So many pages went back to the kernel.
+    Freed(u64),
+    /// Something moved on, without freeing a page yet.
+    Moved,
+    /// Nothing could be done: what is mapped is pinned or in use by other threads, or no device has room.
+    Stuck,
+}
+
+/// What unmapping a small page costs in the background, compared with a faulting thread.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    /// Nanoseconds per page, averaged; 0 for unknown.
+    background: AtomicU64,
+    direct: AtomicU64,
+    /// The background leaves small pages alone until then (ns on the clock of `since`).
+    leave_until: AtomicU64,
+    since: Instant,
+}
+
+impl Pace {
+    /// The background must be this much slower before it gives up.
+    const TOO_SLOW: u64 = 2;
+    /// And does so for this long before it tries again.
+    const LEAVE: Duration = Duration::from_millis(500);
+
+    pub(crate) fn new() -> Pace {
+        Pace {
+            background: AtomicU64::new(0),
+            direct: AtomicU64::new(0),
+            leave_until: AtomicU64::new(0),
+            since: Instant::now(),
+        }
+    }
+
+    fn note(&self, background: bool, pages: u64, took: Duration) {
+        let average = if background { &self.background } else { &self.direct };
+        let now = took.as_nanos() as u64 / pages.max(1);
+        let before = average.load(Relaxed);
+        average.store(if before == 0 { now } else { (before * 7 + now) / 8 }, Relaxed);
+        if background {
+            // Nothing to compare with: a microsecond is what it costs where nobody is interrupted.
+            let direct = self.direct.load(Relaxed).clamp(1000, 5000);
+            if self.background.load(Relaxed) > direct * Self::TOO_SLOW {
+                let until = self.since.elapsed() + Self::LEAVE;
+                self.leave_until.store(until.as_nanos() as u64, Relaxed);
+                self.background.store(0, Relaxed);
+            }
+        }
+    }
+
+    /// Whether the background should unmap small pages now.
+    pub(crate) fn background_pays(&self) -> bool {
+        let until = self.leave_until.load(Relaxed);
+        until == 0 || self.since.elapsed().as_nanos() as u64 > until
+    }
+}
+
+impl<K: Kernel> Engine<K> {
+    /// Charges `pages`, making room first if there is none. To be called without any lock.
+    ///
+    /// # Errors
+    /// [`Hold::Busy`] if it takes a wait and there is no patience.
+    pub(crate) fn charge(&self, pages: u64, work: &mut Working<'_>, patience: Patience) -> Result<(), Hold> {
+        let mut stuck: Option<Instant> = None;
+        while !self.budget.try_charge(pages) {
+            if patience == Patience::Never && self.has_slow_device() {
+                return Err(Hold::Busy);
+            }
+            count(&work.counters.direct_reclaims);
+            match self.reclaim_step(work, false) {
+                Step::Freed(_) | Step::Moved => stuck = None,
+                Step::Stuck if stuck.get_or_insert_with(Instant::now).elapsed() > STUCK => {
+                    // Nothing can leave. To go beyond the limit loses nothing.
+                    self.tell_full();
+                    self.budget.force(pages);
+                    return Ok(());
+                }
+                // Other threads may have all of it in hand.
+                Step::Stuck => std::thread::yield_now(),
+            }
+        }
+        self.watch_budget();
+        Ok(())
+    }
+
+    /// Wakes the background reclaimer when room becomes scarce.
+    pub(crate) fn watch_budget(&self) {
+        if self.budget.left() < self.budget.watermarks().low.0 as i64 {
+            self.service.wake_reclaim(&self.kernel.park());
+        }
+    }
+
+    fn tell_full(&self) {
+        if self.service.say_once_full() {
+            crate::tell::warning(format_args!(
+                "no device has room for what has to leave RAM; the limit of {} MiB is exceeded rather than data lost",
+                self.geometry.bytes(self.budget.limit()) >> 20
+            ));
+        }
+    }
+
+    /// One step towards more room: frees what is free already, evicts from a long standby, or unmaps.
+    pub(crate) fn reclaim_step(&self, work: &mut Working<'_>, background: bool) -> Step {
+        // In the background, ready frames are left for the next huge fault.
+        if !background && self.release_ready() {
+            return Step::Freed(BLOCK_PAGES);
+        }
+        let (waiting, segments) = self.ring.waiting();
+        if waiting > segments / 2 {
+            if let Drained::Freed(n) = self.drain_oldest(work) {
+                return Step::Freed(n);
+            }
+        }
+        if self.blocks.on_standby() > self.standby_blocks() && self.evict_oldest_block(work) {
+            return Step::Moved; // the next step releases it
+        }
+        if self.unmap_victims(work, background) > 0 {
+            return Step::Moved;
+        }
+        // Nothing can be unmapped: what is on standby is all there is.
+        if self.evict_oldest_block(work) {
+            return Step::Moved;
+        }
+        match self.drain_oldest(work) {
+            Drained::Freed(n) => Step::Freed(n),
+            Drained::Kept => Step::Stuck,
+            Drained::Nothing => {
+                self.ring.close_filling();
+                match self.drain_oldest(work) {
+                    Drained::Freed(n) => Step::Freed(n),
+                    _ => Step::Stuck,
+                }
+            }
+        }
+    }
+
+    /// One step towards a ready block frame. False when there is no prospect of one.
+    pub(crate) fn reclaim_for_block(&self, work: &mut Working<'_>) -> bool {
+        if self.blocks.on_standby() > self.standby_blocks() && self.evict_oldest_block(work) {
+            return true;
+        }
+        match self.unmap_victims(work, false) {
+            0 => self.evict_oldest_block(work),
+            n => {
+                if n < BLOCK_PAGES {
+                    let (waiting, segments) = self.ring.waiting();
+                    if waiting > segments / 2 {
+                        let _ = self.drain_oldest(work);
+                    }
+                }
+                true
+            }
+        }
+    }
+
+    /// Blocks that may rest on standby: one in sixteen.
+    fn standby_blocks(&self) -> usize {
+        (self.budget.limit().0 / BLOCK_PAGES / 16).max(1) as usize
+    }
+
+    /// Unmaps the policy's next victims: a run of small pages, or one block. Returns the pages unmapped.
+    fn unmap_victims(&self, work: &mut Working<'_>, background: bool) -> u64 {
+        let small = !background || self.service.pace.background_pays();
+        let mut pages: ArrayVec<(Entry<'_, K>, Frame), VICTIMS> = ArrayVec::new();
+        let mut block = None;
+        {
+            let mut policy = self.policy.lock();
+            self.incoming.drain(&self.memmap, &mut **policy);
+            for _ in 0..2 * VICTIMS {
+                let Some(frame) = policy.victim(&self.memmap) else { break };
+                let whole = self.memmap.is_block(frame);
+                if (whole && !pages.is_empty()) || (!whole && !small) {
+                    policy.put_back(&self.memmap, frame);
+                    break;
+                }
+                let entry = self.table.try_lock(self.memmap.vpn(frame)).ok().flatten();
+                // A frame on a list is mapped by the entry it names; only its lock may be taken. See `retract`.
+                match entry.filter(|e| e.is_whole() == whole && self.maps(e.state(), frame)) {
+                    Some(entry) if whole => {
+                        block = Some((entry, frame));
+                        break;
+                    }
+                    Some(entry) => {
+                        pages.push((entry, frame));
+                        if pages.is_full() {
+                            break;
+                        }
+                    }
+                    None => {
+                        self.memmap.set_arrival(frame, Arrival::Reuse);
+                        policy.insert(&self.memmap, frame);
+                    }
+                }
+            }
+            self.note_protected(policy.protected());
+        }
+        match block {
+            Some((entry, frame)) => self.unmap_block(entry, frame, work),
+            None => self.unmap_pages(pages, work, background),
+        }
+    }
+
+    fn maps(&self, state: State, frame: Frame) -> bool {
+        matches!(state, State::Host { pfn, .. } if pfn == self.memmap.pfn(frame))
+    }
+
+    /// Puts a page back on its list, mapped as it was: it could not be unmapped now.
+    fn keep(&self, entry: Entry<'_, K>, frame: Frame) {
+        self.announce(frame, Arrival::Reuse);
+        drop(entry);
+    }
+
+    fn unmap_pages(
+        &self,
+        mut pages: ArrayVec<(Entry<'_, K>, Frame), VICTIMS>,
+        work: &mut Working<'_>,
+        background: bool,
+    ) -> u64 {
+        if pages.is_empty() {
+            return 0;
+        }
+        // Neighbours in one operation: what costs is the operation, not the page.
+        pages.sort_unstable_by_key(|(e, _)| e.vpn());
+        let started = Instant::now();
+        let mut unmapped = 0;
+        let mut shared: ArrayVec<Vpn, VICTIMS> = ArrayVec::new();
+        while !pages.is_empty() {
+            let first = pages[0].0.vpn();
+            let run = pages.iter().enumerate().take_while(|(i, (e, _))| e.vpn() == first + *i as u64).count();
+            let Some(slots) = self.ring.reserve(run as u32) else { break };
+            let n = slots.count as usize;
+            let from = self.addresses(PageRange::new(first, Pages(n as u64)));
+            let done = match self.gate.enter(work.context()) {
+                Some(_section) => self.kernel.take_out(self.ring.range(slots).start, from),
+                None => Done::stopped(Pages(0), Trouble::Changing),
+            };
+            let took = done.pages.0 as usize;
+            for (i, (entry, frame)) in pages.drain(..n).enumerate() {
+                if i < took {
+                    let State::Host { pfn, dirt, .. } = entry.state() else { unreachable!("a victim is mapped") };
+                    let slot = slots.first + i as u32;
+                    self.memmap.set_slot(frame, Some(slot));
+                    self.memmap.set_arrival(frame, Arrival::Reuse);
+                    self.ring.occupy(slot, frame);
+                    entry.commit(State::Standby { pfn, dirt });
+                } else if i == took {
+                    match done.trouble {
+                        // Discarded; see `present` in the fault path. The gate was open, so no news is pending.
+                        Some(Trouble::Absent) => self.forget_victim(entry, frame),
+                        Some(Trouble::Busy) => {
+                            count(&work.counters.busy);
+                            shared.push(entry.vpn());
+                            self.keep(entry, frame);
+                        }
+                        Some(_) => {
+                            count(&work.counters.busy);
+                            self.keep(entry, frame);
+                        }
+                        None => unreachable!("everything was taken"),
+                    }
+                } else {
+                    self.keep(entry, frame);
+                }
+            }
+            self.ring.settle(slots, took as u32);
+            unmapped += took as u64;
+            if done.trouble == Some(Trouble::Changing) {
+                break;
+            }
+        }
+        for (entry, frame) in pages {
+            self.keep(entry, frame);
+        }
+        if unmapped > 0 {
+            count_n(&work.counters.unmapped, unmapped);
+            self.service.pace.note(background, unmapped, started.elapsed());
+        }
+        if background {
+            self.unshare_pages(&shared, work);
+        }
+        unmapped
+    }
+
+    /// A victim that is on no list turned out to be discarded by the program.
+    fn forget_victim(&self, entry: Entry<'_, K>, frame: Frame) {
+        let backing = self.memmap.backing(frame);
+        entry.commit(State::Empty);
+        self.budget.uncharge(1);
+        self.free_frame(frame, false);
+        self.free_backing(backing, peerspace_core::addr::Order::BASE);
+    }
+
+    fn unmap_block(&self, mut entry: Entry<'_, K>, frame: Frame, work: &mut Working<'_>) -> u64 {
+        let State::Host { pfn, dirt, .. } = entry.state() else { unreachable!("a victim is mapped") };
+        let range = self.blocks.range(frame);
+        let done = match self.gate.enter(work.context()) {
+            Some(_section) => self.kernel.take_out(range.start, self.addresses(entry.range())),
+            None => Done::stopped(Pages(0), Trouble::Changing),
+        };
+        if done.pages.0 == BLOCK_PAGES {
+            self.memmap.set_arrival(frame, Arrival::Reuse);
+            entry.set(State::Standby { pfn, dirt });
+            self.blocks.put_on_standby(frame);
+            drop(entry);
+            count_n(&work.counters.unmapped, BLOCK_PAGES);
+            return BLOCK_PAGES;
+        }
+        count(&work.counters.busy);
+        if done.pages.0 == 0 && done.trouble == Some(Trouble::Changing) {
+            self.keep(entry, frame);
+            return 0;
+        }
+        // The kernel had broken the block up, and one of its pages cannot go: the block goes on in pieces, of
+        // which the first are on standby in the block's staging.
+        self.split_taken(entry, frame, done.pages, work);
+        done.pages.0
+    }
+
+    /// Splits a block of which the first `taken` pages are staged and the others still mapped.
+    fn split_taken(&self, entry: Entry<'_, K>, frame: Frame, taken: Pages, work: &Working<'_>) {
+        let State::Host { pfn, writable, dirt } = entry.state() else { unreachable!("a victim is mapped") };
+        self.memmap.split_block(frame);
+        for i in 0..BLOCK_PAGES {
+            let part = self.memmap.page(pfn + i);
+            if i < taken.0 {
+                self.memmap.set_slot(part, None);
+                self.memmap.set_arrival(part, Arrival::Reuse);
+            } else {
+                self.announce(part, Arrival::Reuse);
+            }
+        }
+        entry.split(|i| {
+            let pfn = pfn + i;
+            peerspace_core::entry::Entry::new(if i < taken.0 {
+                State::Standby { pfn, dirt }
+            } else {
+                State::Host { pfn, writable, dirt }
+            })
+        });
+        if taken.0 > 0 {
+            self.blocks.put_on_standby(frame);
+        }
+        count(&work.counters.splits);
+    }
+
+    /// Makes pages that are shared with a forked process this process's own, so that they can go next time.
+    fn unshare_pages(&self, pages: &[Vpn], work: &Working<'_>) {
+        for &vpn in pages {
+            let Ok(Some(entry)) = self.table.try_lock(vpn) else { continue };
+            let State::Host { pfn, writable, .. } = entry.state() else { continue };
+            if entry.is_whole() {
+                continue;
+            }
+            let range = self.addresses(entry.range());
+            if !writable {
+                // The copy that is about to be made is not protected: the page is dirty from here on.
+                let Some(_section) = self.gate.enter(work.context()) else { continue };
+                if self.kernel.protect(range, peerspace_os::Protect::No, peerspace_os::Wake::Yes).is_err() {
+                    continue;
+                }
+                drop(_section);
+                let frame = self.memmap.page(pfn);
+                let backing = self.memmap.backing(frame);
+                self.memmap.set_backing(frame, peerspace_core::memmap::Backing::None);
+                entry.commit(State::Host { pfn, writable: true, dirt: peerspace_core::entry::Dirt::Dirty });
+                self.free_backing(backing, peerspace_core::addr::Order::BASE);
+            } else {
+                drop(entry);
+            }
+            // Without the lock: the call may have to wait for a fault.
+            let _ = self.kernel.unshare(range);
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! The engine's own threads, as loops that somebody runs: messages, background reclaim, reading ahead.
+//!
+//! # Messages
+//!
+//! Several threads may run [`Engine::serve_messages`]; one at a time, the *reader*, receives. It resolves faults
+//! itself as long as that takes no wait; before it would wait (for a slow device, for a lock) it hands the reading
+//! over. A fault that meets a change of mappings is put aside until the message about the change has been acted
+//! on, by whoever reads then. So there is always somebody who reads, and whoever waits waits for somebody who
+//! makes headway.
+
+use super::Engine;
+use super::ahead::Ahead;
+use super::fault::{Outcome, Patience, Pause};
+use super::reclaim::{Pace, Step};
+use super::stats::count;
+use crate::sync::Mutex;
+use arrayvec::ArrayVec;
+use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Va};
+use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering, Park};
+use peerspace_os::{Kernel, Message, Protect, Wake};
+use std::time::Duration;
+
+/// Faults put aside at once; one more is sent back to fault again.
+const PUT_ASIDE: usize = 256;
+/// Requests to read ahead that wait.
+const REQUESTS: usize = 16;
+
+/// What the engine's threads share.
+#[derive(Debug)]
+pub(crate) struct Service {
+    stop: AtomicBool,
+    reader: Mutex<()>,
+    aside: Mutex<ArrayVec<Va, PUT_ASIDE>>,
+    reclaim: AtomicU64,
+    ahead: AtomicU64,
+    requests: Mutex<ArrayVec<Ahead, REQUESTS>>,
+    said_full: AtomicBool,
+    pub(crate) pace: Pace,
+}
+
+impl Service {
+    pub(crate) fn new() -> Service {
+        Service {
+            stop: AtomicBool::new(false),
+            reader: Mutex::new(()),
+            aside: Mutex::new(ArrayVec::new_const()),
+            reclaim: AtomicU64::new(0),
+            ahead: AtomicU64::new(0),
+            requests: Mutex::new(ArrayVec::new_const()),
+            said_full: AtomicBool::new(false),
+            pace: Pace::new(),
+        }
+    }
+
+    /// Ends the loops, once they look.
+    pub(crate) fn stop(&self, park: &impl Park) {
+        self.stop.store(true, Ordering::Release);
+        for word in [&self.reclaim, &self.ahead] {
+            word.store(1, Ordering::Release);
+            park.wake(word);
+        }
+    }
+
+    pub(crate) fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn wake_reclaim(&self, park: &impl Park) {
+        ring(&self.reclaim, park);
+    }
+
+    /// Asks for something to be read ahead. False when the queue is full or taken.
+    pub(crate) fn request(&self, what: Ahead, park: &impl Park) -> bool {
+        let Some(mut requests) = self.requests.try_lock() else { return false };
+        if !requests.contains(&what) && requests.try_push(what).is_err() {
+            return false;
+        }
+        drop(requests);
+        ring(&self.ahead, park);
+        true
+    }
+
+    pub(crate) fn say_once_full(&self) -> bool {
+        !self.said_full.swap(true, Ordering::Relaxed)
+    }
+}
+
+/// Rings a bell: the word is 1 while its thread works or is about to. No system call unless it sleeps.
+fn ring(bell: &AtomicU64, park: &impl Park) {
+    // Release: what was asked for is seen by whoever answers.
+    if bell.load(Ordering::Relaxed) == 0 && bell.swap(1, Ordering::Release) == 0 {
+        park.wake(bell);
+    }
+}
+
+/// Sleeps until the bell rings.
+fn await_bell(bell: &AtomicU64, park: &impl Park) {
+    while bell.load(Ordering::Acquire) == 0 {
+        park.wait(bell, 0);
+    }
+}
+
+impl<K: Kernel> Engine<K> {
+    /// Reclaims in the background, until stopped.
+    pub(crate) fn serve_reclaim(&self) {
+        let park = self.kernel.park();
+        while !self.service.stopped() {
+            await_bell(&self.service.reclaim, &park);
+            let mut work = self.contexts.take();
+            count(&work.counters.background_reclaims);
+            let high = self.budget.watermarks().high.0 as i64;
+            let mut stuck = false;
+            // Ready frames are room, for whoever wants a block.
+            while !self.service.stopped()
+                && !stuck
+                && self.budget.left() + (self.blocks.ready() as u64 * BLOCK_PAGES) as i64 <= high
+            {
+                stuck = self.reclaim_step(&mut work, true) == Step::Stuck;
+            }
+            drop(work);
+            if stuck {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            // Answered. Whoever rings from here on is heard.
+            self.service.reclaim.store(self.service.stopped() as u64, Ordering::Release);
+        }
+    }
+
+    /// Reads ahead, until stopped.
+    pub(crate) fn serve_ahead(&self) {
+        let park = self.kernel.park();
+        while !self.service.stopped() {
+            await_bell(&self.service.ahead, &park);
+            loop {
+                let next = {
+                    let mut requests = self.service.requests.lock();
+                    if requests.is_empty() {
+                        // Under the lock, so that a request that comes now rings again.
+                        self.service.ahead.store(self.service.stopped() as u64, Ordering::Release);
+                        None
+                    } else {
+                        Some(requests.remove(0))
+                    }
+                };
+                match next {
+                    Some(what) if !self.service.stopped() => self.bring_ahead(what),
+                    _ => break,
+                }
+            }
+        }
+    }
+
+    /// Receives changes of mappings where faults come by signal, until stopped.
+    pub(crate) fn serve_changes(&self) {
+        while !self.service.stopped() {
+            if self.kernel.wait_message(Some(Duration::from_millis(200))) {
+                let _reader = self.service.reader.lock();
+                while self.receive().is_some() {}
+            }
+        }
+    }
+
+    /// Receives faults and changes, until stopped. Several threads may run this.
+    pub(crate) fn serve_messages(&self) {
+        while !self.service.stopped() {
+            let reader = self.service.reader.lock();
+            if self.service.stopped() || !self.kernel.wait_message(Some(Duration::from_millis(200))) {
+                continue;
+            }
+            match self.receive() {
+                None => {}
+                Some(Message::Fault { va, write, .. }) => {
+                    let access = if write { Access::Write } else { Access::Read };
+                    match self.fault(va, access, Wake::Yes, Patience::Never) {
+                        Err(Pause::Busy) => {
+                            drop(reader);
+                            let outcome = self.fault(va, access, Wake::Yes, Patience::Locks);
+                            self.conclude(va, outcome);
+                        }
+                        outcome => self.conclude(va, outcome),
+                    }
+                }
+                // A change has been acted on: what waited for it may try again.
+                Some(_) => {
+                    for va in std::mem::take(&mut *self.service.aside.lock()) {
+                        self.send_back(va);
+                    }
+                }
+            }
+        }
+    }
+
+    fn conclude(&self, va: Va, outcome: Result<Outcome, Pause>) {
+        match outcome {
+            Ok(Outcome::Resolved | Outcome::Poisoned) => {}
+            // Registered with us but no region: nothing of it can ever have been evicted.
+            Ok(Outcome::Foreign) => {
+                let page = PageRange::new(self.geometry.vpn(va), Pages(1));
+                let _ = self.kernel.zero_in(self.addresses(page), Protect::No, Wake::Yes);
+                self.send_back(va);
+            }
+            Err(_) => {
+                let full = self.service.aside.lock().try_push(va).is_err();
+                // The message may have been acted on before the fault was put aside.
+                if full || !self.kernel.is_changing() {
+                    self.send_back(va);
+                }
+            }
+        }
+    }
+
+    /// Lets a thread that waits for `va` fault again.
+    fn send_back(&self, va: Va) {
+        let _ = self.kernel.wake(self.addresses(PageRange::new(self.geometry.vpn(va), Pages(1))));
+    }
+}

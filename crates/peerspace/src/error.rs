@@ -1,0 +1,62 @@
+//! What can go wrong, said so that one knows what to do about it.
+
+use peerspace_core::addr::VaRange;
+use peerspace_os::{OsError, Trouble};
+
+/// A space could not be made, or a call on it was refused. Nothing was changed.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// This kernel or this container does not allow what is needed.
+    #[error("{0}")]
+    System(#[from] OsError),
+    /// The budget cannot work.
+    #[error("a host budget of {given} bytes cannot work: at least {least} bytes are needed")]
+    BudgetTooSmall {
+        /// What was asked for.
+        given: u64,
+        /// The least that works.
+        least: u64,
+    },
+    /// The budget is larger than what can be counted.
+    #[error("a host budget of {given} bytes is more than the {most} bytes a space can manage")]
+    BudgetTooLarge {
+        /// What was asked for.
+        given: u64,
+        /// The most that works.
+        most: u64,
+    },
+    /// There is no device: what does not fit into RAM would have nowhere to go.
+    #[error("a space needs at least one device for what does not fit into RAM")]
+    NoDevice,
+    /// A device cannot be used.
+    #[error("device {name} cannot be used: {why}")]
+    Device {
+        /// Which one.
+        name: String,
+        /// Why.
+        why: String,
+    },
+    /// A size or an address does not fit.
+    #[error("{what}: {why}")]
+    BadRange {
+        /// What was asked for.
+        what: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The kernel refused.
+    #[error("{what}: {why}")]
+    Kernel {
+        /// What was tried.
+        what: String,
+        /// Why it was refused.
+        why: Trouble,
+    },
+    /// The data of a page is lost (rule Z9).
+    #[error("the page at {0} is lost: its device could not give it back")]
+    Lost(VaRange),
+    /// A thread could not be started.
+    #[error("cannot start a thread of the engine: {0}")]
+    Thread(String),
+}

@@ -1,0 +1,154 @@
+//! What a space is doing, in numbers.
+
+use crate::device::Usage;
+use crate::engine::stats::{Histogram, Sums};
+use crate::space::Real;
+use peerspace_core::sync::Ordering::Relaxed;
+use std::time::Duration;
+
+/// Numbers of a space, from its start to now. Pages are base pages.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Statistics {
+    /// The budget, in bytes.
+    pub limit_bytes: u64,
+    /// RAM in use by managed memory: mapped, on standby, staged.
+    pub used_bytes: u64,
+    /// The most that was in use.
+    pub peak_bytes: u64,
+    /// What was charged beyond the budget because no device had room.
+    pub forced_bytes: u64,
+    /// Of the memory in use, what is on standby.
+    pub standby_bytes: u64,
+    /// Faults.
+    pub faults: FaultStatistics,
+    /// Pages brought in from devices.
+    pub pages_in: u64,
+    /// Pages written to devices.
+    pub pages_out: u64,
+    /// Pages dropped without being written, because their device still had them.
+    pub clean_dropped: u64,
+    /// Pages that were all zeros when they left, and took no place on a device.
+    pub zero_dropped: u64,
+    /// Pages read ahead of streams.
+    pub read_ahead: u64,
+    /// Huge mappings made.
+    pub huge_mapped: u64,
+    /// Huge mappings broken into small ones.
+    pub splits: u64,
+    /// Small pages put together into huge ones.
+    pub collapses: u64,
+    /// Pages unmapped to standby.
+    pub unmapped: u64,
+    /// Rounds of reclaim that a faulting thread had to do itself.
+    pub direct_reclaims: u64,
+    /// Pages lost (rule Z9).
+    pub poisoned: u64,
+    /// Transfers that a device failed.
+    pub device_errors: u64,
+    /// The devices, in the order in which they are tried.
+    pub devices: Vec<DeviceStatistics>,
+}
+
+/// Faults by what they took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FaultStatistics {
+    /// All of them.
+    pub total: u64,
+    /// On memory never touched.
+    pub zero_fill: u64,
+    /// Resolved from standby.
+    pub standby: u64,
+    /// Resolved from a device.
+    pub device: u64,
+    /// Resolved by a huge folio.
+    pub huge: u64,
+    /// First writes to clean pages.
+    pub upgrades: u64,
+    /// Half of all faults took no longer than this, from delivery to the resumption of the thread.
+    pub p50: Duration,
+    /// 99 % of all faults took no longer than this.
+    pub p99: Duration,
+}
+
+/// Numbers of a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeviceStatistics {
+    /// Its name.
+    pub name: String,
+    /// private, coherent or persistent.
+    pub memory: &'static str,
+    /// The bytes that bound it.
+    pub capacity_bytes: u64,
+    /// Bytes it takes up.
+    pub used_bytes: u64,
+    /// The most it took up.
+    pub peak_bytes: u64,
+    /// Pages read from it.
+    pub loads: u64,
+    /// Pages written to it.
+    pub stores: u64,
+}
+
+impl Statistics {
+    pub(crate) fn of(engine: &Real) -> Statistics {
+        let s: Sums = engine.sums();
+        let g = engine.geometry;
+        let latencies = engine.contexts.all().iter().map(|c| &c.as_ref().latency);
+        let [p50, p99] = Histogram::quantiles(latencies, [0.5, 0.99]).map(Duration::from_nanos);
+        Statistics {
+            limit_bytes: g.bytes(engine.budget.limit()),
+            used_bytes: (engine.budget.used().max(0) as u64) << g.page_shift(),
+            peak_bytes: g.bytes(engine.budget.peak()),
+            forced_bytes: g.bytes(engine.budget.forced()),
+            standby_bytes: g.bytes(engine.standby_pages()),
+            faults: FaultStatistics {
+                total: s.faults,
+                zero_fill: s.zero_fill,
+                standby: s.standby_hits,
+                device: s.device_loads,
+                huge: s.huge_faults,
+                upgrades: s.upgrades,
+                p50,
+                p99,
+            },
+            pages_in: s.pages_in,
+            pages_out: s.pages_out,
+            clean_dropped: s.clean_dropped,
+            zero_dropped: s.zero_dropped,
+            read_ahead: s.read_ahead,
+            huge_mapped: s.huge_mapped,
+            splits: s.splits,
+            collapses: s.collapses,
+            unmapped: s.unmapped,
+            direct_reclaims: s.direct_reclaims,
+            poisoned: s.poisoned,
+            device_errors: s.device_errors,
+            devices: engine
+                .tiers
+                .iter()
+                .map(|t| {
+                    let pages = |n| g.bytes(peerspace_core::addr::Pages(n));
+                    let usage = t.device().usage().unwrap_or_else(|| Usage {
+                        used_bytes: g.bytes(t.range.pages - t.available()),
+                        peak_bytes: pages(t.most_used.load(Relaxed)),
+                    });
+                    DeviceStatistics {
+                        name: t.info.name.clone(),
+                        memory: t.info.memory.name(),
+                        capacity_bytes: match t.info.capacity_bytes {
+                            0 => g.bytes(t.info.pages),
+                            n => n,
+                        },
+                        used_bytes: usage.used_bytes,
+                        peak_bytes: usage.peak_bytes,
+                        loads: t.loads.load(Relaxed),
+                        stores: t.stores.load(Relaxed),
+                    }
+                })
+                .collect(),
+        }
+    }
+}

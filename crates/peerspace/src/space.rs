@@ -1,0 +1,260 @@
+//! A space: what a program creates first, and what its regions and devices belong to.
+
+use crate::device::Device;
+use crate::engine::{self, Config, Engine, EngineError, MIN_LIMIT};
+use crate::error::Error;
+use crate::region::Region;
+use crate::report::Statistics;
+use peerspace_core::addr::{Access, Geometry, Va};
+use peerspace_core::reclaim::{Policy, S3Fifo};
+use peerspace_core::regions::Attributes;
+use peerspace_os::linux::signal::{FaultHandler, Registration, register};
+use peerspace_os::linux::{Delivery, Linux, Setup, thread};
+use peerspace_os::own::{Box as OwnBox, Own, Shared, Vec as OwnVec};
+use peerspace_os::{Kernel, Wake};
+use std::fmt;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// The engine over a real kernel.
+pub(crate) type Real = Engine<Linux>;
+
+/// How faults reach a space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Faults {
+    /// By threads where this process may have system calls served too, by signal otherwise. What was chosen:
+    /// [`Space::faults`].
+    #[default]
+    Auto,
+    /// By SIGBUS in the faulting thread: three to five microseconds, no privilege. A system call that meets a page
+    /// that is not there fails with EFAULT: see [`Space::make_resident`].
+    Signal,
+    /// By threads of the engine. Serves the kernel's own accesses, so that any memory can be handed to any system
+    /// call. Needs root, `vm.unprivileged_userfaultfd`, or access to `/dev/userfaultfd`.
+    Threads,
+}
+
+/// Makes a [`Space`].
+///
+/// ```no_run
+/// use peerspace::{Space, device::compressed::Compressed};
+///
+/// let space = Space::builder().host(256 << 20).device(Compressed::new(1 << 30)?).build()?;
+/// let mut region = space.region(1 << 30)?;
+/// region.bytes_mut()[123_456_789] = 7;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use = "a builder makes nothing until it is built"]
+pub struct Builder {
+    host: u64,
+    faults: Faults,
+    devices: OwnVec<OwnBox<dyn Device>>,
+    policy: Option<OwnBox<dyn Policy<<Linux as Kernel>::Words>>>,
+    handlers: usize,
+    without: u64,
+}
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder").field("host", &self.host).field("faults", &self.faults).finish_non_exhaustive()
+    }
+}
+
+impl Builder {
+    /// How much RAM the space's memory may take up, in bytes.
+    pub fn host(self, bytes: u64) -> Builder {
+        Builder { host: bytes, ..self }
+    }
+
+    /// Adds a device. Devices are tried in the order in which they are added.
+    ///
+    /// The device is moved out of the program's heap. What it has allocated itself stays where it is, and must
+    /// never be managed by a space: see [`device`](crate::device).
+    pub fn device(mut self, device: impl Device + 'static) -> Builder {
+        self.devices.push(allocator_api2::unsize_box!(OwnBox::new_in(device, Own)));
+        self
+    }
+
+    /// How faults reach the space.
+    pub fn faults(self, faults: Faults) -> Builder {
+        Builder { faults, ..self }
+    }
+
+    /// Another policy for choosing what leaves RAM. [`S3Fifo`] otherwise.
+    pub fn policy(mut self, policy: impl Policy<<Linux as Kernel>::Words> + 'static) -> Builder {
+        self.policy = Some(allocator_api2::unsize_box!(OwnBox::new_in(policy, Own)));
+        self
+    }
+
+    /// How many threads serve faults when they are delivered to [threads](Faults::Threads). One for each two
+    /// processors otherwise, and at least two.
+    pub fn handlers(self, n: usize) -> Builder {
+        Builder { handlers: n, ..self }
+    }
+
+    /// Does without userfaultfd features (bits as in `<linux/userfaultfd.h>`) although the kernel has them: to
+    /// find out how a space works on an older kernel.
+    pub fn without_features(self, bits: u64) -> Builder {
+        Builder { without: bits, ..self }
+    }
+
+    /// Makes the space.
+    ///
+    /// # Errors
+    /// When the budget is too small to work, there is no device, or this system does not allow it.
+    pub fn build(self) -> Result<Space, Error> {
+        let page = rustix::param::page_size() as u64;
+        let geometry = Geometry::from_page_bytes(page).unwrap_or(Geometry::KIB4);
+        let limit = geometry.pages_in(self.host);
+        if limit < MIN_LIMIT {
+            return Err(Error::BudgetTooSmall { given: self.host, least: geometry.bytes(MIN_LIMIT) });
+        }
+        // Frames have 32-bit numbers.
+        let most = peerspace_core::addr::Pages(1 << 29);
+        if limit > most {
+            return Err(Error::BudgetTooLarge { given: self.host, most: geometry.bytes(most) });
+        }
+        if self.devices.is_empty() {
+            return Err(Error::NoDevice);
+        }
+        let (blocks, slots) = engine::staging_layout(limit, true);
+        let open = |delivery| Linux::open(Setup { delivery, blocks, slots, without: self.without });
+        let kernel = match self.faults {
+            Faults::Signal => open(Delivery::Signal)?,
+            Faults::Threads => open(Delivery::Messages)?,
+            Faults::Auto => open(Delivery::Messages).or_else(|_| open(Delivery::Signal))?,
+        };
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let policy = self.policy.unwrap_or_else(|| {
+            allocator_api2::unsize_box!(OwnBox::new_in(S3Fifo::new(), Own))
+        });
+        let config = Config { limit, devices: self.devices, policy, contexts: (2 * cpus + 6).min(128) };
+        let engine = Engine::new(kernel, config).map_err(|e| match e {
+            EngineError::Memory(why) => Error::Kernel { what: "reserve memory for tables".into(), why },
+            EngineError::Device(name, why) => Error::Device { name, why: why.to_string() },
+        })?;
+        let handlers = if self.handlers == 0 { (cpus / 2).clamp(2, 8) } else { self.handlers };
+        Space::start(Shared::new(engine), handlers)
+    }
+}
+
+/// One virtual address space for the CPU and its devices.
+///
+/// Memory of a space is used through ordinary references and pointers; what does not fit into the
+/// [budget](Builder::host) lives on the devices and comes back when it is touched. A `Space` is a handle: clones
+/// are the same space, and it lives until the last handle and the last region are gone.
+///
+/// # Threads and signals
+///
+/// With [`Faults::Signal`], SIGBUS must not be blocked in any thread that touches the space's memory, and a program
+/// that installs a SIGBUS handler of its own does so before it makes its first space.
+#[derive(Clone)]
+pub struct Space {
+    service: Arc<Service>,
+}
+
+/// The engine with everything that serves it. Dropped, it ends all of that.
+struct Service {
+    engine: Shared<Real>,
+    registration: Option<Registration<Real>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl FaultHandler for Real {
+    fn fault(&self, va: Va, access: Access) -> bool {
+        use crate::engine::fault::{Outcome, Patience};
+        matches!(Engine::fault(self, va, access, Wake::No, Patience::Waits), Ok(Outcome::Resolved))
+    }
+}
+
+impl Space {
+    /// Begins to make a space.
+    pub fn builder() -> Builder {
+        Builder {
+            host: 0,
+            faults: Faults::Auto,
+            devices: OwnVec::new_in(Own),
+            policy: None,
+            handlers: 0,
+            without: 0,
+        }
+    }
+
+    fn start(engine: Shared<Real>, handlers: usize) -> Result<Space, Error> {
+        let mut service = Service { engine, registration: None, threads: Vec::new() };
+        let mut loops: Vec<(&str, fn(&Real))> =
+            vec![("peerspace-reclaim", Engine::serve_reclaim), ("peerspace-ahead", Engine::serve_ahead)];
+        match service.engine.kernel.delivery() {
+            Delivery::Signal => {
+                let e = |_| Error::Thread("SIGBUS cannot be handled, or there are too many spaces".into());
+                service.registration = Some(register(service.engine.clone()).map_err(e)?);
+                loops.push(("peerspace-changes", Engine::serve_changes));
+            }
+            Delivery::Messages => {
+                loops.extend((0..handlers).map(|_| ("peerspace-faults", Engine::serve_messages as fn(&Real))));
+            }
+        }
+        for (name, run) in loops {
+            let engine = service.engine.clone();
+            // On failure the service is dropped, which ends the threads that run already.
+            let thread = thread::spawn(name, move || run(&engine)).map_err(|e| Error::Thread(e.to_string()))?;
+            service.threads.push(thread);
+        }
+        Ok(Space { service: Arc::new(service) })
+    }
+
+    /// How faults reach this space: never [`Faults::Auto`].
+    pub fn faults(&self) -> Faults {
+        match self.engine().kernel.delivery() {
+            Delivery::Signal => Faults::Signal,
+            Delivery::Messages => Faults::Threads,
+        }
+    }
+
+    /// Maps a region of at least `bytes` bytes: zeros, none of them in RAM yet.
+    ///
+    /// Takes the same time for any size.
+    ///
+    /// # Errors
+    /// For no bytes, more than the address space has, or more regions than a process can have mappings.
+    pub fn region(&self, bytes: u64) -> Result<Region, Error> {
+        self.region_with(bytes, Attributes::default())
+    }
+
+    pub(crate) fn region_with(&self, bytes: u64, attributes: Attributes) -> Result<Region, Error> {
+        Region::new(self.clone(), bytes, attributes)
+    }
+
+    /// What the space is doing.
+    pub fn statistics(&self) -> Statistics {
+        Statistics::of(self.engine())
+    }
+
+    /// Walks everything and checks the engine's invariants. Nothing else may use the space meanwhile. For tests.
+    ///
+    /// # Panics
+    /// When one does not hold.
+    pub fn check(&self) {
+        self.engine().check();
+    }
+
+    pub(crate) fn engine(&self) -> &Shared<Real> {
+        &self.service.engine
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.engine.service.stop(&self.engine.kernel.park());
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for Space {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Space").field("faults", &self.faults()).finish_non_exhaustive()
+    }
+}
