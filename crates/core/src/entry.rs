@@ -206,7 +206,11 @@ mod tests {
         prop_oneof![
             Just(State::Empty),
             Just(State::Poisoned),
-            (pfn.clone(), any::<bool>(), dirt()).prop_map(|(pfn, writable, dirt)| State::Host { pfn, writable, dirt }),
+            (pfn.clone(), any::<bool>(), dirt()).prop_map(|(pfn, writable, dirt)| State::Host {
+                pfn,
+                writable,
+                dirt
+            }),
             (pfn.clone(), dirt()).prop_map(|(pfn, dirt)| State::Standby { pfn, dirt }),
             (pfn, 0..STAMPS as u16).prop_map(|(pfn, stamp)| State::Device { pfn, stamp }),
             any::<u32>().prop_map(State::Leaf),

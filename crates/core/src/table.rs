@@ -201,9 +201,7 @@ impl<W: Words, P: Park> Table<W, P> {
         let word = Entry::from_word(block.load(Ordering::Acquire));
         Some(match word.leaf() {
             None => (word, true),
-            Some(leaf) => {
-                (Entry::from_word(self.leaf_word(leaf, vpn.index()).load(Ordering::Acquire)), false)
-            }
+            Some(leaf) => (Entry::from_word(self.leaf_word(leaf, vpn.index()).load(Ordering::Acquire)), false),
         })
     }
 
@@ -259,11 +257,8 @@ impl<W: Words, P: Park> Table<W, P> {
         let vpn = if whole { vpn.block_start() } else { vpn };
         let locked = Locked { table: self, word, entry, vpn, whole };
         // Look again: a join or a split may have come first. Dropping `locked` lets go of the word unchanged.
-        let still = if whole {
-            entry.leaf().is_none()
-        } else {
-            Entry::from_word(block.load(Ordering::Acquire)) == seen
-        };
+        let still =
+            if whole { entry.leaf().is_none() } else { Entry::from_word(block.load(Ordering::Acquire)) == seen };
         Ok(still.then_some(locked))
     }
 
@@ -313,8 +308,7 @@ impl<W: Words, P: Park> Table<W, P> {
         let seen = word.load(Ordering::Acquire);
         let Some(leaf) = Entry::from_word(seen).leaf() else { return Ok(None) };
         // The block word of a split block is locked by joins alone.
-        if seen & LOCK != 0
-            || word.compare_exchange(seen, seen | LOCK, Ordering::Acquire, Ordering::Relaxed).is_err()
+        if seen & LOCK != 0 || word.compare_exchange(seen, seen | LOCK, Ordering::Acquire, Ordering::Relaxed).is_err()
         {
             return Ok(None);
         }
@@ -322,9 +316,7 @@ impl<W: Words, P: Park> Table<W, P> {
         while held < LEAF_WORDS {
             let w = self.leaf_word(leaf, held);
             let v = w.load(Ordering::Relaxed);
-            if v & LOCK != 0
-                || w.compare_exchange(v, v | LOCK, Ordering::Acquire, Ordering::Relaxed).is_err()
-            {
+            if v & LOCK != 0 || w.compare_exchange(v, v | LOCK, Ordering::Acquire, Ordering::Relaxed).is_err() {
                 break;
             }
             held += 1;
@@ -342,12 +334,9 @@ impl<W: Words, P: Park> Table<W, P> {
         // The block word stays locked while it changes, so a walker that comes now waits at the block.
         // Release: pairs with the second look of walkers that hold a word of the leaf afterwards.
         let mut now = word.load(Ordering::Relaxed);
-        while let Err(changed) = word.compare_exchange(
-            now,
-            joined.word() | LOCK | (now & WAIT),
-            Ordering::Release,
-            Ordering::Relaxed,
-        ) {
+        while let Err(changed) =
+            word.compare_exchange(now, joined.word() | LOCK | (now & WAIT), Ordering::Release, Ordering::Relaxed)
+        {
             now = changed;
         }
         for i in 0..LEAF_WORDS {
@@ -408,11 +397,7 @@ impl<'t, W: Words, P: Park> Locked<'t, W, P> {
 
     /// The pages this lock is about.
     pub fn range(&self) -> PageRange {
-        if self.whole {
-            PageRange::block(self.vpn.block())
-        } else {
-            PageRange { start: self.vpn, end: self.vpn + 1 }
-        }
+        if self.whole { PageRange::block(self.vpn.block()) } else { PageRange { start: self.vpn, end: self.vpn + 1 } }
     }
 
     /// The first page this lock is about.

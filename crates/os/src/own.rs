@@ -7,8 +7,8 @@
 //!
 //! Nothing on the fault path calls into this module; it serves set-up and background work.
 
-use crate::linux::futex::{Mutex, RawMutex};
 use crate::kernel::Trouble;
+use crate::linux::futex::{Mutex, RawMutex};
 use crate::linux::map::Mapping;
 use allocator_api2::alloc::{AllocError, Allocator, GlobalAlloc, Layout};
 use std::fmt;
@@ -16,8 +16,8 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering, fence};
 use talc::base::Talc;
-use talc::{DefaultBinning, TalcLock};
 use talc::source::AllocatorSource;
+use talc::{DefaultBinning, TalcLock};
 
 /// The size of the pieces the heap grows by.
 const PIECE: usize = 1 << 20;
@@ -171,9 +171,8 @@ impl Area {
     fn pieces(&self, at: usize, len: usize) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.len()), "{len} bytes at {at} of {}", self.len());
         let end = at + len;
-        (at / Self::PIECE..end.div_ceil(Self::PIECE)).map(move |i| {
-            (i, at.max(i * Self::PIECE)..end.min((i + 1) * Self::PIECE))
-        })
+        (at / Self::PIECE..end.div_ceil(Self::PIECE))
+            .map(move |i| (i, at.max(i * Self::PIECE)..end.min((i + 1) * Self::PIECE)))
     }
 
     /// Gives `read` the bytes at `at`, piece by piece with their offset from `at`, while it returns true. True if

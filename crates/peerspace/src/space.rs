@@ -125,9 +125,7 @@ impl Builder {
             Faults::Auto => open(Delivery::Messages).or_else(|_| open(Delivery::Signal))?,
         };
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let policy = self.policy.unwrap_or_else(|| {
-            allocator_api2::unsize_box!(OwnBox::new_in(S3Fifo::new(), Own))
-        });
+        let policy = self.policy.unwrap_or_else(|| allocator_api2::unsize_box!(OwnBox::new_in(S3Fifo::new(), Own)));
         let config = Config { limit, devices: self.devices, policy, contexts: (2 * cpus + 6).min(128) };
         let engine = Engine::new(kernel, config).map_err(|e| match e {
             EngineError::Memory(why) => Error::Kernel { what: "reserve memory for tables".into(), why },
@@ -170,14 +168,7 @@ impl FaultHandler for Real {
 impl Space {
     /// Begins to make a space.
     pub fn builder() -> Builder {
-        Builder {
-            host: 0,
-            faults: Faults::Auto,
-            devices: OwnVec::new_in(Own),
-            policy: None,
-            handlers: 0,
-            without: 0,
-        }
+        Builder { host: 0, faults: Faults::Auto, devices: OwnVec::new_in(Own), policy: None, handlers: 0, without: 0 }
     }
 
     fn start(engine: Shared<Real>, handlers: usize) -> Result<Space, Error> {

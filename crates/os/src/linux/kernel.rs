@@ -114,11 +114,13 @@ impl Linux {
                 false,
             ),
             Err(e) => {
-                return Err(OsError::new("open a userfaultfd that serves system calls too", e)
-                    .remedy(REMEDY_PERMISSION));
+                return Err(
+                    OsError::new("open a userfaultfd that serves system calls too", e).remedy(REMEDY_PERMISSION)
+                );
             }
         };
-        uffd.enable(features).map_err(|e| OsError::new(format!("switch on userfaultfd features {features:#x}"), e))?;
+        uffd.enable(features)
+            .map_err(|e| OsError::new(format!("switch on userfaultfd features {features:#x}"), e))?;
         let write_protect = features & feature::PAGEFAULT_FLAG_WP != 0;
         let move_pages = features & feature::MOVE != 0;
         let huge = move_pages && geometry == Geometry::KIB4 && super::probe::huge_pages_allowed();
@@ -238,7 +240,11 @@ fn read_self(at: u64, out: &mut [u8]) -> Result<usize, Errno> {
     let pid = rustix::process::getpid().as_raw_nonzero().get();
     // SAFETY: the local vector is ours to write; the kernel checks the remote one.
     let n = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
-    if n < 0 { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::FAULT)) } else { Ok(n as usize) }
+    if n < 0 {
+        Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::FAULT))
+    } else {
+        Ok(n as usize)
+    }
 }
 
 /// What an errno means to the engine.
@@ -332,7 +338,8 @@ impl Kernel for Linux {
     fn put_back(&self, to: Va, from: VaRange, wake: Wake) -> Done {
         if !self.capabilities.move_pages {
             let done = self.copy_staged(to, from, Protect::No, wake);
-            return match self.drop_staged(VaRange { end: Va(from.start.0 + self.geometry.bytes(done.pages)), ..from }) {
+            return match self.drop_staged(VaRange { end: Va(from.start.0 + self.geometry.bytes(done.pages)), ..from })
+            {
                 Ok(()) => done,
                 Err(t) => Done { trouble: done.trouble.or(Some(t)), ..done },
             };

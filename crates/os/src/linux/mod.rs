@@ -6,8 +6,8 @@ pub mod map;
 pub mod memory;
 pub mod probe;
 pub mod scan;
-mod staging;
 pub mod signal;
+mod staging;
 pub mod thread;
 pub mod uffd;
 

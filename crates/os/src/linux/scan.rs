@@ -324,7 +324,8 @@ impl Maps {
             }
             Err(e) => return Err(e),
         };
-        let named = if long { VmaName::Other } else { classify(&name[..(arg.vma_name_size as usize).min(name.len())]) };
+        let named =
+            if long { VmaName::Other } else { classify(&name[..(arg.vma_name_size as usize).min(name.len())]) };
         Ok(Some(Vma {
             range: VaRange { start: Va(arg.vma_start), end: Va(arg.vma_end) },
             read: arg.vma_flags & QUERY_READABLE != 0,
@@ -475,7 +476,9 @@ mod tests {
             map.scan = scan;
             let mut pages = Vec::new();
             map.present_runs(m.range(), &mut |r| {
-                pages.extend(((r.start.0 - m.range().start.0) / page as u64)..((r.end.0 - m.range().start.0) / page as u64));
+                pages.extend(
+                    ((r.start.0 - m.range().start.0) / page as u64)..((r.end.0 - m.range().start.0) / page as u64),
+                );
             })
             .unwrap();
             assert!(pages.iter().copied().eq(touched.iter().map(|i| *i as u64)), "scan {scan}: {pages:?}");

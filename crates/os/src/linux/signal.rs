@@ -224,12 +224,7 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut c
 ///
 /// # Safety
 /// To be called from a handler, with its arguments; `action` is valid for the signal.
-pub unsafe fn run_action(
-    action: &libc::sigaction,
-    signal: i32,
-    info: *mut libc::siginfo_t,
-    context: *mut c_void,
-) {
+pub unsafe fn run_action(action: &libc::sigaction, signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: the caller vouches for the action; sigaction and sigprocmask are safe in handlers.
     unsafe {
         // Ignoring a fault is not possible: the kernel takes the default action.
@@ -255,10 +250,10 @@ pub unsafe fn run_action(
         }
         libc::pthread_sigmask(libc::SIG_SETMASK, &mask, null_mut());
         if action.sa_flags & libc::SA_SIGINFO != 0 {
-            let f: extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void) =
-                std::mem::transmute::<usize, extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void)>(
-                    action.sa_sigaction,
-                );
+            let f: extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void) = std::mem::transmute::<
+                usize,
+                extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void),
+            >(action.sa_sigaction);
             f(signal, info, context);
         } else {
             let f: extern "C" fn(i32) = std::mem::transmute::<usize, extern "C" fn(i32)>(action.sa_sigaction);

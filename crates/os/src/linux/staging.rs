@@ -100,9 +100,9 @@ impl Staging {
             // Acquire: pairs with the Release of the drop before.
             let taken = match how {
                 Use::Alone => word.compare_exchange(0, ALONE, Ordering::Acquire, Ordering::Relaxed).is_ok(),
-                Use::Shared => word
-                    .try_update(Ordering::Acquire, Ordering::Relaxed, |n| (n != ALONE).then_some(n + 1))
-                    .is_ok(),
+                Use::Shared => {
+                    word.try_update(Ordering::Acquire, Ordering::Relaxed, |n| (n != ALONE).then_some(n + 1)).is_ok()
+                }
             };
             assert!(taken, "staging cell {i} ({range}) has two users: every frame has one owner");
             claim.cells.end = i + 1;

@@ -276,10 +276,7 @@ impl Uffd {
         let mut arg = WriteProtect { range: Range { start, len }, mode };
         // SAFETY: the opcode belongs to the struct. Protection changes no bytes.
         unsafe {
-            ioctl(
-                &self.fd,
-                Updater::<{ opcode::read_write::<WriteProtect>(IOC, 0x06) }, WriteProtect>::new(&mut arg),
-            )
+            ioctl(&self.fd, Updater::<{ opcode::read_write::<WriteProtect>(IOC, 0x06) }, WriteProtect>::new(&mut arg))
         }
     }
 
@@ -304,11 +301,7 @@ impl Uffd {
         if n != 32 {
             return Err(Errno::IO);
         }
-        Ok(RawMessage {
-            event: message[0] as u8,
-            _reserved: [0; 7],
-            args: [message[1], message[2], message[3]],
-        })
+        Ok(RawMessage { event: message[0] as u8, _reserved: [0; 7], args: [message[1], message[2], message[3]] })
     }
 }
 

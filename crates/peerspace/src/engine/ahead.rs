@@ -51,9 +51,8 @@ impl<K: Kernel> Engine<K> {
     /// Has small pages from `next` on read ahead.
     pub(crate) fn read_ahead_pages(&self, region: RegionInfo, next: Vpn, level: Level) {
         let wanted = PageRange::new(next, Pages(PAGES_AHEAD)).intersect(region.range);
-        let on_device = |vpn| {
-            matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Device { .. }))
-        };
+        let on_device =
+            |vpn| matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Device { .. }));
         if !wanted.is_empty() && on_device(wanted.start) {
             self.service.request(Ahead::Pages(wanted, level), &self.kernel.park());
         }

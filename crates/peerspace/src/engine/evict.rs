@@ -57,9 +57,7 @@ impl<K: Kernel> Engine<K> {
                 left |= self.ring.occupant(slot).is_some();
                 continue;
             }
-            match self.destination(&entry, frame, work, |read| {
-                self.kernel.read_staged(self.ring.slot(slot), read)
-            }) {
+            match self.destination(&entry, frame, work, |read| self.kernel.read_staged(self.ring.slot(slot), read)) {
                 Some(state) => self.evicted(entry, frame, Some(slot), state, work),
                 None => dirty.push((entry, frame, slot)),
             }
@@ -315,12 +313,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Writes one staged page back; its new state if some device took it.
-    fn write_page(
-        &self,
-        frame: Frame,
-        range: peerspace_core::addr::VaRange,
-        work: &Working<'_>,
-    ) -> Option<State> {
+    fn write_page(&self, frame: Frame, range: peerspace_core::addr::VaRange, work: &Working<'_>) -> Option<State> {
         let over = match self.memmap.backing(frame) {
             Backing::Page(pfn) => self.kernel.read_staged(range, |b| self.tiers.rewrite(pfn, b)).then_some(pfn),
             _ => None,

@@ -163,7 +163,12 @@ impl<K: Kernel> Engine<K> {
         result
     }
 
-    pub(crate) fn attempt(&self, fault: &mut Fault, work: &mut Working<'_>, ration: &mut Ration) -> Result<Outcome, Hold> {
+    pub(crate) fn attempt(
+        &self,
+        fault: &mut Fault,
+        work: &mut Working<'_>,
+        ration: &mut Ration,
+    ) -> Result<Outcome, Hold> {
         let Some(region) = self.region(fault.vpn) else { return self.unknown(fault.vpn, work) };
         let (seen, whole) = self.table.look(fault.vpn).ok_or(Hold::Again)?;
         let grain = plan::grain(GrainFacts {
@@ -593,9 +598,7 @@ impl<K: Kernel> Engine<K> {
         }
         let (protect, writable, dirt) = self.map_copy(fault.access, Dirt::Clean);
         let done = match self.gate.enter(context) {
-            Some(_section) => {
-                self.kernel.copy_in(self.geometry.va(run.start), &buffer[..bytes], protect, fault.wake)
-            }
+            Some(_section) => self.kernel.copy_in(self.geometry.va(run.start), &buffer[..bytes], protect, fault.wake),
             None => Done::stopped(Pages(0), Trouble::Changing),
         };
         let n = done.pages.0 as usize;
@@ -678,7 +681,8 @@ impl<K: Kernel> Engine<K> {
         }
         let frame = self.memmap.page(pfn);
         // Protection from another life proves nothing any more (G12).
-        let dirt = if self.memmap.epoch(frame) != self.life() && dirt != Dirt::Dirty { Dirt::Unverified } else { dirt };
+        let dirt =
+            if self.memmap.epoch(frame) != self.life() && dirt != Dirt::Dirty { Dirt::Unverified } else { dirt };
         let (protect, writable, now) = self.map_copy(fault.access, dirt);
         let (from, slot) = self.staged_at(frame);
         let to = self.geometry.va(fault.vpn);

@@ -209,8 +209,7 @@ impl<K: Kernel> Engine<K> {
         let new = self.lonely_blocks(range);
         let memory = self.table.memory();
         let need = self.table.needs(range, new);
-        for (words, n) in
-            [(&memory.blocks, need.blocks), (&memory.leaves, need.leaves), (&memory.links, need.links)]
+        for (words, n) in [(&memory.blocks, need.blocks), (&memory.leaves, need.leaves), (&memory.links, need.links)]
         {
             self.kernel.grow(words, n).map_err(|_| AddError::TableFull(range))?;
         }
