@@ -2,7 +2,8 @@
 
 #[cfg(not(shuttle))]
 mod imp {
-    use std::sync::{self, MutexGuard, PoisonError, TryLockError};
+    pub(crate) use std::sync::MutexGuard;
+    use std::sync::{self, PoisonError, TryLockError};
 
     /// A mutex whose guard is had also after a panic: the engine's invariants are checked, not assumed.
     #[derive(Debug, Default)]
@@ -29,7 +30,8 @@ mod imp {
 
 #[cfg(shuttle)]
 mod imp {
-    use shuttle::sync::{self, MutexGuard};
+    use shuttle::sync;
+    pub(crate) use shuttle::sync::MutexGuard;
 
     #[derive(Debug, Default)]
     pub(crate) struct Mutex<T>(sync::Mutex<T>);
@@ -49,7 +51,7 @@ mod imp {
     }
 }
 
-pub(crate) use imp::Mutex;
+pub(crate) use imp::{Mutex, MutexGuard};
 
 /// Keeps a value on cache lines of its own.
 #[derive(Debug, Default)]

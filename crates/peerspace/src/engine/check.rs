@@ -1,8 +1,7 @@
 //! The engine's invariants, executable.
 //!
 //! [`Engine::check`] walks everything: every page has exactly one owner, every frame and device page one entry,
-//! and the account of memory adds up. It is for tests and for moments of rest: it locks each entry as it goes, and
-//! sums are only meaningful while nothing else runs.
+//! and the account of memory adds up.
 
 use super::Engine;
 use peerspace_core::addr::{BLOCK_PAGES, Pfn};
@@ -29,11 +28,12 @@ pub(crate) struct Census {
 }
 
 impl<K: Kernel> Engine<K> {
-    /// Checks every invariant. The engine must be at rest.
+    /// Brings the engine to rest and checks every invariant. The program must not touch its memory meanwhile.
     ///
     /// # Panics
     /// When one does not hold.
     pub(crate) fn check(&self) -> Census {
+        let _rest = self.rest();
         let mut census = Census::default();
         let mut owners: HashMap<Pfn, String> = HashMap::new();
         let mut own = |pfn: Pfn, n: u64, who: String| {

@@ -6,7 +6,7 @@
 //! keeps its own.
 
 use crate::engine::stats::{Counters, Histogram};
-use crate::sync::{Mutex, Padded};
+use crate::sync::{Mutex, MutexGuard, Padded};
 use peerspace_core::sync::{AtomicU32, spin_hint};
 use peerspace_os::own::{Own, Vec};
 use std::ops::{Deref, DerefMut};
@@ -39,7 +39,7 @@ impl AsRef<Context> for Slot {
 /// A context that is ours until this is dropped.
 pub(crate) struct Working<'a> {
     context: &'a Context,
-    buffer: std::sync::MutexGuard<'a, peerspace_os::own::Buffer>,
+    buffer: MutexGuard<'a, peerspace_os::own::Buffer>,
 }
 
 impl Contexts {
@@ -79,6 +79,22 @@ impl Contexts {
             }
             spin_hint();
         }
+    }
+}
+
+/// All contexts at once: nobody else works in the engine while this lives.
+pub(crate) struct AllContexts<'a> {
+    _all: Vec<MutexGuard<'a, peerspace_os::own::Buffer>>,
+}
+
+impl Contexts {
+    /// Waits until nobody works in the engine, and keeps everybody out.
+    pub(crate) fn take_all(&self) -> AllContexts<'_> {
+        let mut all = Vec::with_capacity_in(self.all.len(), Own);
+        for slot in &self.all {
+            all.push(slot.as_ref().buffer.lock());
+        }
+        AllContexts { _all: all }
     }
 }
 

@@ -45,7 +45,7 @@ pub(crate) mod stats;
 pub(crate) mod tiers;
 
 use crate::device::Device;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
 use budget::Budget;
 use context::Contexts;
 use gate::Gate;
@@ -310,12 +310,29 @@ impl<K: Kernel> Engine<K> {
         self.protected.store(pages.0, Relaxed);
     }
 
+    /// Waits until nothing is under way in the engine, and keeps it so while the guard lives: no fault is being
+    /// resolved, nothing reclaimed, no message acted on. The calling thread must not fault meanwhile.
+    pub(crate) fn rest(&self) -> Rest<'_> {
+        // In the order in which everybody takes them: who receives works without a context of the pool, and who
+        // works may change regions.
+        let reader = self.service.reader.lock();
+        let contexts = self.contexts.take_all();
+        Rest { _regions: self.region_changes.lock(), _contexts: contexts, _reader: reader }
+    }
+
     /// The sums of all counters.
     pub(crate) fn sums(&self) -> stats::Sums {
         let mut sums = stats::Sums::default();
         self.contexts.all().iter().for_each(|c| sums.add(&c.as_ref().counters));
         sums
     }
+}
+
+/// Keeps the engine at rest.
+pub(crate) struct Rest<'a> {
+    _regions: MutexGuard<'a, ()>,
+    _contexts: context::AllContexts<'a>,
+    _reader: MutexGuard<'a, ()>,
 }
 
 /// Why a range cannot be managed.

@@ -21,11 +21,11 @@ use super::fault::{Hold, Patience};
 use super::stats::{count, count_n};
 use super::{Engine, Entry};
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{BLOCK_PAGES, PageRange, Pages, Vpn};
-use peerspace_core::entry::State;
-use peerspace_core::memmap::{Arrival, Frame};
+use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Vpn};
+use peerspace_core::entry::{Dirt, State};
+use peerspace_core::memmap::{Arrival, Backing, Frame};
 use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
-use peerspace_os::{Done, Kernel, Trouble};
+use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
 use std::time::{Duration, Instant};
 
 /// Victims unmapped in one go.
@@ -313,8 +313,8 @@ impl<K: Kernel> Engine<K> {
             count_n(&work.counters.unmapped, unmapped);
             self.service.pace.note(background, unmapped, started.elapsed());
         }
-        if background {
-            self.unshare_pages(&shared, work);
+        if !shared.is_empty() {
+            self.service.note_shared(&shared);
         }
         unmapped
     }
@@ -325,7 +325,7 @@ impl<K: Kernel> Engine<K> {
         entry.commit(State::Empty);
         self.budget.uncharge(1);
         self.free_frame(frame, false);
-        self.free_backing(backing, peerspace_core::addr::Order::BASE);
+        self.free_backing(backing, Order::BASE);
     }
 
     fn unmap_block(&self, mut entry: Entry<'_, K>, frame: Frame, work: &mut Working<'_>) -> u64 {
@@ -382,31 +382,40 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Makes pages that are shared with a forked process this process's own, so that they can go next time.
-    fn unshare_pages(&self, pages: &[Vpn], work: &Working<'_>) {
-        for &vpn in pages {
-            let Ok(Some(entry)) = self.table.try_lock(vpn) else { continue };
-            let State::Host { pfn, writable, .. } = entry.state() else { continue };
-            if entry.is_whole() {
-                continue;
+    ///
+    /// For the background reclaimer, between two rounds: the call may have to wait for a fault to be served, so
+    /// neither a lock nor a context is held.
+    pub(crate) fn unshare_pages(&self) {
+        for vpn in self.service.take_shared() {
+            let range = self.addresses(PageRange::new(vpn, Pages(1)));
+            if self.make_dirty(vpn) {
+                let _ = self.kernel.unshare(range);
             }
-            let range = self.addresses(entry.range());
-            if !writable {
-                // The copy that is about to be made is not protected: the page is dirty from here on.
-                let Some(_section) = self.gate.enter(work.context()) else { continue };
-                if self.kernel.protect(range, peerspace_os::Protect::No, peerspace_os::Wake::Yes).is_err() {
-                    continue;
-                }
-                drop(_section);
-                let frame = self.memmap.page(pfn);
-                let backing = self.memmap.backing(frame);
-                self.memmap.set_backing(frame, peerspace_core::memmap::Backing::None);
-                entry.commit(State::Host { pfn, writable: true, dirt: peerspace_core::entry::Dirt::Dirty });
-                self.free_backing(backing, peerspace_core::addr::Order::BASE);
-            } else {
-                drop(entry);
-            }
-            // Without the lock: the call may have to wait for a fault.
-            let _ = self.kernel.unshare(range);
         }
+    }
+
+    /// Makes a mapped page writable and dirty: a copy of it that is about to be made will not be protected. False
+    /// when the page is not mapped.
+    fn make_dirty(&self, vpn: Vpn) -> bool {
+        let work = self.contexts.take();
+        let Ok(Some(entry)) = self.table.try_lock(vpn) else { return false };
+        let State::Host { pfn, writable, .. } = entry.state() else { return false };
+        if entry.is_whole() {
+            return false;
+        }
+        if writable {
+            return true;
+        }
+        let unprotected = self.gate.enter(work.context()).is_some_and(|_section| {
+            self.kernel.protect(self.addresses(entry.range()), Protect::No, Wake::Yes).is_ok()
+        });
+        if unprotected {
+            let frame = self.memmap.page(pfn);
+            let backing = self.memmap.backing(frame);
+            self.memmap.set_backing(frame, Backing::None);
+            entry.commit(State::Host { pfn, writable: true, dirt: Dirt::Dirty });
+            self.free_backing(backing, Order::BASE);
+        }
+        unprotected
     }
 }

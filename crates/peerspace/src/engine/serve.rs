@@ -15,7 +15,7 @@ use super::reclaim::{Pace, Step};
 use super::stats::count;
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Va};
+use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Va, Vpn};
 use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering, Park};
 use peerspace_os::{Kernel, Message, Protect, Wake};
 use std::time::Duration;
@@ -24,17 +24,22 @@ use std::time::Duration;
 const PUT_ASIDE: usize = 256;
 /// Requests to read ahead that wait.
 const REQUESTS: usize = 16;
+/// Shared pages noted.
+const SHARED: usize = 256;
 
 /// What the engine's threads share.
 #[derive(Debug)]
 pub(crate) struct Service {
     stop: AtomicBool,
-    reader: Mutex<()>,
+    /// Held by whoever receives messages.
+    pub(crate) reader: Mutex<()>,
     aside: Mutex<ArrayVec<Va, PUT_ASIDE>>,
     reclaim: AtomicU64,
     ahead: AtomicU64,
     requests: Mutex<ArrayVec<Ahead, REQUESTS>>,
     said_full: AtomicBool,
+    /// Pages that could not be unmapped because a forked process has them too.
+    shared: Mutex<ArrayVec<Vpn, SHARED>>,
     pub(crate) pace: Pace,
 }
 
@@ -48,6 +53,7 @@ impl Service {
             ahead: AtomicU64::new(0),
             requests: Mutex::new(ArrayVec::new_const()),
             said_full: AtomicBool::new(false),
+            shared: Mutex::new(ArrayVec::new_const()),
             pace: Pace::new(),
         }
     }
@@ -78,6 +84,17 @@ impl Service {
         drop(requests);
         ring(&self.ahead, park);
         true
+    }
+
+    /// Notes pages to be [unshared](Engine::unshare_pages); more than fit are noted when they turn up again.
+    pub(crate) fn note_shared(&self, pages: &[Vpn]) {
+        let mut shared = self.shared.lock();
+        let room = shared.remaining_capacity().min(pages.len());
+        shared.extend(pages[..room].iter().copied());
+    }
+
+    pub(crate) fn take_shared(&self) -> ArrayVec<Vpn, SHARED> {
+        std::mem::take(&mut *self.shared.lock())
     }
 
     pub(crate) fn say_once_full(&self) -> bool {
@@ -118,6 +135,7 @@ impl<K: Kernel> Engine<K> {
                 stuck = self.reclaim_step(&mut work, true) == Step::Stuck;
             }
             drop(work);
+            self.unshare_pages();
             if stuck {
                 std::thread::sleep(Duration::from_millis(2));
             }
