@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!  word   bits
-//!   0     63..0   pins and counts
+//!   0     47..32  pins       31..16 / 15..0  of the head of a split block: parts left in staging, parts left
 //!   1     63..12  vpn it is mapped at (the reverse map)     7..0 epoch
 //!   2     63..32  previous in its list      31..0 next in its list, or the staging slot while on standby
 //!   3     39..0   backing: the page of a device with the same content    42..40 list    45..43 frequency   47..46 arrival
@@ -40,6 +40,10 @@ const ARRIVAL_MASK: u64 = 0x3 << ARRIVAL_SHIFT;
 /// Word 0 of the head of a split block: parts that are left, and above them the pages left behind in staging.
 const PARTS_MASK: u64 = 0xffff;
 const STAGED_SHIFT: u32 = 16;
+const STAGED_MASK: u64 = 0xffff;
+/// Word 0 of any frame: pins, above what the head of a split block keeps there. They change under the lock of the
+/// entry that maps the frame.
+const PINS_SHIFT: u32 = 32;
 
 /// In the place of a slot: the page lies in its block frame's staging.
 const IN_BLOCK: u32 = u32::MAX;
@@ -244,13 +248,15 @@ impl<W: Words> Memmap<W> {
         // AcqRel: the thread that ends the last part has seen what the others did to theirs.
         let before = self.word(head, 0).fetch_add(add.wrapping_sub(1), crate::sync::Ordering::AcqRel);
         debug_assert!(before & PARTS_MASK > 0, "a part of a block frame went twice");
-        (before & PARTS_MASK == 1).then_some(Pages((before >> STAGED_SHIFT) + staged as u64))
+        (before & PARTS_MASK == 1).then_some(Pages((before >> STAGED_SHIFT & STAGED_MASK) + staged as u64))
     }
 
     /// Prepares the parts of a block frame for lives of their own. The caller owns the whole block, and has
     /// taken the head off its list.
     pub fn split_block(&self, head: Frame) {
         debug_assert!(self.is_block(head));
+        // Whoever relies on the block relies on each of its parts.
+        let pins = self.word(head, 0).load(Relaxed) >> PINS_SHIFT << PINS_SHIFT;
         self.word(head, 0).store(BLOCK_PAGES, Relaxed);
         let backing = self.backing(head);
         let vpn = self.vpn(head);
@@ -258,6 +264,7 @@ impl<W: Words> Memmap<W> {
         for i in 0..BLOCK_PAGES {
             let part = self.page(self.pfn(head) + i);
             self.reset(part);
+            self.word(part, 0).store(pins, Relaxed);
             self.place(part, vpn + i, epoch);
             self.set_backing(
                 part,
@@ -267,6 +274,30 @@ impl<W: Words> Memmap<W> {
                 },
             );
         }
+    }
+
+    /// How many users rely on the frame staying where it is.
+    pub fn pins(&self, frame: Frame) -> u16 {
+        (self.word(frame, 0).load(Relaxed) >> PINS_SHIFT) as u16
+    }
+
+    /// One more user relies on the frame. False when there are as many as can be counted.
+    #[must_use]
+    pub fn pin(&self, frame: Frame) -> bool {
+        let full = self.pins(frame) == u16::MAX;
+        if !full {
+            self.word(frame, 0).fetch_add(1 << PINS_SHIFT, Relaxed);
+        }
+        !full
+    }
+
+    /// One user less relies on the frame. False when there was none.
+    pub fn unpin(&self, frame: Frame) -> bool {
+        let any = self.pins(frame) > 0;
+        if any {
+            self.word(frame, 0).fetch_sub(1 << PINS_SHIFT, Relaxed);
+        }
+        any
     }
 
     /// The page this frame holds the data of.

@@ -23,6 +23,8 @@ impl Attributes {
     pub const NO_HUGE: Attributes = Attributes(2);
     /// Use huge folios from the first fault on.
     pub const HUGE: Attributes = Attributes(4);
+    /// Reclaim leaves the region alone: it is about to go.
+    pub const KEPT: Attributes = Attributes(8);
 
     /// Both.
     pub const fn with(self, other: Attributes) -> Attributes {
@@ -230,6 +232,36 @@ impl<W: Words> Regions<W> {
         Ok(())
     }
 
+    /// Changes the attributes of what regions have of `range`; a reader sees either the old or the new ones.
+    ///
+    /// # Errors
+    /// [`RegionError::Full`] when regions would have to be cut and there is no room; nothing changed.
+    pub fn update(&self, range: PageRange, change: impl Fn(Attributes) -> Attributes) -> Result<(), RegionError> {
+        // Each end of the range can cut one region in two.
+        if self.len() + 2 > self.capacity() {
+            return Err(RegionError::Full(self.capacity()));
+        }
+        let mut at = self.search(range.start, self.len());
+        while at < self.len() && self.entry(at).range.start < range.end {
+            let old = self.entry(at);
+            let piece = old.range.intersect(range);
+            let parts = [
+                (PageRange { start: old.range.start, end: piece.start }, old.attributes),
+                (piece, change(old.attributes)),
+                (PageRange { start: piece.end, end: old.range.end }, old.attributes),
+            ];
+            let n = parts.iter().filter(|(r, _)| !r.is_empty()).count();
+            self.change(|| {
+                self.open(at, n - 1);
+                for (i, (range, attributes)) in parts.into_iter().filter(|(r, _)| !r.is_empty()).enumerate() {
+                    self.put(at + i, RegionInfo { range, attributes });
+                }
+            });
+            at += n;
+        }
+        Ok(())
+    }
+
     /// Takes `range` out of every region it touches; what remains of a region stays. Calls `removed` with each
     /// piece.
     ///
@@ -292,6 +324,19 @@ mod tests {
         m.insert(region(50, 60)).unwrap();
         assert_eq!(m.remove(range(20, 30), |_| panic!("nothing was removed")), Err(RegionError::Full(2)));
         assert_eq!(m.len(), 2);
+    }
+
+    #[test]
+    fn attributes_change_in_the_middle_of_a_region() {
+        let m = Regions::new(zeroed(30));
+        m.insert(region(10, 40)).unwrap();
+        m.insert(region(50, 60)).unwrap();
+        m.update(range(20, 55), |a| a.with(Attributes::KEPT)).unwrap();
+        let kept: std::vec::Vec<_> =
+            (0..70).filter(|i| m.find(Vpn(*i)).is_some_and(|r| r.attributes.has(Attributes::KEPT))).collect();
+        assert!(kept.into_iter().eq((20..40).chain(50..55)));
+        assert_eq!(m.find(Vpn(57)), Some(region(55, 60)));
+        assert_eq!(m.len(), 4);
     }
 
     #[test]

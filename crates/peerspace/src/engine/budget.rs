@@ -85,8 +85,13 @@ impl Budget {
 
     /// Charges `pages` even beyond the limit: losing data would be the alternative.
     pub(crate) fn force(&self, pages: u64) {
-        self.charged.fetch_add(pages as i64, Relaxed);
         self.forced.fetch_add(pages, Relaxed);
+        self.force_quietly(pages);
+    }
+
+    /// Charges `pages` even beyond the limit, on purpose.
+    pub(crate) fn force_quietly(&self, pages: u64) {
+        self.charged.fetch_add(pages as i64, Relaxed);
         self.note_peak();
     }
 
@@ -98,10 +103,19 @@ impl Budget {
     /// Pages that moved from the kernel's care into ours: charged here, native no longer.
     pub(crate) fn take_native(&self, pages: u64) {
         self.charged.fetch_add(pages as i64, Relaxed);
-        self.native.fetch_sub(pages as i64, Relaxed);
+        let native = self.native.fetch_sub(pages as i64, Relaxed) - pages as i64;
+        if native < 0 {
+            // More than was known of.
+            let _ = self.native.compare_exchange(native, 0, Relaxed, Relaxed);
+        }
     }
 
     /// Says how many pages the kernel populated by itself in the program's memory, as far as is known.
+    /// Pages the kernel populated by itself, as far as is known.
+    pub(crate) fn native(&self) -> i64 {
+        self.native.load(Relaxed)
+    }
+
     pub(crate) fn set_native(&self, pages: i64) {
         self.native.store(pages.max(0), Relaxed);
         self.note_peak();

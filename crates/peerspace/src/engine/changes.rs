@@ -203,7 +203,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Joins the blocks of `pages` that no region touches any more, and takes back the promise of their leaves.
-    fn release_table(&self, pages: PageRange) {
+    pub(crate) fn release_table(&self, pages: PageRange) {
         if pages.is_empty() {
             return;
         }

@@ -3,11 +3,13 @@
 //! | file | subject |
 //! |---|---|
 //! | [`fault`] | a CPU fault, from the address to the page being there |
-//! | [`block`] | the same for huge folios |
+//! | [`pages`] | the same, page by page |
+//! | [`block`] | the same, in huge folios |
 //! | [`reclaim`] | unmapping victims to standby |
 //! | [`evict`] | from standby to a device, or dropped |
 //! | [`staging`] | where frames are meanwhile |
 //! | [`tiers`] | the devices and who owns each of their pages |
+//! | [`adopt`] | memory the program already has |
 //! | [`changes`] | what the program itself does to its memory |
 //! | [`ahead`] | reading ahead of streams |
 //! | [`serve`] | the loops of the engine's own threads |
@@ -29,6 +31,7 @@
 //! Device transfers happen with entries locked and no section. A thread that must wait for the gate, or wants
 //! to reclaim for itself, first lets go of its entries.
 
+pub(crate) mod adopt;
 pub(crate) mod ahead;
 pub(crate) mod block;
 pub(crate) mod budget;
@@ -38,6 +41,7 @@ pub(crate) mod context;
 pub(crate) mod evict;
 pub(crate) mod fault;
 pub(crate) mod gate;
+pub(crate) mod pages;
 pub(crate) mod reclaim;
 pub(crate) mod serve;
 pub(crate) mod staging;
@@ -95,6 +99,8 @@ pub(crate) struct Engine<K: Kernel> {
     /// Pages on the policy's protected list, as of its last work.
     protected: AtomicU64,
     pub(crate) huge: AtomicBool,
+    /// Where the search for native pages goes on.
+    pub(crate) native_hand: AtomicU64,
 }
 
 /// The lock of a table entry.
@@ -169,6 +175,7 @@ impl<K: Kernel> Engine<K> {
             evictions: AtomicU64::new(0),
             protected: AtomicU64::new(0),
             huge: AtomicBool::new(huge),
+            native_hand: AtomicU64::new(0),
             geometry,
             kernel,
         })

@@ -24,6 +24,7 @@ use arrayvec::ArrayVec;
 use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Vpn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Arrival, Backing, Frame};
+use peerspace_core::regions::Attributes;
 use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
 use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
 use std::time::{Duration, Instant};
@@ -113,8 +114,11 @@ impl<K: Kernel> Engine<K> {
                     self.budget.force(pages);
                     return Ok(());
                 }
-                // Other threads may have all of it in hand.
-                Step::Stuck => std::thread::yield_now(),
+                // Other threads may have all of it in hand, or it is shared with a forked process.
+                Step::Stuck => {
+                    self.service.wake_reclaim(&self.kernel.park());
+                    std::thread::yield_now();
+                }
             }
         }
         self.watch_budget();
@@ -151,6 +155,10 @@ impl<K: Kernel> Engine<K> {
         }
         if self.blocks.on_standby() > self.standby_blocks() && self.evict_oldest_block(work) {
             return Step::Moved; // the next step releases it
+        }
+        // What nobody has looked at yet goes to standby first: that is how its use is found out.
+        if self.budget.native() > 0 && self.take_native(work) > 0 {
+            return Step::Moved;
         }
         if self.unmap_victims(work, background) > 0 {
             return Step::Moved;
@@ -213,7 +221,7 @@ impl<K: Kernel> Engine<K> {
                 }
                 let entry = self.table.try_lock(self.memmap.vpn(frame)).ok().flatten();
                 // A frame on a list is mapped by the entry it names; only its lock may be taken. See `retract`.
-                match entry.filter(|e| e.is_whole() == whole && self.maps(e.state(), frame)) {
+                match entry.filter(|e| self.can_go(e, frame)) {
                     Some(entry) if whole => {
                         block = Some((entry, frame));
                         break;
@@ -238,8 +246,12 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    fn maps(&self, state: State, frame: Frame) -> bool {
-        matches!(state, State::Host { pfn, .. } if pfn == self.memmap.pfn(frame))
+    /// Whether `entry` maps `frame`, and it may go.
+    fn can_go(&self, entry: &Entry<'_, K>, frame: Frame) -> bool {
+        matches!(entry.state(), State::Host { pfn, .. } if pfn == self.memmap.pfn(frame))
+            && entry.is_whole() == self.memmap.is_block(frame)
+            && self.memmap.pins(frame) == 0
+            && self.region(entry.vpn()).is_some_and(|r| !r.attributes.has(Attributes::KEPT))
     }
 
     /// Puts a page back on its list, mapped as it was: it could not be unmapped now.

@@ -1,0 +1,410 @@
+//! Memory the program already has (rules G1, G2): taking it under management, page by page into our hands, and
+//! letting it go again.
+//!
+//! Pages that the kernel populated before (or, where a mapping is not registered yet, still populates) are *native*:
+//! the table knows nothing of them. That is learnt when a page is first taken in hand, by moving it to standby. If
+//! the program uses it, it comes back at once and is tracked from then on; if not, it leaves. So adopting costs
+//! nothing until memory is scarce.
+
+use super::context::Working;
+use super::fault::{Fault, Hold, Outcome, Ration};
+use super::stats::{count, count_n};
+use super::{AddError, Engine, Entry};
+use arrayvec::ArrayVec;
+use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Va, VaRange, Vpn};
+use peerspace_core::entry::{Dirt, State};
+use peerspace_core::memmap::{Arrival, Frame};
+use peerspace_core::regions::Attributes;
+use peerspace_core::sync::Ordering::Relaxed;
+use peerspace_os::{Done, Kernel, Trouble, Wake};
+
+/// Native pages taken in hand in one go.
+const TAKE: usize = 32;
+/// Blocks looked at in search of native pages before the search is given up for now.
+const LOOK: u32 = 64;
+
+/// Why memory was not adopted.
+#[derive(Debug)]
+pub(crate) enum AdoptError {
+    /// It is managed already, or the space has no room for it.
+    Table(AddError),
+    /// The kernel refused to register it.
+    Kernel(Trouble),
+}
+
+/// A page was lost and cannot be held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HoldError {
+    /// Its data is gone (rule Z9).
+    Lost(Vpn),
+    /// It lies in no region of the space.
+    Foreign(Vpn),
+    /// As many users rely on it as can be counted.
+    TooMany(Vpn),
+}
+
+impl<K: Kernel> Engine<K> {
+    /// Waits until every change that the program has made to its mappings so far has been acted on. Not for threads
+    /// that receive messages.
+    pub(crate) fn settle_changes(&self) {
+        while self.kernel.is_changing() {
+            self.wait_for_changes();
+        }
+        self.gate.wait_open(&self.kernel.park());
+    }
+
+    /// Manages existing private anonymous memory from now on. Its content stays where it is.
+    ///
+    /// The calling thread keeps the mapping from changing, or sees to it that messages are received meanwhile.
+    pub(crate) fn adopt(&self, range: VaRange) -> Result<(), AdoptError> {
+        let pages = self.geometry.pages_inside(range);
+        // News of an older mapping at the same place must not hit the new one.
+        self.settle_changes();
+        // The region first: from the moment of registration on, faults in it come.
+        self.add_region(pages, Attributes::ADOPTED).map_err(AdoptError::Table)?;
+        self.kernel.adopt(range).map_err(|t| {
+            // Nothing was taken in hand yet, so nothing is lost.
+            let _ = self.remove_region(pages, |_| {});
+            self.table.uncover(self.lonely_blocks(pages));
+            AdoptError::Kernel(t)
+        })
+    }
+
+    /// Stops managing `range`: brings everything home, even beyond the limit, and leaves it to the kernel. What is
+    /// poisoned stays poisoned.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the range is managed as before then.
+    pub(crate) fn disown(&self, range: VaRange) -> Result<(), Trouble> {
+        let pages = self.geometry.pages_inside(range);
+        let keep = |kept: bool| {
+            let _changes = self.region_changes.lock();
+            let change = |a: Attributes| {
+                if kept { a.with(Attributes::KEPT) } else { a.without(Attributes::KEPT) }
+            };
+            self.regions.update(pages, change).map_err(|_| Trouble::NoMemory)
+        };
+        keep(true)?;
+        loop {
+            self.bring_home(pages);
+            let rest = self.rest();
+            if !self.all_home(pages) {
+                continue; // a victim that was in hand when the region was marked
+            }
+            if let Err(t) = self.kernel.disown(range) {
+                drop(rest);
+                keep(false)?;
+                return Err(t);
+            }
+            let _ = self.regions.remove(pages, |_| {});
+            self.discard(pages, &self.contexts.receiver().counters);
+            drop(rest);
+            self.release_table(pages);
+            return Ok(());
+        }
+    }
+
+    fn all_home(&self, pages: PageRange) -> bool {
+        self.away(pages).next().is_none()
+    }
+
+    /// The pages of `pages` whose data is not mapped.
+    fn away(&self, pages: PageRange) -> impl Iterator<Item = Vpn> + '_ {
+        let mut at = pages.start;
+        std::iter::from_fn(move || {
+            while at < pages.end {
+                let vpn = at;
+                let (entry, whole) = self.table.look(vpn)?;
+                at = vpn + 1;
+                match entry.state() {
+                    State::Standby { .. } | State::Device { .. } => return Some(vpn),
+                    _ if whole => at = vpn.block_start() + BLOCK_PAGES,
+                    _ => {}
+                }
+            }
+            None
+        })
+    }
+
+    fn bring_home(&self, pages: PageRange) {
+        for vpn in self.away(pages) {
+            let mut work = self.contexts.take();
+            // Charged beyond the limit if need be: it has nowhere else to go.
+            let mut ration = Ration { pages: 1, no_block: true, ..Ration::default() };
+            self.budget.force_quietly(1);
+            let mut fault = Fault::ahead(vpn, Access::Read, Wake::Yes, 0);
+            let done = self.attempt(&mut fault, &mut work, &mut ration);
+            self.return_ration(ration);
+            if done == Err(Hold::Changing) {
+                drop(work);
+                self.wait_for_changes();
+            }
+        }
+    }
+
+    /// Takes some native pages in hand: moves them to standby. Returns how many; 0 when a long search found none.
+    pub(crate) fn take_native(&self, work: &mut Working<'_>) -> u64 {
+        for _ in 0..LOOK {
+            let hand = Vpn(self.native_hand.load(Relaxed));
+            let region = self.regions.next(hand);
+            let Some(region) = region else {
+                if hand.0 == 0 {
+                    return 0;
+                }
+                self.native_hand.store(0, Relaxed);
+                continue;
+            };
+            let at = hand.max(region.range.start);
+            let piece = PageRange::block(at.block()).intersect(region.range);
+            let piece = PageRange { start: at, end: piece.end };
+            if !region.attributes.has(Attributes::ADOPTED) || region.attributes.has(Attributes::KEPT) {
+                self.native_hand.store(region.range.end.0, Relaxed);
+                continue;
+            }
+            let (taken, next) = self.take_native_from(piece, work);
+            self.native_hand.store(next.0, Relaxed);
+            if taken > 0 {
+                count_n(&work.counters.taken_in_hand, taken);
+                return taken;
+            }
+        }
+        0
+    }
+
+    /// Takes native pages of one block in hand. Returns how many, and where to go on.
+    fn take_native_from(&self, piece: PageRange, work: &mut Working<'_>) -> (u64, Vpn) {
+        let mut runs: ArrayVec<PageRange, 16> = ArrayVec::new();
+        let mut more = None;
+        let scan = self.kernel.present_runs(self.addresses(piece), &mut |run| {
+            let run = self.geometry.pages_inside(run);
+            if runs.try_push(run).is_err() && more.is_none() {
+                more = Some(run.start);
+            }
+        });
+        if scan.is_err() {
+            return (0, piece.end);
+        }
+        if runs.first() == Some(&PageRange::block(piece.start.block())) {
+            if let Some(taken) = self.take_native_block(piece, work) {
+                return (taken, piece.end);
+            }
+        }
+        for run in runs {
+            let mut at = run.start;
+            while at < run.end {
+                let (taken, next) = self.take_native_run(PageRange { start: at, end: run.end }, work);
+                if taken > 0 {
+                    return (taken, next);
+                }
+                at = next;
+            }
+        }
+        (0, more.unwrap_or(piece.end))
+    }
+
+    /// Takes a block in hand that the kernel has populated wholly, of which the table knows nothing yet.
+    fn take_native_block(&self, block: PageRange, work: &mut Working<'_>) -> Option<u64> {
+        if !self.huge.load(Relaxed) {
+            return None;
+        }
+        let mut entry = self.table.try_lock(block.start).ok().flatten()?;
+        if !entry.is_whole() || entry.state() != State::Empty {
+            return None;
+        }
+        let frame = self.memmap.take_block()?;
+        let done = match self.gate.enter(work.context()) {
+            Some(_section) => self.kernel.take_out(self.blocks.range(frame).start, self.addresses(block)),
+            None => Done::stopped(Pages(0), Trouble::Changing),
+        };
+        if done.pages.0 == 0 {
+            self.memmap.reset(frame);
+            self.memmap.give_back(frame);
+            return None;
+        }
+        self.budget.take_native(done.pages.0);
+        self.memmap.reset(frame);
+        self.memmap.place(frame, block.start, self.life());
+        self.memmap.set_arrival(frame, Arrival::Reuse);
+        let pfn = self.memmap.pfn(frame);
+        if done.pages.0 == BLOCK_PAGES {
+            entry.set(State::Standby { pfn, dirt: Dirt::Dirty });
+            self.blocks.put_on_standby(frame);
+            return Some(BLOCK_PAGES);
+        }
+        // Some page could not go: the ones before it are on standby in the block's staging, the others stay native.
+        self.memmap.split_block(frame);
+        entry.split(|i| {
+            if i < done.pages.0 {
+                peerspace_core::entry::Entry::new(State::Standby { pfn: pfn + i, dirt: Dirt::Dirty })
+            } else {
+                peerspace_core::entry::Entry::EMPTY
+            }
+        });
+        for i in 0..BLOCK_PAGES {
+            let part = self.memmap.page(pfn + i);
+            self.memmap.set_slot(part, None);
+            if i >= done.pages.0 {
+                self.free_frame(part, false);
+            }
+        }
+        self.blocks.put_on_standby(frame);
+        Some(done.pages.0)
+    }
+
+    /// Takes native pages at the start of `run` in hand. Returns how many, and where to go on.
+    fn take_native_run(&self, run: PageRange, work: &mut Working<'_>) -> (u64, Vpn) {
+        let mut locks: ArrayVec<(Entry<'_, K>, Frame), TAKE> = ArrayVec::new();
+        let mut at = run.start;
+        while at < run.end && !locks.is_full() {
+            let entry = match self.table.try_lock(at) {
+                Ok(Some(entry)) if entry.is_whole() && entry.state() == State::Empty => {
+                    entry.split_evenly();
+                    continue;
+                }
+                Ok(Some(entry)) if !entry.is_whole() && entry.state() == State::Empty => entry,
+                // Tracked already, or in somebody's hands.
+                _ => break,
+            };
+            let Some(frame) = self.new_frame(at) else { break };
+            locks.push((entry, frame));
+            at = at + 1;
+        }
+        if locks.is_empty() {
+            return (0, at + 1);
+        }
+        let slots = self.ring.reserve(locks.len() as u32);
+        let n = slots.map_or(0, |s| s.count as usize);
+        let done = match slots {
+            Some(slots) => match self.gate.enter(work.context()) {
+                Some(_section) => {
+                    let from = self.addresses(PageRange::new(run.start, Pages(n as u64)));
+                    self.kernel.take_out(self.ring.range(slots).start, from)
+                }
+                None => Done::stopped(Pages(0), Trouble::Changing),
+            },
+            None => Done::stopped(Pages(0), Trouble::NoMemory),
+        };
+        let took = done.pages.0 as usize;
+        self.budget.take_native(took as u64);
+        let mut next = at;
+        for (i, (entry, frame)) in locks.into_iter().enumerate() {
+            match slots {
+                Some(slots) if i < took => {
+                    let slot = slots.first + i as u32;
+                    self.memmap.set_slot(frame, Some(slot));
+                    self.memmap.set_arrival(frame, Arrival::Reuse);
+                    self.ring.occupy(slot, frame);
+                    entry.commit(State::Standby { pfn: self.memmap.pfn(frame), dirt: Dirt::Dirty });
+                }
+                _ => {
+                    if i == took {
+                        // This one cannot go now; the search goes on behind it.
+                        next = entry.vpn() + 1;
+                        count(&work.counters.busy);
+                        if done.trouble == Some(Trouble::Busy) {
+                            self.service.note_shared(&[entry.vpn()]);
+                        }
+                    }
+                    self.memmap.give_back(frame);
+                }
+            }
+        }
+        if let Some(slots) = slots {
+            self.ring.settle(slots, took as u32);
+        }
+        (took as u64, next)
+    }
+
+    /// Makes `pages` resident, with permission for `access`, and keeps them so until [`let_go`](Engine::let_go).
+    ///
+    /// # Errors
+    /// [`HoldError`]; nothing is held then.
+    pub(crate) fn hold_pages(&self, pages: PageRange, access: Access) -> Result<(), HoldError> {
+        let mut at = pages.start;
+        while at < pages.end {
+            match self.hold_at(at, pages, access) {
+                Ok(n) => at = at + n,
+                Err(e) => {
+                    self.let_go(PageRange { start: pages.start, end: at });
+                    return Err(e);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Holds the page at `vpn`, or its whole block where `pages` covers it. Returns how many pages.
+    fn hold_at(&self, vpn: Vpn, pages: PageRange, access: Access) -> Result<u64, HoldError> {
+        loop {
+            let va = self.geometry.va(vpn);
+            match self.fault(va, access, Wake::Yes, super::fault::Patience::Waits) {
+                Ok(Outcome::Resolved) => {}
+                Ok(Outcome::Foreign) => return Err(HoldError::Foreign(vpn)),
+                _ => return Err(HoldError::Lost(vpn)),
+            }
+            let work = self.contexts.take();
+            let Ok(entry) = self.table.lock(vpn) else { return Err(HoldError::Foreign(vpn)) };
+            match entry.state() {
+                State::Host { pfn, writable, .. } if writable || access == Access::Read => {
+                    if entry.is_whole() && !(pages.covers(entry.range()) && vpn.is_block_start()) {
+                        self.split_mapped(entry, &work.counters);
+                        continue;
+                    }
+                    let whole = entry.is_whole();
+                    let frame = if whole { self.memmap.block(pfn) } else { self.memmap.page(pfn) };
+                    if !self.memmap.pin(frame) {
+                        return Err(HoldError::TooMany(vpn));
+                    }
+                    return Ok(if whole { BLOCK_PAGES } else { 1 });
+                }
+                // A native page: it is there, but the table knows nothing of it yet.
+                State::Empty => {
+                    if let Some(frame) = self.track_native(entry) {
+                        let _ = self.memmap.pin(frame);
+                        return Ok(1);
+                    }
+                }
+                // Gone again, before it could be held.
+                _ => {}
+            }
+        }
+    }
+
+    /// Takes a native page into the table where it is.
+    fn track_native(&self, entry: Entry<'_, K>) -> Option<Frame> {
+        if entry.is_whole() {
+            entry.split_evenly();
+            return None;
+        }
+        if !self.kernel.is_present(self.geometry.va(entry.vpn())).unwrap_or(false) {
+            return None;
+        }
+        let frame = self.new_frame(entry.vpn())?;
+        self.budget.take_native(1);
+        self.announce(frame, Arrival::New);
+        entry.commit(State::Host { pfn: self.memmap.pfn(frame), writable: true, dirt: Dirt::Dirty });
+        Some(frame)
+    }
+
+    /// Undoes [`hold_pages`](Engine::hold_pages).
+    pub(crate) fn let_go(&self, pages: PageRange) {
+        let mut at = pages.start;
+        while at < pages.end {
+            let Ok(entry) = self.table.lock(at) else {
+                at = at + 1;
+                continue;
+            };
+            // Pages that the program has discarded meanwhile are nobody's to let go.
+            if let State::Host { pfn, .. } = entry.state() {
+                let frame = if entry.is_whole() { self.memmap.block(pfn) } else { self.memmap.page(pfn) };
+                self.memmap.unpin(frame);
+            }
+            at = if entry.is_whole() { entry.range().end } else { at + 1 };
+        }
+    }
+
+    /// The page that holds `va`.
+    pub(crate) fn page_of(&self, va: Va) -> Vpn {
+        self.geometry.vpn(va)
+    }
+}

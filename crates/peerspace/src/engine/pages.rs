@@ -1,0 +1,440 @@
+//! Faults resolved page by page: zeros, loads, pages taken back from standby, first writes.
+//!
+//! Pages are installed by copying: that needs no flush of other processors' translations, and a page that is only
+//! read can be write-protected from its first moment on, which proves that it stays clean. Neighbours of the
+//! faulting page in the same state come along when the faults show a stream: they are locked beside it if nobody
+//! else holds them, transferred in one batch and installed by one call.
+
+use super::context::{Context, Working};
+use super::fault::{Fault, Hold, Outcome, Patience, Ration};
+use super::stats::{count, count_n};
+use super::{Engine, Entry};
+use crate::device::{DeviceError, Load};
+use arrayvec::ArrayVec;
+use peerspace_core::addr::{Access, Order, PageRange, Pages, VaRange, Vpn};
+use peerspace_core::entry::{Dirt, State};
+use peerspace_core::memmap::{Arrival, Backing, Frame};
+use peerspace_core::plan::{self, CLUSTER};
+use peerspace_core::regions::RegionInfo;
+use peerspace_core::stream::Direction;
+use peerspace_os::{Done, Kernel, Protect, Trouble};
+
+/// Pages brought in by one fault.
+const MOST: usize = CLUSTER.0 as usize;
+
+/// Entries locked side by side, in ascending order.
+type Locks<'t, K> = ArrayVec<Entry<'t, K>, MOST>;
+
+impl<K: Kernel> Engine<K> {
+    /// Locks up to `most` pages around the one locked that lie in its block and region and satisfy `same`.
+    fn neighbours<'t>(
+        &'t self,
+        entry: Entry<'t, K>,
+        region: RegionInfo,
+        most: Pages,
+        direction: Direction,
+        same: impl Fn(State) -> bool,
+    ) -> Locks<'t, K> {
+        let vpn = entry.vpn();
+        let bounds = PageRange::block(vpn.block()).intersect(region.range);
+        let mut locks = Locks::<K>::new();
+        locks.push(entry);
+        let mut at = vpn;
+        while (locks.len() as u64) < most.0 && !locks.is_full() {
+            at = match direction {
+                Direction::Up => at + 1,
+                Direction::Down if at.0 > 0 => Vpn(at.0 - 1),
+                Direction::Down => break,
+            };
+            if !bounds.contains(at) {
+                break;
+            }
+            match self.table.try_lock(at) {
+                Ok(Some(l)) if !l.is_whole() && same(l.state()) => locks.push(l),
+                _ => break,
+            }
+        }
+        if direction == Direction::Down {
+            locks.reverse();
+        }
+        locks
+    }
+
+    /// The pages of `locks`, which lie side by side.
+    fn span(&self, locks: &Locks<'_, K>) -> PageRange {
+        PageRange::new(locks[0].vpn(), Pages(locks.len() as u64))
+    }
+
+    /// How a page installed by copying is mapped: protection proves that it stays clean.
+    fn map_copy(&self, access: Access, before: Dirt) -> (Protect, bool, Dirt) {
+        if !self.kernel.capabilities().write_protect {
+            return (Protect::No, true, Dirt::Dirty);
+        }
+        let (writable, dirt) = plan::mapping(access, true, before);
+        (if writable { Protect::No } else { Protect::Yes }, writable, dirt)
+    }
+
+    /// Takes charges and frames for the pages of `locks`, or for the page at `keep` alone (which is charged
+    /// already) if there are not enough; lets go of the others.
+    fn frames_for(&self, locks: &mut Locks<'_, K>, keep: Vpn, ration: &mut Ration) -> ArrayVec<Frame, MOST> {
+        let extra = locks.len() as u64 - 1;
+        if extra > 0 && self.budget.try_charge(extra) {
+            ration.pages += extra;
+            let frames: ArrayVec<Frame, MOST> = locks.iter().map_while(|l| self.new_frame(l.vpn())).collect();
+            if frames.len() == locks.len() {
+                return frames;
+            }
+            frames.into_iter().for_each(|f| self.memmap.give_back(f));
+            self.spare_charges(ration);
+        }
+        locks.retain(|l| l.vpn() == keep);
+        self.new_frame(keep).into_iter().collect()
+    }
+
+    /// Makes the first `done` pages of `locks` the CPU's, gives the other frames back, and uses up charges.
+    #[allow(clippy::too_many_arguments)]
+    fn commit_mapped(
+        &self,
+        locks: Locks<'_, K>,
+        frames: ArrayVec<Frame, MOST>,
+        done: usize,
+        writable: bool,
+        dirt: Dirt,
+        arrival: impl Fn(State) -> Arrival,
+        ration: &mut Ration,
+    ) {
+        for (i, (lock, frame)) in locks.into_iter().zip(frames).enumerate() {
+            if i >= done {
+                self.memmap.give_back(frame);
+                continue;
+            }
+            let old = match lock.state() {
+                State::Device { pfn, .. } => Backing::Page(pfn),
+                _ => Backing::Zero,
+            };
+            let clean = dirt != Dirt::Dirty;
+            self.memmap.set_backing(frame, if clean { old } else { Backing::None });
+            self.announce(frame, arrival(lock.state()));
+            ration.pages -= 1;
+            lock.commit(State::Host { pfn: self.memmap.pfn(frame), writable, dirt });
+            if !clean {
+                self.free_backing(old, Order::BASE);
+            }
+        }
+        self.spare_charges(ration);
+    }
+
+    /// Gives back charges of pages that did not come along.
+    fn spare_charges(&self, ration: &mut Ration) {
+        if ration.pages > 1 {
+            self.budget.uncharge(ration.pages - 1);
+            ration.pages = 1;
+        }
+    }
+
+    /// What the next fault of the stream will be, after `range` was brought in.
+    fn continue_stream(&self, fault: &Fault, range: PageRange) {
+        let level = fault.level.saturating_add(1);
+        match fault.direction {
+            Direction::Up => {
+                self.streams.expect(range.end, Direction::Up, level);
+                if fault.level == 0 && range.start.0 > 0 {
+                    self.streams.expect(Vpn(range.start.0 - 1), Direction::Down, 1);
+                }
+            }
+            Direction::Down if range.start.0 > 0 => {
+                self.streams.expect(Vpn(range.start.0 - 1), Direction::Down, level)
+            }
+            Direction::Down => {}
+        }
+    }
+
+    /// An installation of pages `run` stopped before it did the faulting page.
+    fn not_installed(&self, done: Done, run: PageRange, fault: &mut Fault) -> Result<Outcome, Hold> {
+        match done.trouble {
+            // A page of the kernel's own is there: in adopted memory the program had it all along. What the table
+            // has for the page, if it has anything, is not what the program sees; that stays the kernel's.
+            Some(Trouble::Present) if run.start + done.pages.0 == fault.vpn => {
+                let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
+                Ok(Outcome::Resolved)
+            }
+            Some(Trouble::Present) => {
+                fault.alone = true;
+                Err(Hold::Again)
+            }
+            Some(Trouble::NoMemory) => {
+                fault.alone = true;
+                self.service.wake_reclaim(&self.kernel.park());
+                Err(Hold::Busy)
+            }
+            Some(t) => Err(self.hold(t)),
+            None => unreachable!("everything was installed"),
+        }
+    }
+
+    /// Zeros for memory never touched (rule G3).
+    pub(crate) fn fill(
+        &self,
+        entry: Entry<'_, K>,
+        region: RegionInfo,
+        most: Pages,
+        fault: &mut Fault,
+        work: &mut Working<'_>,
+        ration: &mut Ration,
+    ) -> Result<Outcome, Hold> {
+        if ration.pages == 0 {
+            return Err(Hold::Again);
+        }
+        let mut locks = self.neighbours(entry, region, most, fault.direction, |s| s == State::Empty);
+        let frames = self.frames_for(&mut locks, fault.vpn, ration);
+        if frames.is_empty() {
+            return Err(Hold::Busy);
+        }
+        let run = self.span(&locks);
+        let (protect, writable, dirt) = self.map_copy(fault.access, Dirt::Clean);
+        let done = match self.gate.enter(work.context()) {
+            Some(_section) => self.kernel.zero_in(self.addresses(run), protect, fault.wake),
+            None => Done::stopped(Pages(0), Trouble::Changing),
+        };
+        let n = done.pages.0 as usize;
+        let arrived = run.start + done.pages.0 > fault.vpn;
+        self.commit_mapped(locks, frames, n, writable, dirt, |_| Arrival::New, ration);
+        if !arrived {
+            return self.not_installed(done, run, fault);
+        }
+        count_n(&work.counters.zero_fill, 1);
+        self.continue_stream(fault, PageRange::new(run.start, done.pages));
+        self.after_run(fault, region, run);
+        Ok(Outcome::Resolved)
+    }
+
+    /// Brings pages home from a device (rule Z8).
+    pub(crate) fn load(
+        &self,
+        entry: Entry<'_, K>,
+        region: RegionInfo,
+        most: Pages,
+        fault: &mut Fault,
+        work: &mut Working<'_>,
+        ration: &mut Ration,
+    ) -> Result<Outcome, Hold> {
+        let State::Device { pfn, .. } = entry.state() else { unreachable!("the page is on a device") };
+        let tier = self.tiers.of(pfn);
+        if tier.info.slow && fault.patience == Patience::Never {
+            return Err(Hold::Busy);
+        }
+        if ration.pages == 0 {
+            return Err(Hold::Again);
+        }
+        let range = tier.range;
+        let mut locks = self.neighbours(
+            entry,
+            region,
+            most,
+            fault.direction,
+            |s| matches!(s, State::Device { pfn, .. } if range.contains(pfn)),
+        );
+        let frames = self.frames_for(&mut locks, fault.vpn, ration);
+        if frames.is_empty() {
+            return Err(Hold::Busy);
+        }
+        let run = self.span(&locks);
+        let (context, buffer) = work.parts();
+        let bytes = self.geometry.bytes(run.pages()) as usize;
+        if let Err(e) = self.transfer(&locks, &mut buffer[..bytes]) {
+            count(&context.counters.device_errors);
+            for f in frames {
+                self.memmap.give_back(f);
+            }
+            self.spare_charges(ration);
+            if locks.len() > 1 || fault.failures == 0 {
+                // Once more, this page alone: it may be a neighbour that cannot be read, or a passing fault.
+                fault.alone = true;
+                fault.failures += (locks.len() == 1) as u32;
+                return Err(Hold::Again);
+            }
+            let entry = locks.pop().expect("one entry is locked");
+            return self.lose(entry, fault, e, context);
+        }
+        let (protect, writable, dirt) = self.map_copy(fault.access, Dirt::Clean);
+        let done = match self.gate.enter(context) {
+            Some(_section) => self.kernel.copy_in(self.geometry.va(run.start), &buffer[..bytes], protect, fault.wake),
+            None => Done::stopped(Pages(0), Trouble::Changing),
+        };
+        let n = done.pages.0 as usize;
+        let arrived = run.start + done.pages.0 > fault.vpn;
+        let arrival = |s| match s {
+            State::Device { stamp, .. } => self.arrival_of(stamp),
+            _ => Arrival::New,
+        };
+        self.commit_mapped(locks, frames, n, writable, dirt, arrival, ration);
+        count_n(&context.counters.pages_in, done.pages.0);
+        if !arrived {
+            return self.not_installed(done, run, fault);
+        }
+        count(&context.counters.device_loads);
+        self.continue_stream(fault, PageRange::new(run.start, done.pages));
+        self.after_run(fault, region, run);
+        Ok(Outcome::Resolved)
+    }
+
+    /// Reads the device pages of `locks`, all of one tier, into `buffer`. Neighbours on the device are one
+    /// transfer.
+    fn transfer(&self, locks: &Locks<'_, K>, buffer: &mut [u8]) -> Result<(), DeviceError> {
+        let page = self.geometry.page_bytes();
+        let pfn = |l: &Entry<'_, K>| match l.state() {
+            State::Device { pfn, .. } => pfn,
+            other => unreachable!("{other:?} is on no device"),
+        };
+        let tier = self.tiers.of(pfn(&locks[0]));
+        let mut batch: ArrayVec<Load<'_>, MOST> = ArrayVec::new();
+        let mut rest = buffer;
+        let mut i = 0;
+        while i < locks.len() {
+            let first = pfn(&locks[i]);
+            let n = locks[i..].iter().enumerate().take_while(|(k, l)| pfn(l) == first + *k as u64).count();
+            let (bytes, tail) = rest.split_at_mut(n * page);
+            batch.push(Load::new(first - tier.range.base, bytes));
+            rest = tail;
+            i += n;
+        }
+        tier.load(&mut batch, self.geometry);
+        batch.into_iter().try_for_each(|l| l.result)
+    }
+
+    /// A page cannot be had back from its device: it is lost, and exactly it (rule Z9).
+    fn lose(
+        &self,
+        entry: Entry<'_, K>,
+        fault: &Fault,
+        error: DeviceError,
+        context: &Context,
+    ) -> Result<Outcome, Hold> {
+        let State::Device { pfn, .. } = entry.state() else { unreachable!("the page is on a device") };
+        let va = self.geometry.va(fault.vpn);
+        crate::tell::warning(format_args!(
+            "page {va} is lost: device {}, page {}: {error}",
+            self.tiers.of(pfn).info.name,
+            pfn - self.tiers.of(pfn).range.base,
+        ));
+        count(&context.counters.poisoned);
+        // Refusal is no harm: an access faults again and finds the entry poisoned.
+        let _ = self.kernel.poison(va);
+        entry.commit(State::Poisoned);
+        let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
+        self.tiers.free(pfn, Order::BASE);
+        Ok(Outcome::Poisoned)
+    }
+
+    /// Maps a page on standby again. By copying: that needs no flush of other processors' translations, and
+    /// proves that a page that is only read stays clean. What is left in staging is garbage.
+    pub(crate) fn take_back(
+        &self,
+        mut entry: Entry<'_, K>,
+        fault: &mut Fault,
+        work: &mut Working<'_>,
+        ration: &mut Ration,
+    ) -> Result<Outcome, Hold> {
+        let State::Standby { pfn, dirt } = entry.state() else { unreachable!("the page is on standby") };
+        if ration.pages == 0 {
+            return Err(Hold::Again);
+        }
+        let frame = self.memmap.page(pfn);
+        // Protection from another life proves nothing any more (G12).
+        let dirt =
+            if self.memmap.epoch(frame) != self.life() && dirt != Dirt::Dirty { Dirt::Unverified } else { dirt };
+        let (protect, writable, now) = self.map_copy(fault.access, dirt);
+        let (from, slot) = self.staged_at(frame);
+        let to = self.geometry.va(fault.vpn);
+        let done = match self.gate.enter(work.context()) {
+            Some(_section) => self.kernel.copy_staged(to, from, protect, fault.wake),
+            None => Done::stopped(Pages(0), Trouble::Changing),
+        };
+        if done.pages.0 == 0 {
+            return self.not_installed(done, PageRange::new(fault.vpn, Pages(1)), fault);
+        }
+        ration.pages -= 1;
+        let frame = match slot {
+            Some(slot) => {
+                self.ring.vacate(slot);
+                frame
+            }
+            // Its page stays behind in the block's staging; the descriptor of the part goes with it.
+            None => match self.memmap.take_small() {
+                Some(new) => {
+                    self.memmap.reset(new);
+                    self.memmap.set_backing(new, self.memmap.backing(frame));
+                    self.free_frame(frame, true);
+                    new
+                }
+                None => unreachable!("there are twice as many descriptors as pages"),
+            },
+        };
+        self.memmap.place(frame, fault.vpn, self.life());
+        let backing = self.memmap.backing(frame);
+        if now == Dirt::Dirty {
+            self.memmap.set_backing(frame, Backing::None);
+        }
+        self.memmap.set_frequency(frame, self.memmap.frequency(frame) + 1);
+        self.announce(frame, Arrival::Reuse);
+        entry.set(State::Host { pfn: self.memmap.pfn(frame), writable, dirt: now });
+        drop(entry);
+        if now == Dirt::Dirty {
+            self.free_backing(backing, Order::BASE);
+        }
+        count(&work.counters.standby_hits);
+        self.continue_stream(fault, PageRange::new(fault.vpn, Pages(1)));
+        Ok(Outcome::Resolved)
+    }
+
+    /// Where a single page on standby lies, and its slot if it is in one.
+    pub(crate) fn staged_at(&self, frame: Frame) -> (VaRange, Option<u32>) {
+        match self.memmap.slot(frame) {
+            Some(slot) => (self.ring.slot(slot), Some(slot)),
+            None => {
+                let head = self.memmap.head_of(frame).expect("only parts of blocks have no slot");
+                let i = self.memmap.pfn(frame) - self.memmap.pfn(head);
+                (self.blocks.part(head, i), None)
+            }
+        }
+    }
+
+    /// The first write to a clean page: from here on the frame is the only copy.
+    pub(crate) fn upgrade(
+        &self,
+        entry: Entry<'_, K>,
+        region: RegionInfo,
+        fault: &mut Fault,
+        work: &mut Working<'_>,
+    ) -> Result<Outcome, Hold> {
+        if entry.is_whole() {
+            return self.upgrade_block(entry, fault, work);
+        }
+        let clean = |s| matches!(s, State::Host { writable: false, .. });
+        let most = if fault.level > 0 { CLUSTER } else { Pages(1) };
+        let locks = self.neighbours(entry, region, most, fault.direction, clean);
+        let run = self.span(&locks);
+        {
+            let _section = self.gate.enter(work.context()).ok_or(Hold::Changing)?;
+            self.kernel.protect(self.addresses(run), Protect::No, fault.wake).map_err(|t| self.hold(t))?;
+        }
+        count_n(&work.counters.upgrades, locks.len() as u64);
+        for lock in locks {
+            let State::Host { pfn, .. } = lock.state() else { unreachable!("the page is mapped") };
+            let frame = self.memmap.page(pfn);
+            let backing = self.memmap.backing(frame);
+            self.memmap.set_backing(frame, Backing::None);
+            lock.commit(State::Host { pfn, writable: true, dirt: Dirt::Dirty });
+            self.free_backing(backing, Order::BASE);
+        }
+        self.continue_stream(fault, run);
+        Ok(Outcome::Resolved)
+    }
+
+    /// Has more of a stream read ahead where that pays.
+    fn after_run(&self, fault: &Fault, region: RegionInfo, run: PageRange) {
+        if !fault.ahead && fault.level >= plan::HUGE_LEVEL && fault.direction == Direction::Up {
+            self.read_ahead_pages(region, run.end, fault.level);
+        }
+    }
+}
