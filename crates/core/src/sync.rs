@@ -47,3 +47,52 @@ impl Park for Spin {
 
     fn wake(&self, _word: &AtomicU64) {}
 }
+
+/// A lock that guards no data of its own, can be released by another thread than took it, and can be reset.
+///
+/// Around a fork such locks are taken in the parent and released in both processes; what a thread that does not
+/// exist in the child was holding is reset there.
+#[derive(Debug)]
+pub struct Latch(AtomicU64);
+
+const FREE: u64 = 0;
+const HELD: u64 = 1;
+const AWAITED: u64 = 2;
+
+impl Latch {
+    /// Not held.
+    #[cfg(not(loom))]
+    #[allow(clippy::new_without_default)]
+    pub const fn new() -> Latch {
+        Latch(AtomicU64::new(FREE))
+    }
+
+    /// Takes it, waiting as long as it takes.
+    pub fn lock(&self, park: &impl Park) {
+        // Acquire: pairs with the Release in unlock.
+        if self.try_lock() {
+            return;
+        }
+        while self.0.swap(AWAITED, Ordering::Acquire) != FREE {
+            park.wait(&self.0, AWAITED);
+        }
+    }
+
+    /// Takes it if nobody holds it.
+    #[must_use]
+    pub fn try_lock(&self) -> bool {
+        self.0.compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed).is_ok()
+    }
+
+    /// Releases it.
+    pub fn unlock(&self, park: &impl Park) {
+        if self.0.swap(FREE, Ordering::Release) == AWAITED {
+            park.wake(&self.0);
+        }
+    }
+
+    /// Makes it free whoever held it: for a process in which nobody else exists.
+    pub fn reset(&self) {
+        self.0.store(FREE, Ordering::Release);
+    }
+}

@@ -1,13 +1,16 @@
 //! peerspace
+mod adopt;
 pub mod device;
 pub(crate) mod engine;
 mod error;
+mod fork;
 mod region;
 mod report;
 mod space;
 pub(crate) mod sync;
 pub(crate) mod tell;
 
+pub use adopt::{Adopted, Resident, Use};
 pub use error::Error;
 pub use region::Region;
 pub use report::{DeviceStatistics, FaultStatistics, Statistics};

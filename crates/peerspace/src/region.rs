@@ -35,6 +35,7 @@ impl Region {
         let range = memory.range();
         // Without signals: a handler of the program that touched managed memory now could wait for this thread.
         let added = peerspace_os::linux::signal::without_signals(|| {
+            let _work = engine.contexts.take();
             engine.add_region(engine.geometry.pages_inside(range), attributes)
         });
         if let Err(e) = added {

@@ -3,15 +3,17 @@
 use crate::device::Device;
 use crate::engine::{self, Config, Engine, EngineError, MIN_LIMIT};
 use crate::error::Error;
+use crate::fork::Forks;
 use crate::region::Region;
 use crate::report::Statistics;
 use peerspace_core::addr::{Access, Geometry, Va};
 use peerspace_core::reclaim::{Policy, S3Fifo};
 use peerspace_core::regions::Attributes;
 use peerspace_os::linux::signal::{FaultHandler, Registration, register};
-use peerspace_os::linux::{Delivery, Linux, Setup, thread};
+use peerspace_os::linux::{Delivery, Linux, Setup, fork, thread};
 use peerspace_os::own::{Box as OwnBox, Own, Shared, Vec as OwnVec};
 use peerspace_os::{Kernel, Wake};
+use rustix::process::{Pid, getpid};
 use std::fmt;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -154,8 +156,29 @@ pub struct Space {
 /// The engine with everything that serves it. Dropped, it ends all of that.
 struct Service {
     engine: Shared<Real>,
+    _forks: Option<fork::Registration<Forks>>,
     registration: Option<Registration<Real>>,
     threads: Vec<JoinHandle<()>>,
+    /// The process that started `threads`: in a forked one they do not exist.
+    pid: Pid,
+}
+
+/// Starts the threads that serve `engine`.
+pub(crate) fn start_threads(engine: &Shared<Real>, handlers: usize) -> std::io::Result<Vec<JoinHandle<()>>> {
+    let mut loops: Vec<(&str, fn(&Real))> =
+        vec![("peerspace-reclaim", Engine::serve_reclaim), ("peerspace-ahead", Engine::serve_ahead)];
+    match engine.kernel.delivery() {
+        Delivery::Signal => loops.push(("peerspace-changes", Engine::serve_changes)),
+        Delivery::Messages => {
+            loops.extend((0..handlers).map(|_| ("peerspace-faults", Engine::serve_messages as fn(&Real))));
+        }
+    }
+    let mut threads = Vec::new();
+    for (name, run) in loops {
+        let engine = engine.clone();
+        threads.push(thread::spawn(name, move || run(&engine))?);
+    }
+    Ok(threads)
 }
 
 impl FaultHandler for Real {
@@ -172,25 +195,15 @@ impl Space {
     }
 
     fn start(engine: Shared<Real>, handlers: usize) -> Result<Space, Error> {
-        let mut service = Service { engine, registration: None, threads: Vec::new() };
-        let mut loops: Vec<(&str, fn(&Real))> =
-            vec![("peerspace-reclaim", Engine::serve_reclaim), ("peerspace-ahead", Engine::serve_ahead)];
-        match service.engine.kernel.delivery() {
-            Delivery::Signal => {
-                let e = |_| Error::Thread("SIGBUS cannot be handled, or there are too many spaces".into());
-                service.registration = Some(register(service.engine.clone()).map_err(e)?);
-                loops.push(("peerspace-changes", Engine::serve_changes));
-            }
-            Delivery::Messages => {
-                loops.extend((0..handlers).map(|_| ("peerspace-faults", Engine::serve_messages as fn(&Real))));
-            }
+        let mut service = Service { engine, _forks: None, registration: None, threads: Vec::new(), pid: getpid() };
+        if service.engine.kernel.delivery() == Delivery::Signal {
+            let e = |_| Error::Thread("SIGBUS cannot be handled, or there are too many spaces".into());
+            service.registration = Some(register(service.engine.clone()).map_err(e)?);
         }
-        for (name, run) in loops {
-            let engine = service.engine.clone();
-            // On failure the service is dropped, which ends the threads that run already.
-            let thread = thread::spawn(name, move || run(&engine)).map_err(|e| Error::Thread(e.to_string()))?;
-            service.threads.push(thread);
-        }
+        // On failure the service is dropped, which ends the threads that run already.
+        service.threads = start_threads(&service.engine, handlers).map_err(|e| Error::Thread(e.to_string()))?;
+        let forks = fork::register(Shared::new(Forks::new(service.engine.clone(), handlers)));
+        service._forks = Some(forks.map_err(|_| Error::Thread("there are too many spaces".into()))?);
         Ok(Space { service: Arc::new(service) })
     }
 
@@ -238,8 +251,12 @@ impl Drop for Service {
     fn drop(&mut self) {
         self.engine.service.stop(&self.engine.kernel.park());
         for thread in self.threads.drain(..) {
-            // A thread that panicked has said so.
-            let _ = thread.join();
+            if self.pid == getpid() {
+                // A thread that panicked has said so.
+                let _ = thread.join();
+            } else {
+                std::mem::forget(thread);
+            }
         }
     }
 }

@@ -4,6 +4,7 @@
 //! The newer interface is used where the kernel has it (6.7 and 6.11), the text or the table otherwise. Nothing
 //! here allocates.
 
+use super::files::OurFd;
 use peerspace_core::addr::{Va, VaRange};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
@@ -13,7 +14,7 @@ use rustix::ioctl::{Updater, ioctl, opcode};
 /// `/proc/self/pagemap`, open.
 #[derive(Debug)]
 pub struct Pagemap {
-    fd: OwnedFd,
+    fd: OurFd,
     scan: bool,
     page: u64,
 }
@@ -48,18 +49,32 @@ const IS_HUGE: u64 = 1 << 6;
 const PM_PRESENT: u64 = 1 << 63;
 const PM_SWAP: u64 = 1 << 62;
 
+const PAGEMAP: &str = "/proc/self/pagemap";
+const MAPS: &str = "/proc/self/maps";
+
+fn open(path: &str) -> Result<OwnedFd, Errno> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+}
+
 impl Pagemap {
     /// Opens the page map of this process. To be opened again after a fork.
     ///
     /// # Errors
     /// When `/proc` is not there.
     pub fn open() -> Result<Pagemap, Errno> {
-        let fd = rustix::fs::open("/proc/self/pagemap", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        let mut map = Pagemap { fd, scan: true, page: rustix::param::page_size() as u64 };
+        let mut map = Pagemap { fd: OurFd::new(open(PAGEMAP)?), scan: true, page: rustix::param::page_size() as u64 };
         let mut found = [const { PageRegion { start: 0, end: 0, categories: 0 } }; 1];
         // An empty range tells whether the call exists.
         map.scan = map.scan_once(VaRange { start: Va(0), end: Va(0) }, IS_PRESENT, &mut found).is_ok();
         Ok(map)
+    }
+
+    /// Opens the page map of the calling process in the place of the one it was forked from.
+    ///
+    /// # Errors
+    /// When `/proc` is not there.
+    pub fn renew(&self) -> Result<(), Errno> {
+        self.fd.replace(open(PAGEMAP)?)
     }
 
     /// Whether PAGEMAP_SCAN is there.
@@ -248,7 +263,7 @@ impl Vma {
 /// `/proc/self/maps`, open.
 #[derive(Debug)]
 pub struct Maps {
-    fd: OwnedFd,
+    fd: OurFd,
     query: bool,
 }
 
@@ -284,10 +299,17 @@ impl Maps {
     /// # Errors
     /// When `/proc` is not there.
     pub fn open() -> Result<Maps, Errno> {
-        let fd = rustix::fs::open("/proc/self/maps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        let mut maps = Maps { fd, query: true };
+        let mut maps = Maps { fd: OurFd::new(open(MAPS)?), query: true };
         maps.query = !matches!(maps.ask(Va(0)), Err(Errno::NOTTY | Errno::INVAL));
         Ok(maps)
+    }
+
+    /// Opens the list of the calling process in the place of the one it was forked from.
+    ///
+    /// # Errors
+    /// When `/proc` is not there.
+    pub fn renew(&self) -> Result<(), Errno> {
+        self.fd.replace(open(MAPS)?)
     }
 
     /// Whether PROCMAP_QUERY is there.

@@ -110,6 +110,11 @@ fn ask(va: Va, access: Access) -> bool {
     })
 }
 
+/// In a forked child no thread but the calling one exists, whatever the counts say.
+pub(super) fn forget_other_threads() {
+    HANDLERS.iter().for_each(|place| place.inside.store(0, Ordering::Relaxed));
+}
+
 /// A hardware error, or a page that was poisoned: nothing that could be resolved.
 fn is_lost_memory(code: i32) -> bool {
     const BUS_MCEERR_AR: i32 = 4;
@@ -271,6 +276,21 @@ pub fn without_signals<T>(f: impl FnOnce() -> T) -> T {
         libc::sigfillset(all.as_mut_ptr());
         let mut before = MaybeUninit::uninit();
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+        let out = f();
+        libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), null_mut());
+        out
+    }
+}
+
+/// Runs `f` with SIGBUS let through in this thread.
+pub fn with_sigbus<T>(f: impl FnOnce() -> T) -> T {
+    // SAFETY: the sets are initialised by sigemptyset and by the call itself.
+    unsafe {
+        let mut bus = MaybeUninit::uninit();
+        libc::sigemptyset(bus.as_mut_ptr());
+        libc::sigaddset(bus.as_mut_ptr(), libc::SIGBUS);
+        let mut before = MaybeUninit::uninit();
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, bus.as_ptr(), before.as_mut_ptr());
         let out = f();
         libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), null_mut());
         out

@@ -4,6 +4,7 @@
 //! it means is decided in [`super::kernel`]. Nothing here uses `errno`, thread-local storage or the heap, so all
 //! of it can run in a signal handler and on threads the C library knows nothing of.
 
+use super::files::OurFd;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::ioctl::{Updater, ioctl, opcode};
@@ -156,7 +157,7 @@ pub const FAULT_WP: u64 = 1 << 1;
 /// A userfaultfd.
 #[derive(Debug)]
 pub struct Uffd {
-    fd: OwnedFd,
+    fd: OurFd,
     features: u64,
 }
 
@@ -178,7 +179,7 @@ impl Uffd {
             Err(first) if !user_only => open_device(flags).map_err(|_| first)?,
             Err(e) => return Err(e),
         };
-        Ok(Uffd { fd, features: 0 })
+        Ok(Uffd { fd: OurFd::new(fd), features: 0 })
     }
 
     /// The features this kernel knows. Asks with a descriptor of its own.
@@ -206,6 +207,20 @@ impl Uffd {
         unsafe { ioctl(&self.fd, Updater::<{ opcode::read_write::<Api>(IOC, 0x3F) }, Api>::new(&mut arg))? };
         self.features = features;
         Ok(())
+    }
+
+    /// Puts a new userfaultfd with the same features, and `more` of them, in the place of this one: what was
+    /// registered with the old one is registered no longer.
+    ///
+    /// # Errors
+    /// As for [`open`](Uffd::open) and [`enable`](Uffd::enable); nothing changed.
+    pub fn renew(&self, user_only: bool, more: u64) -> Result<(), Errno> {
+        let fresh = {
+            let mut fresh = Uffd::open(user_only)?;
+            fresh.enable(self.features | more)?;
+            rustix::io::fcntl_dupfd_cloexec(&fresh.fd, 0)?
+        };
+        self.fd.replace(fresh)
     }
 
     /// The features switched on.

@@ -7,16 +7,17 @@
 //! nothing until memory is scarce.
 
 use super::context::Working;
-use super::fault::{Fault, Hold, Outcome, Ration};
+use super::fault::{Hold, Outcome};
 use super::stats::{count, count_n};
 use super::{AddError, Engine, Entry};
+use crate::device::Load;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Va, VaRange, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Arrival, Frame};
 use peerspace_core::regions::Attributes;
 use peerspace_core::sync::Ordering::Relaxed;
-use peerspace_os::{Done, Kernel, Trouble, Wake};
+use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
 
 /// Native pages taken in hand in one go.
 const TAKE: usize = 32;
@@ -60,6 +61,7 @@ impl<K: Kernel> Engine<K> {
         let pages = self.geometry.pages_inside(range);
         // News of an older mapping at the same place must not hit the new one.
         self.settle_changes();
+        let _work = self.contexts.take();
         // The region first: from the moment of registration on, faults in it come.
         self.add_region(pages, Attributes::ADOPTED).map_err(AdoptError::Table)?;
         self.kernel.adopt(range).map_err(|t| {
@@ -67,7 +69,14 @@ impl<K: Kernel> Engine<K> {
             let _ = self.remove_region(pages, |_| {});
             self.table.uncover(self.lonely_blocks(pages));
             AdoptError::Kernel(t)
-        })
+        })?;
+        let mut native = 0;
+        // Where it cannot be found out, reclaim finds the pages one by one.
+        let _ = self.kernel.present_runs(range, &mut |run| native += self.geometry.pages_in(run.len()).0);
+        self.budget.add_native(native as i64);
+        drop(_work);
+        self.watch_budget();
+        Ok(())
     }
 
     /// Stops managing `range`: brings everything home, even beyond the limit, and leaves it to the kernel. What is
@@ -78,6 +87,7 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn disown(&self, range: VaRange) -> Result<(), Trouble> {
         let pages = self.geometry.pages_inside(range);
         let keep = |kept: bool| {
+            let _work = self.contexts.take();
             let _changes = self.region_changes.lock();
             let change = |a: Attributes| {
                 if kept { a.with(Attributes::KEPT) } else { a.without(Attributes::KEPT) }
@@ -96,10 +106,15 @@ impl<K: Kernel> Engine<K> {
                 keep(false)?;
                 return Err(t);
             }
+            let (mut there, mut tracked) = (0, 0);
+            let _ = self.kernel.present_runs(range, &mut |run| there += self.geometry.pages_in(run.len()).0 as i64);
+            let charged = self.budget.charged();
             let _ = self.regions.remove(pages, |_| {});
-            self.discard(pages, &self.contexts.receiver().counters);
-            drop(rest);
+            self.discard(pages, &self.contexts.all()[0].as_ref().counters);
             self.release_table(pages);
+            tracked += charged - self.budget.charged();
+            self.budget.add_native((tracked - there).min(0));
+            drop(rest);
             return Ok(());
         }
     }
@@ -126,20 +141,68 @@ impl<K: Kernel> Engine<K> {
         })
     }
 
+    /// Gives everything of `pages` that is away back to the program, as pages of the kernel's: beyond the limit if
+    /// need be, for it has nowhere else to go.
     fn bring_home(&self, pages: PageRange) {
         for vpn in self.away(pages) {
             let mut work = self.contexts.take();
-            // Charged beyond the limit if need be: it has nowhere else to go.
-            let mut ration = Ration { pages: 1, no_block: true, ..Ration::default() };
-            self.budget.force_quietly(1);
-            let mut fault = Fault::ahead(vpn, Access::Read, Wake::Yes, 0);
-            let done = self.attempt(&mut fault, &mut work, &mut ration);
-            self.return_ration(ration);
-            if done == Err(Hold::Changing) {
+            let Ok(entry) = self.table.lock(vpn) else { continue };
+            if entry.is_whole() {
+                self.split_whole(entry, &work.counters);
+            } else if self.make_native(entry, &mut work) == Err(Hold::Changing) {
                 drop(work);
                 self.wait_for_changes();
             }
         }
+    }
+
+    /// Puts a page that is away where the program has it, and forgets it.
+    fn make_native(&self, mut entry: Entry<'_, K>, work: &mut Working<'_>) -> Result<(), Hold> {
+        let to = self.geometry.va(entry.vpn());
+        let (context, buffer) = work.parts();
+        let bytes = &mut buffer[..self.geometry.page_bytes()];
+        let from_standby = match entry.state() {
+            State::Standby { pfn, .. } => Some(self.memmap.page(pfn)),
+            State::Device { pfn, .. } => {
+                let tier = self.tiers.of(pfn);
+                let mut batch = [Load::new(pfn - tier.range.base, bytes)];
+                tier.load(&mut batch, self.geometry);
+                let [load] = batch;
+                if let Err(e) = load.result {
+                    self.lose(entry, e, context);
+                    return Ok(());
+                }
+                None
+            }
+            _ => return Ok(()),
+        };
+        let done = match (self.gate.enter(context), from_standby) {
+            (Some(_section), None) => self.kernel.copy_in(to, bytes, Protect::No, Wake::Yes),
+            (Some(_section), Some(frame)) => {
+                self.kernel.copy_staged(to, self.staged_at(frame).0, Protect::No, Wake::Yes)
+            }
+            (None, _) => Done::stopped(Pages(0), Trouble::Changing),
+        };
+        if let Some(trouble) = done.trouble {
+            return Err(self.hold(trouble));
+        }
+        self.budget.add_native(1);
+        let state = entry.state();
+        entry.set(State::Empty);
+        match (state, from_standby) {
+            (State::Device { pfn, .. }, _) => self.tiers.free(pfn, Order::BASE),
+            (_, Some(frame)) => {
+                let backing = self.memmap.backing(frame);
+                let slot = self.memmap.slot(frame);
+                if let Some(slot) = slot {
+                    self.ring.vacate(slot);
+                }
+                self.free_frame(frame, slot.is_none());
+                self.free_backing(backing, Order::BASE);
+            }
+            _ => unreachable!("only pages that are away are made native"),
+        }
+        Ok(())
     }
 
     /// Takes some native pages in hand: moves them to standby. Returns how many; 0 when a long search found none.
@@ -213,7 +276,7 @@ impl<K: Kernel> Engine<K> {
         }
         let frame = self.memmap.take_block()?;
         let done = match self.gate.enter(work.context()) {
-            Some(_section) => self.kernel.take_out(self.blocks.range(frame).start, self.addresses(block)),
+            Some(_section) => self.take_native_out(self.blocks.range(frame).start, self.addresses(block)),
             None => Done::stopped(Pages(0), Trouble::Changing),
         };
         if done.pages.0 == 0 {
@@ -251,6 +314,21 @@ impl<K: Kernel> Engine<K> {
         Some(done.pages.0)
     }
 
+    /// Moves native pages to staging, in a section; makes them this process's own first where that is needed.
+    fn take_native_out(&self, to: Va, from: VaRange) -> Done {
+        let first = self.kernel.take_out(to, from);
+        if first.trouble != Some(Trouble::Busy) {
+            return first;
+        }
+        let done = self.geometry.bytes(first.pages);
+        let rest = VaRange { start: Va(from.start.0 + done), ..from };
+        if self.kernel.unshare(rest).is_err() {
+            return first;
+        }
+        let second = self.kernel.take_out(Va(to.0 + done), rest);
+        Done { pages: first.pages + second.pages, ..second }
+    }
+
     /// Takes native pages at the start of `run` in hand. Returns how many, and where to go on.
     fn take_native_run(&self, run: PageRange, work: &mut Working<'_>) -> (u64, Vpn) {
         let mut locks: ArrayVec<(Entry<'_, K>, Frame), TAKE> = ArrayVec::new();
@@ -278,7 +356,7 @@ impl<K: Kernel> Engine<K> {
             Some(slots) => match self.gate.enter(work.context()) {
                 Some(_section) => {
                     let from = self.addresses(PageRange::new(run.start, Pages(n as u64)));
-                    self.kernel.take_out(self.ring.range(slots).start, from)
+                    self.take_native_out(self.ring.range(slots).start, from)
                 }
                 None => Done::stopped(Pages(0), Trouble::Changing),
             },
@@ -301,9 +379,6 @@ impl<K: Kernel> Engine<K> {
                         // This one cannot go now; the search goes on behind it.
                         next = entry.vpn() + 1;
                         count(&work.counters.busy);
-                        if done.trouble == Some(Trouble::Busy) {
-                            self.service.note_shared(&[entry.vpn()]);
-                        }
                     }
                     self.memmap.give_back(frame);
                 }
@@ -390,6 +465,7 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn let_go(&self, pages: PageRange) {
         let mut at = pages.start;
         while at < pages.end {
+            let _work = self.contexts.take();
             let Ok(entry) = self.table.lock(at) else {
                 at = at + 1;
                 continue;
@@ -401,10 +477,5 @@ impl<K: Kernel> Engine<K> {
             }
             at = if entry.is_whole() { entry.range().end } else { at + 1 };
         }
-    }
-
-    /// The page that holds `va`.
-    pub(crate) fn page_of(&self, va: Va) -> Vpn {
-        self.geometry.vpn(va)
     }
 }

@@ -242,33 +242,23 @@ impl<K: Kernel> Engine<K> {
             return Ok(Outcome::Resolved);
         }
         if done.pages.0 == 0 {
-            // The frame stays on standby, full, for the next attempt.
-            self.blocks.put_on_standby(frame);
-            drop(entry);
-            return Err(match done.trouble {
-                Some(Trouble::Present) => self.not_whole(fault),
-                Some(t) => self.hold(t),
-                None => Hold::Again,
-            });
+            if let Some(t @ (Trouble::Changing | Trouble::Absent)) = done.trouble {
+                // The frame stays on standby, full, for the next attempt.
+                self.blocks.put_on_standby(frame);
+                drop(entry);
+                return Err(self.hold(t));
+            }
+            // Small pages can be copied where a huge one cannot move: its memory is shared with a forked process, or
+            // the kernel has pages of its own in the block.
+            self.split_staged(entry, frame, Pages(0));
+            fault.level = 0;
+            return Err(Hold::Again);
         }
         // Some pages came in, the rest did not: the block goes on in pieces.
         self.split_staged(entry, frame, done.pages);
         let _ = self.kernel.wake(range);
         fault.level = 0;
         Err(Hold::Again)
-    }
-
-    /// The kernel has pages in a block that the table takes for empty or on a device as a whole: adopted memory
-    /// that was never looked at. Small pages find out which.
-    fn not_whole(&self, fault: &mut Fault) -> Hold {
-        fault.level = 0;
-        if let Ok(entry) = self.table.lock(fault.vpn) {
-            if let (State::Standby { pfn, .. }, true) = (entry.state(), entry.is_whole()) {
-                let frame = self.memmap.block(pfn);
-                self.split_staged(entry, frame, Pages(0));
-            }
-        }
-        Hold::Again
     }
 
     /// Splits a block of which the first `mapped` pages are mapped and the others staged.

@@ -116,6 +116,12 @@ impl Budget {
         self.native.load(Relaxed)
     }
 
+    /// So many more pages that the kernel populated are managed now.
+    pub(crate) fn add_native(&self, pages: i64) {
+        self.native.fetch_add(pages, Relaxed);
+        self.note_peak();
+    }
+
     pub(crate) fn set_native(&self, pages: i64) {
         self.native.store(pages.max(0), Relaxed);
         self.note_peak();

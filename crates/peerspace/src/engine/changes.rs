@@ -17,13 +17,14 @@ impl<K: Kernel> Engine<K> {
     ///
     /// One caller at a time: the holder of [`Service::reader`](super::serve::Service).
     pub(crate) fn receive(&self) -> Option<Message> {
+        let work = self.contexts.receiver();
         self.gate.peek(self.contexts.all());
         let message = self.kernel.receive();
         match message {
             None | Some(Message::Fault { .. }) => {}
             Some(change) => {
                 self.gate.hold();
-                self.apply(change, &self.contexts.receiver().counters);
+                self.apply(change, &work.counters);
             }
         }
         self.gate.open(&self.kernel.park());

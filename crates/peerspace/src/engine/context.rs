@@ -7,8 +7,8 @@
 
 use crate::engine::stats::{Counters, Histogram};
 use crate::sync::{Mutex, MutexGuard, Padded};
-use peerspace_core::sync::{AtomicU32, spin_hint};
-use peerspace_os::own::{Own, Vec};
+use peerspace_core::sync::{AtomicU32, Ordering, fence, spin_hint};
+use peerspace_os::own::{Buffer, Own, Vec};
 use std::ops::{Deref, DerefMut};
 
 /// One of the places to work at.
@@ -18,13 +18,18 @@ pub(crate) struct Context {
     pub(crate) section: AtomicU32,
     pub(crate) counters: Counters,
     pub(crate) latency: Histogram,
-    buffer: Mutex<peerspace_os::own::Buffer>,
+    buffer: Mutex<Buffer>,
 }
 
 /// All contexts. One more, the last, belongs to the thread that receives changes: it must never wait for others.
+///
+/// Every lock of the engine other than those of table entries is only ever taken by somebody who has a context.
+/// So when all contexts are free and [frozen](Contexts::freeze), all of the engine's state is at rest.
 #[derive(Debug)]
 pub(crate) struct Contexts {
     all: Vec<Slot>,
+    /// How many want nobody to work.
+    frozen: AtomicU32,
 }
 
 #[derive(Debug)]
@@ -39,7 +44,7 @@ impl AsRef<Context> for Slot {
 /// A context that is ours until this is dropped.
 pub(crate) struct Working<'a> {
     context: &'a Context,
-    buffer: MutexGuard<'a, peerspace_os::own::Buffer>,
+    buffer: MutexGuard<'a, Buffer>,
 }
 
 impl Contexts {
@@ -51,19 +56,33 @@ impl Contexts {
                 section: AtomicU32::new(0),
                 counters: Counters::default(),
                 latency: Histogram::default(),
-                buffer: Mutex::new(peerspace_os::own::Buffer::new(bytes)?),
+                buffer: Mutex::new(Buffer::new(bytes)?),
             })));
         }
-        Ok(Contexts { all })
+        Ok(Contexts { all, frozen: AtomicU32::new(0) })
     }
 
     pub(crate) fn all(&self) -> &[Slot] {
         &self.all
     }
 
-    /// The context of the thread that receives changes.
-    pub(crate) fn receiver(&self) -> &Context {
-        self.all[self.all.len() - 1].as_ref()
+    /// Takes context `i` if it is free and nothing is frozen.
+    fn try_take(&self, i: usize) -> Option<Working<'_>> {
+        let context = self.all[i].as_ref();
+        let buffer = context.buffer.try_lock()?;
+        // Pairs with the fence in freeze: either we see that it is frozen, or the freezer sees the lock taken.
+        fence(Ordering::SeqCst);
+        (self.frozen.load(Ordering::Relaxed) == 0).then_some(Working { context, buffer })
+    }
+
+    /// Takes the context of the thread that receives changes.
+    pub(crate) fn receiver(&self) -> Working<'_> {
+        loop {
+            if let Some(work) = self.try_take(self.all.len() - 1) {
+                return work;
+            }
+            self.pause();
+        }
     }
 
     /// Takes a free context; waits for one if all are taken.
@@ -71,30 +90,35 @@ impl Contexts {
         let n = self.all.len() - 1;
         let first = crate::engine::cpu() % n;
         loop {
-            for i in 0..n {
-                let context = self.all[(first + i) % n].as_ref();
-                if let Some(buffer) = context.buffer.try_lock() {
-                    return Working { context, buffer };
-                }
+            if let Some(work) = (0..n).find_map(|i| self.try_take((first + i) % n)) {
+                return work;
             }
-            spin_hint();
+            self.pause();
         }
     }
-}
 
-/// All contexts at once: nobody else works in the engine while this lives.
-pub(crate) struct AllContexts<'a> {
-    _all: Vec<MutexGuard<'a, peerspace_os::own::Buffer>>,
-}
-
-impl Contexts {
-    /// Waits until nobody works in the engine, and keeps everybody out.
-    pub(crate) fn take_all(&self) -> AllContexts<'_> {
-        let mut all = Vec::with_capacity_in(self.all.len(), Own);
-        for slot in &self.all {
-            all.push(slot.as_ref().buffer.lock());
+    fn pause(&self) {
+        if self.frozen.load(Ordering::Relaxed) == 0 {
+            spin_hint();
+        } else {
+            // That takes as long as a fork, or a walk of everything.
+            std::thread::yield_now();
         }
-        AllContexts { _all: all }
+    }
+
+    /// Keeps everybody from working in the engine until [`thaw`](Contexts::thaw), and waits until nobody does. The
+    /// caller has no context.
+    pub(crate) fn freeze(&self) {
+        self.frozen.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        for slot in &self.all {
+            drop(slot.as_ref().buffer.lock());
+        }
+    }
+
+    /// Undoes [`freeze`](Contexts::freeze).
+    pub(crate) fn thaw(&self) {
+        self.frozen.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -103,12 +127,7 @@ impl<'a> Working<'a> {
         self.context
     }
 
-    /// The buffer, aligned to a page.
-    pub(crate) fn buffer(&mut self) -> &mut [u8] {
-        &mut self.buffer
-    }
-
-    /// The context and its buffer, to use both at once.
+    /// The context and its buffer, which is aligned to a page, to use both at once.
     pub(crate) fn parts(&mut self) -> (&'a Context, &mut [u8]) {
         (self.context, self.buffer.deref_mut())
     }

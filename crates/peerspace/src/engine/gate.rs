@@ -103,6 +103,11 @@ impl Gate {
         }
     }
 
+    /// Open, whatever it was: in a forked child, where nobody receives anything yet.
+    pub(crate) fn renew(&self) {
+        self.word.store(0, Ordering::Release);
+    }
+
     /// A number that changes when a change has been acted on.
     pub(crate) fn turn(&self) -> u64 {
         self.word.load(Ordering::Acquire) / TURN

@@ -49,7 +49,7 @@ pub(crate) mod stats;
 pub(crate) mod tiers;
 
 use crate::device::Device;
-use crate::sync::{Mutex, MutexGuard};
+use crate::sync::Mutex;
 use budget::Budget;
 use context::Contexts;
 use gate::Gate;
@@ -204,6 +204,8 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Makes `range` managed. Its mapping exists and is registered, and no change of mappings is pending.
+    ///
+    /// The caller has a context, as for every lock of the engine.
     pub(crate) fn add_region(&self, range: PageRange, attributes: Attributes) -> Result<(), AddError> {
         let _changes = self.region_changes.lock();
         let new = self.cover(range)?;
@@ -318,13 +320,22 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Waits until nothing is under way in the engine, and keeps it so while the guard lives: no fault is being
-    /// resolved, nothing reclaimed, no message acted on. The calling thread must not fault meanwhile.
+    /// resolved, nothing reclaimed, no message acted on. The calling thread has no context, and must not fault.
     pub(crate) fn rest(&self) -> Rest<'_> {
-        // In the order in which everybody takes them: who receives works without a context of the pool, and who
-        // works may change regions.
-        let reader = self.service.reader.lock();
-        let contexts = self.contexts.take_all();
-        Rest { _regions: self.region_changes.lock(), _contexts: contexts, _reader: reader }
+        self.contexts.freeze();
+        Rest { contexts: &self.contexts }
+    }
+
+    /// In a forked child, at rest: forgets what belonged to the parent's threads, and makes void what its mappings
+    /// proved (rule G12).
+    pub(crate) fn begin_life(&self) {
+        self.epoch.fetch_add(1, Relaxed);
+        self.gate.renew();
+        self.service.renew();
+        for slot in self.contexts.all() {
+            slot.as_ref().counters.reset();
+            slot.as_ref().latency.reset();
+        }
     }
 
     /// The sums of all counters.
@@ -337,9 +348,13 @@ impl<K: Kernel> Engine<K> {
 
 /// Keeps the engine at rest.
 pub(crate) struct Rest<'a> {
-    _regions: MutexGuard<'a, ()>,
-    _contexts: context::AllContexts<'a>,
-    _reader: MutexGuard<'a, ()>,
+    contexts: &'a Contexts,
+}
+
+impl Drop for Rest<'_> {
+    fn drop(&mut self) {
+        self.contexts.thaw();
+    }
 }
 
 /// Why a range cannot be managed.

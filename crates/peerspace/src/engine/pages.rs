@@ -254,7 +254,8 @@ impl<K: Kernel> Engine<K> {
                 return Err(Hold::Again);
             }
             let entry = locks.pop().expect("one entry is locked");
-            return self.lose(entry, fault, e, context);
+            self.lose(entry, e, context);
+            return Ok(Outcome::Poisoned);
         }
         let (protect, writable, dirt) = self.map_copy(fault.access, Dirt::Clean);
         let done = match self.gate.enter(context) {
@@ -303,27 +304,22 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// A page cannot be had back from its device: it is lost, and exactly it (rule Z9).
-    fn lose(
-        &self,
-        entry: Entry<'_, K>,
-        fault: &Fault,
-        error: DeviceError,
-        context: &Context,
-    ) -> Result<Outcome, Hold> {
+    pub(crate) fn lose(&self, entry: Entry<'_, K>, error: DeviceError, context: &Context) {
         let State::Device { pfn, .. } = entry.state() else { unreachable!("the page is on a device") };
-        let va = self.geometry.va(fault.vpn);
+        let va = self.geometry.va(entry.vpn());
+        let tier = self.tiers.of(pfn);
         crate::tell::warning(format_args!(
             "page {va} is lost: device {}, page {}: {error}",
-            self.tiers.of(pfn).info.name,
-            pfn - self.tiers.of(pfn).range.base,
+            tier.info.name,
+            pfn - tier.range.base,
         ));
         count(&context.counters.poisoned);
         // Refusal is no harm: an access faults again and finds the entry poisoned.
         let _ = self.kernel.poison(va);
+        let range = self.addresses(entry.range());
         entry.commit(State::Poisoned);
-        let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
+        let _ = self.kernel.wake(range);
         self.tiers.free(pfn, Order::BASE);
-        Ok(Outcome::Poisoned)
     }
 
     /// Maps a page on standby again. By copying: that needs no flush of other processors' translations, and

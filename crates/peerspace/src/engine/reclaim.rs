@@ -21,7 +21,7 @@ use super::fault::{Hold, Patience};
 use super::stats::{count, count_n};
 use super::{Engine, Entry};
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Vpn};
+use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Arrival, Backing, Frame};
 use peerspace_core::regions::Attributes;
@@ -273,17 +273,12 @@ impl<K: Kernel> Engine<K> {
         pages.sort_unstable_by_key(|(e, _)| e.vpn());
         let started = Instant::now();
         let mut unmapped = 0;
-        let mut shared: ArrayVec<Vpn, VICTIMS> = ArrayVec::new();
         while !pages.is_empty() {
             let first = pages[0].0.vpn();
             let run = pages.iter().enumerate().take_while(|(i, (e, _))| e.vpn() == first + *i as u64).count();
             let Some(slots) = self.ring.reserve(run as u32) else { break };
             let n = slots.count as usize;
-            let from = self.addresses(PageRange::new(first, Pages(n as u64)));
-            let done = match self.gate.enter(work.context()) {
-                Some(_section) => self.kernel.take_out(self.ring.range(slots).start, from),
-                None => Done::stopped(Pages(0), Trouble::Changing),
-            };
+            let done = self.take_out_pages(&mut pages[..n], slots, work);
             let took = done.pages.0 as usize;
             for (i, (entry, frame)) in pages.drain(..n).enumerate() {
                 if i < took {
@@ -293,22 +288,11 @@ impl<K: Kernel> Engine<K> {
                     self.memmap.set_arrival(frame, Arrival::Reuse);
                     self.ring.occupy(slot, frame);
                     entry.commit(State::Standby { pfn, dirt });
-                } else if i == took {
-                    match done.trouble {
-                        // Discarded; see `present` in the fault path. The gate was open, so no news is pending.
-                        Some(Trouble::Absent) => self.forget_victim(entry, frame),
-                        Some(Trouble::Busy) => {
-                            count(&work.counters.busy);
-                            shared.push(entry.vpn());
-                            self.keep(entry, frame);
-                        }
-                        Some(_) => {
-                            count(&work.counters.busy);
-                            self.keep(entry, frame);
-                        }
-                        None => unreachable!("everything was taken"),
-                    }
+                } else if i == took && done.trouble == Some(Trouble::Absent) {
+                    // Discarded; see `present` in the fault path. The gate was open, so no news is pending.
+                    self.forget_victim(entry, frame);
                 } else {
+                    count(&work.counters.busy);
                     self.keep(entry, frame);
                 }
             }
@@ -325,10 +309,56 @@ impl<K: Kernel> Engine<K> {
             count_n(&work.counters.unmapped, unmapped);
             self.service.pace.note(background, unmapped, started.elapsed());
         }
-        if !shared.is_empty() {
-            self.service.note_shared(&shared);
-        }
         unmapped
+    }
+
+    /// Moves neighbouring victims to `slots`. Those that are shared with a forked process become this process's own
+    /// first.
+    fn take_out_pages(
+        &self,
+        pages: &mut [(Entry<'_, K>, Frame)],
+        slots: super::staging::Slots,
+        work: &Working<'_>,
+    ) -> Done {
+        let range = PageRange::new(pages[0].0.vpn(), Pages(pages.len() as u64));
+        let to = self.ring.range(slots).start;
+        let page = self.geometry.page_bytes() as u64;
+        let Some(_section) = self.gate.enter(work.context()) else {
+            return Done::stopped(Pages(0), Trouble::Changing);
+        };
+        let first = self.kernel.take_out(to, self.addresses(range));
+        if first.trouble != Some(Trouble::Busy) {
+            return first;
+        }
+        let n = first.pages.0;
+        for (entry, frame) in &mut pages[n as usize..] {
+            self.make_dirty(entry, *frame);
+        }
+        let rest = self.addresses(PageRange { start: range.start + n, end: range.end });
+        if !self.make_own(rest) {
+            return first;
+        }
+        let second = self.kernel.take_out(Va(to.0 + n * page), rest);
+        Done { pages: first.pages + second.pages, ..second }
+    }
+
+    /// Gives the process pages of its own in `range`, where it shares them with a forked one. Called in a section and
+    /// with the entries locked: the pages are there and cannot be discarded meanwhile, so nothing has to be waited
+    /// for. The entries are [dirty](Engine::make_dirty).
+    fn make_own(&self, range: VaRange) -> bool {
+        self.kernel.protect(range, Protect::No, Wake::Yes).is_ok() && self.kernel.unshare(range).is_ok()
+    }
+
+    /// Takes note that a mapped page (or block) is not write-protected any more, and so may differ from its backing.
+    fn make_dirty(&self, entry: &mut Entry<'_, K>, frame: Frame) {
+        let State::Host { pfn, writable, .. } = entry.state() else { unreachable!("a victim is mapped") };
+        if !writable {
+            let backing = self.memmap.backing(frame);
+            self.memmap.set_backing(frame, Backing::None);
+            let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
+            entry.set(State::Host { pfn, writable: true, dirt: Dirt::Dirty });
+            self.free_backing(backing, order);
+        }
     }
 
     /// A victim that is on no list turned out to be discarded by the program.
@@ -341,12 +371,23 @@ impl<K: Kernel> Engine<K> {
     }
 
     fn unmap_block(&self, mut entry: Entry<'_, K>, frame: Frame, work: &mut Working<'_>) -> u64 {
-        let State::Host { pfn, dirt, .. } = entry.state() else { unreachable!("a victim is mapped") };
-        let range = self.blocks.range(frame);
+        let to = self.blocks.range(frame).start;
+        let from = self.addresses(entry.range());
         let done = match self.gate.enter(work.context()) {
-            Some(_section) => self.kernel.take_out(range.start, self.addresses(entry.range())),
+            Some(_section) => match self.kernel.take_out(to, from) {
+                Done { pages: Pages(0), trouble: Some(Trouble::Busy) } => {
+                    self.make_dirty(&mut entry, frame);
+                    if self.make_own(from) {
+                        self.kernel.take_out(to, from)
+                    } else {
+                        Done::stopped(Pages(0), Trouble::Busy)
+                    }
+                }
+                done => done,
+            },
             None => Done::stopped(Pages(0), Trouble::Changing),
         };
+        let State::Host { pfn, dirt, .. } = entry.state() else { unreachable!("a victim is mapped") };
         if done.pages.0 == BLOCK_PAGES {
             self.memmap.set_arrival(frame, Arrival::Reuse);
             entry.set(State::Standby { pfn, dirt });
@@ -391,43 +432,5 @@ impl<K: Kernel> Engine<K> {
             self.blocks.put_on_standby(frame);
         }
         count(&work.counters.splits);
-    }
-
-    /// Makes pages that are shared with a forked process this process's own, so that they can go next time.
-    ///
-    /// For the background reclaimer, between two rounds: the call may have to wait for a fault to be served, so
-    /// neither a lock nor a context is held.
-    pub(crate) fn unshare_pages(&self) {
-        for vpn in self.service.take_shared() {
-            let range = self.addresses(PageRange::new(vpn, Pages(1)));
-            if self.make_dirty(vpn) {
-                let _ = self.kernel.unshare(range);
-            }
-        }
-    }
-
-    /// Makes a mapped page writable and dirty: a copy of it that is about to be made will not be protected. False
-    /// when the page is not mapped.
-    fn make_dirty(&self, vpn: Vpn) -> bool {
-        let work = self.contexts.take();
-        let Ok(Some(entry)) = self.table.try_lock(vpn) else { return false };
-        let State::Host { pfn, writable, .. } = entry.state() else { return false };
-        if entry.is_whole() {
-            return false;
-        }
-        if writable {
-            return true;
-        }
-        let unprotected = self.gate.enter(work.context()).is_some_and(|_section| {
-            self.kernel.protect(self.addresses(entry.range()), Protect::No, Wake::Yes).is_ok()
-        });
-        if unprotected {
-            let frame = self.memmap.page(pfn);
-            let backing = self.memmap.backing(frame);
-            self.memmap.set_backing(frame, Backing::None);
-            entry.commit(State::Host { pfn, writable: true, dirt: Dirt::Dirty });
-            self.free_backing(backing, Order::BASE);
-        }
-        unprotected
     }
 }

@@ -15,8 +15,8 @@ use super::reclaim::{Pace, Step};
 use super::stats::count;
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Va, Vpn};
-use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering, Park};
+use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Va};
+use peerspace_core::sync::{AtomicBool, AtomicU64, Latch, Ordering, Park};
 use peerspace_os::{Kernel, Message, Protect, Wake};
 use std::time::Duration;
 
@@ -24,22 +24,22 @@ use std::time::Duration;
 const PUT_ASIDE: usize = 256;
 /// Requests to read ahead that wait.
 const REQUESTS: usize = 16;
-/// Shared pages noted.
-const SHARED: usize = 256;
+/// How often a thread that waits for messages looks whether it is to stop.
+const POLL: Duration = Duration::from_millis(200);
 
 /// What the engine's threads share.
 #[derive(Debug)]
 pub(crate) struct Service {
     stop: AtomicBool,
-    /// Held by whoever receives messages.
-    pub(crate) reader: Mutex<()>,
+    /// 0 while threads that were started wait for the word to go.
+    go: AtomicU64,
+    /// Held by whoever waits for messages.
+    reader: Latch,
     aside: Mutex<ArrayVec<Va, PUT_ASIDE>>,
     reclaim: AtomicU64,
     ahead: AtomicU64,
     requests: Mutex<ArrayVec<Ahead, REQUESTS>>,
     said_full: AtomicBool,
-    /// Pages that could not be unmapped because a forked process has them too.
-    shared: Mutex<ArrayVec<Vpn, SHARED>>,
     pub(crate) pace: Pace,
 }
 
@@ -47,13 +47,13 @@ impl Service {
     pub(crate) fn new() -> Service {
         Service {
             stop: AtomicBool::new(false),
-            reader: Mutex::new(()),
+            go: AtomicU64::new(1),
+            reader: Latch::new(),
             aside: Mutex::new(ArrayVec::new_const()),
             reclaim: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             requests: Mutex::new(ArrayVec::new_const()),
             said_full: AtomicBool::new(false),
-            shared: Mutex::new(ArrayVec::new_const()),
             pace: Pace::new(),
         }
     }
@@ -65,6 +65,22 @@ impl Service {
             word.store(1, Ordering::Release);
             park.wake(word);
         }
+    }
+
+    /// In a forked child, whose threads are yet to be started: nobody reads, nobody sleeps, nothing is wanted.
+    pub(crate) fn renew(&self) {
+        self.go.store(0, Ordering::Relaxed);
+        self.reader.reset();
+        self.reclaim.store(0, Ordering::Relaxed);
+        self.ahead.store(0, Ordering::Relaxed);
+        self.requests.lock().clear();
+        self.aside.lock().clear();
+    }
+
+    /// Lets threads that were started after [`renew`](Service::renew) begin.
+    pub(crate) fn go(&self, park: &impl Park) {
+        self.go.store(1, Ordering::Release);
+        park.wake(&self.go);
     }
 
     pub(crate) fn stopped(&self) -> bool {
@@ -84,17 +100,6 @@ impl Service {
         drop(requests);
         ring(&self.ahead, park);
         true
-    }
-
-    /// Notes pages to be [unshared](Engine::unshare_pages); more than fit are noted when they turn up again.
-    pub(crate) fn note_shared(&self, pages: &[Vpn]) {
-        let mut shared = self.shared.lock();
-        let room = shared.remaining_capacity().min(pages.len());
-        shared.extend(pages[..room].iter().copied());
-    }
-
-    pub(crate) fn take_shared(&self) -> ArrayVec<Vpn, SHARED> {
-        std::mem::take(&mut *self.shared.lock())
     }
 
     pub(crate) fn say_once_full(&self) -> bool {
@@ -121,6 +126,7 @@ impl<K: Kernel> Engine<K> {
     /// Reclaims in the background, until stopped.
     pub(crate) fn serve_reclaim(&self) {
         let park = self.kernel.park();
+        await_bell(&self.service.go, &park);
         while !self.service.stopped() {
             await_bell(&self.service.reclaim, &park);
             let mut work = self.contexts.take();
@@ -135,7 +141,6 @@ impl<K: Kernel> Engine<K> {
                 stuck = self.reclaim_step(&mut work, true) == Step::Stuck;
             }
             drop(work);
-            self.unshare_pages();
             if stuck {
                 std::thread::sleep(Duration::from_millis(2));
             }
@@ -147,32 +152,34 @@ impl<K: Kernel> Engine<K> {
     /// Reads ahead, until stopped.
     pub(crate) fn serve_ahead(&self) {
         let park = self.kernel.park();
+        await_bell(&self.service.go, &park);
         while !self.service.stopped() {
             await_bell(&self.service.ahead, &park);
-            loop {
-                let next = {
-                    let mut requests = self.service.requests.lock();
-                    if requests.is_empty() {
-                        // Under the lock, so that a request that comes now rings again.
-                        self.service.ahead.store(self.service.stopped() as u64, Ordering::Release);
-                        None
-                    } else {
-                        Some(requests.remove(0))
-                    }
-                };
-                match next {
-                    Some(what) if !self.service.stopped() => self.bring_ahead(what),
-                    _ => break,
+            while let Some(what) = self.next_request() {
+                if self.service.stopped() {
+                    break;
                 }
+                self.bring_ahead(what);
             }
         }
     }
 
+    fn next_request(&self) -> Option<Ahead> {
+        let _work = self.contexts.take();
+        let mut requests = self.service.requests.lock();
+        if requests.is_empty() {
+            // Under the lock, so that a request that comes now rings again.
+            self.service.ahead.store(self.service.stopped() as u64, Ordering::Release);
+            return None;
+        }
+        Some(requests.remove(0))
+    }
+
     /// Receives changes of mappings where faults come by signal, until stopped.
     pub(crate) fn serve_changes(&self) {
+        await_bell(&self.service.go, &self.kernel.park());
         while !self.service.stopped() {
-            if self.kernel.wait_message(Some(Duration::from_millis(200))) {
-                let _reader = self.service.reader.lock();
+            if self.kernel.wait_message(Some(POLL)) {
                 while self.receive().is_some() {}
             }
         }
@@ -180,9 +187,12 @@ impl<K: Kernel> Engine<K> {
 
     /// Receives faults and changes, until stopped. Several threads may run this.
     pub(crate) fn serve_messages(&self) {
+        let park = self.kernel.park();
+        await_bell(&self.service.go, &park);
+        let reader = &self.service.reader;
+        reader.lock(&park);
         while !self.service.stopped() {
-            let reader = self.service.reader.lock();
-            if self.service.stopped() || !self.kernel.wait_message(Some(Duration::from_millis(200))) {
+            if !self.kernel.wait_message(Some(POLL)) {
                 continue;
             }
             match self.receive() {
@@ -191,21 +201,29 @@ impl<K: Kernel> Engine<K> {
                     let access = if write { Access::Write } else { Access::Read };
                     match self.fault(va, access, Wake::Yes, Patience::Never) {
                         Err(Pause::Busy) => {
-                            drop(reader);
+                            // Somebody else reads, while this thread waits for what the fault takes.
+                            reader.unlock(&park);
                             let outcome = self.fault(va, access, Wake::Yes, Patience::Locks);
                             self.conclude(va, outcome);
+                            reader.lock(&park);
                         }
                         outcome => self.conclude(va, outcome),
                     }
                 }
                 // A change has been acted on: what waited for it may try again.
                 Some(_) => {
-                    for va in std::mem::take(&mut *self.service.aside.lock()) {
+                    for va in self.take_aside() {
                         self.send_back(va);
                     }
                 }
             }
         }
+        reader.unlock(&park);
+    }
+
+    fn take_aside(&self) -> ArrayVec<Va, PUT_ASIDE> {
+        let _work = self.contexts.take();
+        std::mem::take(&mut *self.service.aside.lock())
     }
 
     fn conclude(&self, va: Va, outcome: Result<Outcome, Pause>) {
@@ -218,7 +236,10 @@ impl<K: Kernel> Engine<K> {
                 self.send_back(va);
             }
             Err(_) => {
-                let full = self.service.aside.lock().try_push(va).is_err();
+                let full = {
+                    let _work = self.contexts.take();
+                    self.service.aside.lock().try_push(va).is_err()
+                };
                 // The message may have been acted on before the fault was put aside.
                 if full || !self.kernel.is_changing() {
                     self.send_back(va);

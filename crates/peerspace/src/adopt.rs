@@ -1,0 +1,191 @@
+//! Memory the program got elsewhere, taken into a space; and memory kept resident for the kernel's use.
+
+use crate::engine::adopt::{AdoptError, HoldError};
+use crate::error::Error;
+use crate::space::Space;
+use peerspace_core::addr::{Access, PageRange, Va, VaRange};
+use peerspace_os::linux::fork::is_arena_start;
+use peerspace_os::linux::map::ours_within;
+use peerspace_os::linux::scan::Vma;
+use peerspace_os::linux::signal::without_signals;
+use std::fmt;
+
+/// What an access to held memory may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// It is only read.
+    Read,
+    /// It is written, or read and written.
+    Write,
+}
+
+impl From<Use> for Access {
+    fn from(how: Use) -> Access {
+        match how {
+            Use::Read => Access::Read,
+            Use::Write => Access::Write,
+        }
+    }
+}
+
+/// Memory of the program that a space manages until this is dropped. Then everything comes home, beyond the budget
+/// if need be, and is the kernel's again.
+#[must_use = "dropping it brings everything home at once"]
+pub struct Adopted {
+    space: Space,
+    range: VaRange,
+    /// It was given back already.
+    released: bool,
+}
+
+/// Pages that stay resident until this is dropped: see [`Space::make_resident`].
+#[must_use = "dropping it lets the pages go"]
+pub struct Resident {
+    space: Space,
+    pages: PageRange,
+}
+
+impl Space {
+    /// Manages memory that the program already has, from now on: the whole pages of `len` bytes from `start`.
+    ///
+    /// Nothing is moved before memory is scarce, and every pointer stays good. The program goes on to own the memory:
+    /// it may unmap, move, discard, protect and fork as it likes, and the space follows.
+    ///
+    /// Not to be adopted: stacks, thread-local storage, and whatever the [devices](crate::device) of the space or the
+    /// handlers of signals use. A heap's arena header stays out by itself.
+    ///
+    /// # Errors
+    /// For a range that is empty, wraps, is not wholly private anonymous memory that can be read and written, is
+    /// managed already, or belongs to this library. Nothing is changed then.
+    pub fn adopt(&self, start: *const u8, len: usize) -> Result<Adopted, Error> {
+        let engine = self.engine();
+        let bad = |why| Error::BadRange { what: format!("{len} bytes at {start:p}"), why };
+        let range = VaRange::new(Va(start as u64), len as u64).ok_or_else(|| bad("the range wraps"))?;
+        let mut range = engine.geometry.range(engine.geometry.pages_inside(range));
+        if !range.is_empty() && is_arena_start(range.start) {
+            range.start = Va(range.start.0 + engine.geometry.page_bytes() as u64);
+        }
+        if range.is_empty() {
+            return Err(bad("there is no whole page in it"));
+        }
+        if let Some(own) = ours_within(range).next() {
+            return Err(Error::BadRange {
+                what: format!("{range}: it overlaps {own}"),
+                why: "that is memory of the space itself",
+            });
+        }
+        let stack = &raw const range as u64;
+        if self.mappings(range, &bad)?.any(|v| v.contains(Va(stack))) {
+            return Err(bad("it holds the stack of the calling thread"));
+        }
+        match without_signals(|| engine.adopt(range)) {
+            Ok(()) => Ok(Adopted { space: self.clone(), range, released: false }),
+            Err(AdoptError::Table(e)) => Err(Error::BadRange {
+                what: format!("{range}: {e:?}"),
+                why: "it is managed already, or there is no room",
+            }),
+            Err(AdoptError::Kernel(why)) => Err(Error::Kernel { what: format!("adopt {range}"), why }),
+        }
+    }
+
+    /// The mappings that make up `range`, if they are all of the kind that can be managed.
+    fn mappings(
+        &self,
+        range: VaRange,
+        bad: &dyn Fn(&'static str) -> Error,
+    ) -> Result<impl Iterator<Item = VaRange>, Error> {
+        let maps = self.engine().kernel.maps();
+        let mut found = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let vma: Option<Vma> = maps.at(at).map_err(|_| bad("the mappings of the process cannot be read"))?;
+            let vma = vma.ok_or_else(|| bad("part of it is not mapped"))?;
+            if !vma.is_plain() {
+                return Err(bad("only private anonymous memory that can be read and written can be managed"));
+            }
+            at = vma.range.end;
+            found.push(vma.range);
+        }
+        Ok(found.into_iter())
+    }
+
+    /// Brings the pages of a part of a managed range into RAM, permits `how`, and keeps them so.
+    ///
+    /// With [`Faults::Signal`](crate::Faults::Signal), memory is made resident before it is handed to a system call
+    /// (with [`Use::Write`] if the call writes to it) and for as long as the kernel may use it. With threads that is
+    /// only needed for memory that must not move: buffers registered with io_uring, or used by a device.
+    ///
+    /// What is resident counts towards the budget, and nothing else can leave in its place: a resident range larger
+    /// than the budget exceeds it.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if a page cannot be had back; [`Error::BadRange`] if one is not managed by this space. Nothing
+    /// is kept then.
+    pub fn make_resident(&self, start: *const u8, len: usize, how: Use) -> Result<Resident, Error> {
+        let engine = self.engine();
+        let bad = |why| Error::BadRange { what: format!("{len} bytes at {start:p}"), why };
+        let range = VaRange::new(Va(start as u64), len as u64).ok_or_else(|| bad("the range wraps"))?;
+        let pages = engine.geometry.pages_out(range);
+        match engine.hold_pages(pages, how.into()) {
+            Ok(()) => Ok(Resident { space: self.clone(), pages }),
+            Err(HoldError::Lost(vpn)) => {
+                Err(Error::Lost(engine.geometry.range(PageRange { start: vpn, end: vpn + 1 })))
+            }
+            Err(HoldError::Foreign(_)) => Err(bad("part of it is not managed by this space")),
+            Err(HoldError::TooMany(_)) => Err(bad("a page of it is kept resident too many times")),
+        }
+    }
+}
+
+impl Adopted {
+    /// The addresses managed.
+    pub fn range(&self) -> std::ops::Range<usize> {
+        self.range.start.0 as usize..self.range.end.0 as usize
+    }
+
+    /// Brings everything home and gives the memory back to the kernel's care; what dropping does, with its error.
+    ///
+    /// # Errors
+    /// When the kernel refuses: the memory is then managed for as long as the process lives.
+    pub fn release(mut self) -> Result<(), Error> {
+        self.give_up()
+    }
+
+    fn give_up(&mut self) -> Result<(), Error> {
+        if std::mem::replace(&mut self.released, true) {
+            return Ok(());
+        }
+        let engine = self.space.engine();
+        engine.disown(self.range).map_err(|why| {
+            // What is away must be served for ever.
+            std::mem::forget(self.space.clone());
+            Error::Kernel { what: format!("give {} back", self.range), why }
+        })
+    }
+}
+
+impl Drop for Adopted {
+    fn drop(&mut self) {
+        if let Err(e) = self.give_up() {
+            crate::tell::warning(format_args!("{e}"));
+        }
+    }
+}
+
+impl fmt::Debug for Adopted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Adopted({})", self.range)
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        self.space.engine().let_go(self.pages);
+    }
+}
+
+impl fmt::Debug for Resident {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Resident({:?})", self.pages)
+    }
+}
