@@ -7,6 +7,7 @@ pub mod kernel;
 pub mod map;
 pub mod memory;
 pub mod probe;
+pub mod raw_thread;
 pub mod scan;
 pub mod signal;
 mod staging;
