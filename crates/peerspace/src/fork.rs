@@ -16,24 +16,18 @@ use peerspace_os::linux::signal;
 use peerspace_os::linux::{Delivery, exit_now};
 use peerspace_os::own::{Shared, Vec};
 use peerspace_os::{Kernel, OsError, own};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
-/// An engine, and what it takes to set it going in a child.
-pub(crate) struct Forks {
-    pub(crate) engine: Shared<Real>,
-    pub(crate) handlers: usize,
-    /// Pages held across the fork because the C library touches them in the child before anybody can serve a fault.
-    held: Mutex<Vec<PageRange>>,
-}
+/// Pages held across a fork because the C library touches them in the child before anybody can serve a fault.
+pub(crate) struct Held(Mutex<Vec<PageRange>>);
 
-impl Forks {
-    pub(crate) fn new(engine: Shared<Real>, handlers: usize) -> Forks {
-        Forks { engine, handlers, held: Mutex::new(Vec::new_in(own::Own)) }
+impl Held {
+    pub(crate) const fn new() -> Held {
+        Held(Mutex::new(Vec::new_in(own::Own)))
     }
 
-    fn hold_early_memory(&self) {
-        let engine = &self.engine;
-        let mut held = self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    fn hold_early_memory(&self, engine: &Real) {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         held.clear();
         early_child_memory(&mut |range: VaRange| {
             for vpn in engine.geometry.pages_out(range).iter() {
@@ -45,22 +39,70 @@ impl Forks {
         });
     }
 
-    fn let_go(&self) {
-        let mut held = self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        held.drain(..).for_each(|page| self.engine.let_go(page));
+    /// Lets the pages go, in either process.
+    pub(crate) fn let_go(&self, engine: &Real) {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.drain(..).for_each(|page| engine.let_go(page));
+    }
+}
+
+/// Before a fork: brings `engine` to rest.
+pub(crate) fn come_to_rest(engine: &Real, held: &Held) {
+    held.hold_early_memory(engine);
+    loop {
+        engine.settle_changes();
+        engine.contexts.freeze();
+        // What a change has moved is not yet where the table says: the child would never hear of it.
+        if !engine.kernel.is_changing() {
+            break;
+        }
+        engine.contexts.thaw();
+    }
+    // A frame that lies ready would be shared by both, and worth nothing to either.
+    while engine.release_ready() {}
+    engine.tiers.before_fork();
+}
+
+/// After a fork, in the parent: lets `engine` go on.
+pub(crate) fn go_on(engine: &Real, held: &Held) {
+    engine.tiers.after_fork(ForkSide::Parent);
+    engine.contexts.thaw();
+    held.let_go(engine);
+}
+
+/// After a fork, in the child: registers everything anew. The engine is still at rest then, and has no threads. With
+/// `by_signal`, faults come by signal for the time being.
+pub(crate) fn new_life(engine: &Real, by_signal: bool) -> Result<(), OsError> {
+    engine.begin_life();
+    let mut gone: Vec<VaRange> = Vec::new_in(own::Own);
+    engine.kernel.renew(by_signal, regions(engine), &mut |r| gone.push(r))?;
+    for range in gone {
+        engine.forget_range(range, &engine.contexts.all()[0].as_ref().counters);
+    }
+    engine.tiers.after_fork(ForkSide::Child);
+    Ok(())
+}
+
+fn regions(engine: &Real) -> impl Iterator<Item = VaRange> + '_ {
+    engine.regions.iter().map(|r| engine.addresses(r.range))
+}
+
+/// The engine of a space, and what it takes to set it going in a child.
+pub(crate) struct Forks {
+    engine: Shared<Real>,
+    handlers: usize,
+    held: Held,
+}
+
+impl Forks {
+    pub(crate) fn new(engine: Shared<Real>, handlers: usize) -> Forks {
+        Forks { engine, handlers, held: Held::new() }
     }
 
     fn set_up_child(&self) -> Result<(), OsError> {
         let engine = &self.engine;
-        let regions = || engine.regions.iter().map(|r| engine.addresses(r.range));
-        engine.begin_life();
         let bootstrap = engine.kernel.delivery() == Delivery::Messages;
-        let mut gone: Vec<VaRange> = Vec::new_in(own::Own);
-        engine.kernel.renew(bootstrap, regions(), &mut |r| gone.push(r))?;
-        for range in gone {
-            engine.forget_range(range, &engine.contexts.all()[0].as_ref().counters);
-        }
-        engine.tiers.after_fork(ForkSide::Child);
+        new_life(engine, bootstrap)?;
         engine.contexts.thaw();
         let start = || {
             start_threads(engine, self.handlers)
@@ -72,38 +114,23 @@ impl Forks {
             signal::with_sigbus(start)?;
             drop(inline);
             // The threads still wait, and this one does not touch managed memory: nothing is missed in between.
-            engine.kernel.renew(false, regions(), &mut |_| {})?;
+            engine.kernel.renew(false, regions(engine), &mut |_| {})?;
         } else {
             start()?;
         }
         engine.service.go(&engine.kernel.park());
-        self.let_go();
+        self.held.let_go(engine);
         Ok(())
     }
 }
 
 impl ForkHandler for Forks {
     fn before(&self) {
-        let engine = &self.engine;
-        self.hold_early_memory();
-        loop {
-            engine.settle_changes();
-            engine.contexts.freeze();
-            // What a change has moved is not yet where the table says: the child would never hear of it.
-            if !engine.kernel.is_changing() {
-                break;
-            }
-            engine.contexts.thaw();
-        }
-        // A frame that lies ready would be shared by both, and worth nothing to either.
-        while engine.release_ready() {}
-        engine.tiers.before_fork();
+        come_to_rest(&self.engine, &self.held);
     }
 
     fn parent(&self) {
-        self.engine.tiers.after_fork(ForkSide::Parent);
-        self.engine.contexts.thaw();
-        self.let_go();
+        go_on(&self.engine, &self.held);
     }
 
     fn child(&self) {

@@ -4,9 +4,12 @@ pub mod device;
 pub(crate) mod engine;
 mod error;
 mod fork;
+#[cfg(feature = "process")]
+pub mod process;
 mod region;
 mod report;
 mod space;
+mod spec;
 pub(crate) mod sync;
 pub(crate) mod tell;
 
@@ -15,3 +18,4 @@ pub use error::Error;
 pub use region::Region;
 pub use report::{DeviceStatistics, FaultStatistics, Statistics};
 pub use space::{Builder, Faults, Space};
+pub use spec::{DeviceSpec, KINDS as DEVICE_KINDS, Size, SizeError, SpecError};

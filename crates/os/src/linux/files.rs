@@ -36,6 +36,11 @@ impl OurFd {
     /// # Errors
     /// The errno of dup3.
     pub fn replace(&self, with: OwnedFd) -> Result<(), Errno> {
+        if with.as_raw_fd() == self.0.as_raw_fd() {
+            // In a table where the number was free: it is in place already.
+            std::mem::forget(with);
+            return Ok(());
+        }
         // SAFETY: the number is ours and open; whoever uses it means whatever is behind it now. `with` is another
         // descriptor, so dup3 does not fail for equality.
         let r = unsafe { libc::syscall(libc::SYS_dup3, with.as_raw_fd(), self.0.as_raw_fd(), libc::O_CLOEXEC) };

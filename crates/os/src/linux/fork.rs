@@ -13,7 +13,6 @@ use peerspace_core::addr::{Va, VaRange};
 use peerspace_core::sync::Latch;
 use std::ffi::c_void;
 use std::ptr::null_mut;
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 /// Somebody who manages memory.
@@ -70,11 +69,7 @@ pub fn register<H: ForkHandler>(handler: Shared<H>) -> Result<Registration<H>, T
             _ => handler.child(),
         }
     }
-    static ATFORK: Once = Once::new();
-    ATFORK.call_once(|| {
-        // SAFETY: the functions live as long as this library, which is never unloaded while a handler exists.
-        unsafe { libc::pthread_atfork(Some(atfork_before), Some(atfork_parent), Some(atfork_child)) };
-    });
+    install();
     FORKING.lock(&Futex);
     let place =
         TAKEN.iter().position(|t| t.compare_exchange(false, true, Ordering::Relaxed, Ordering::Relaxed).is_ok());
@@ -93,6 +88,17 @@ impl<H: ForkHandler> Drop for Registration<H> {
         HANDLERS[self.place].data.store(null_mut(), Ordering::Relaxed);
         TAKEN[self.place].store(false, Ordering::Relaxed);
         FORKING.unlock(&Futex);
+    }
+}
+
+/// Enters this module with the C library, once. What is entered first is asked last before a fork and told first
+/// after it, so the earlier this is called, the better.
+pub fn install() {
+    // Not a `Once`: where the C library's function is interposed, it comes by here again from inside.
+    static INSTALLED: AtomicBool = AtomicBool::new(false);
+    if !INSTALLED.swap(true, Ordering::Relaxed) {
+        // SAFETY: the functions live as long as this library, which is never unloaded while a handler exists.
+        unsafe { libc::pthread_atfork(Some(atfork_before), Some(atfork_parent), Some(atfork_child)) };
     }
 }
 

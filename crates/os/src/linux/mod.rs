@@ -1,5 +1,6 @@
 //! The facade over a real Linux kernel, and what else peerspace needs from it.
 
+pub mod child;
 pub mod files;
 pub mod fork;
 pub mod futex;

@@ -116,6 +116,11 @@ pub fn spawn(files: Files, body: Body, arg: usize) -> Result<RawThread, Errno> {
     }
 }
 
+/// The thread pointer of the calling thread: its control block is there.
+pub fn thread_pointer() -> usize {
+    arch::thread_pointer()
+}
+
 /// Where a new thread begins.
 extern "C" fn enter(block: *mut c_void) {
     // SAFETY: `spawn` has written the block.

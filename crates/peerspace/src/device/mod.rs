@@ -92,6 +92,8 @@ pub struct Descriptor {
     pub slow: bool,
     /// [`Device::holds`] costs about as much as a load, so it pays to compare before writing back.
     pub compares: bool,
+    /// What it takes up is RAM of this process ([`Device::usage`] says how much).
+    pub in_ram: bool,
 }
 
 impl Descriptor {
@@ -104,7 +106,14 @@ impl Descriptor {
             capacity_bytes: 0,
             slow: false,
             compares: false,
+            in_ram: false,
         }
+    }
+
+    /// The same for a device that keeps what it holds in this process's RAM.
+    #[must_use]
+    pub fn in_ram(self) -> Descriptor {
+        Descriptor { in_ram: true, ..self }
     }
 
     /// The same with another bound for reports.

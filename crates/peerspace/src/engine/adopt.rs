@@ -56,8 +56,19 @@ impl<K: Kernel> Engine<K> {
 
     /// Manages existing private anonymous memory from now on. Its content stays where it is.
     ///
-    /// The calling thread keeps the mapping from changing, or sees to it that messages are received meanwhile.
+    /// Not for threads that receive messages.
     pub(crate) fn adopt(&self, range: VaRange) -> Result<(), AdoptError> {
+        self.adopt_uncounted(range)?;
+        let mut native = 0;
+        // Where it cannot be found out, reclaim finds the pages one by one.
+        let _ = self.kernel.present_runs(range, &mut |run| native += self.geometry.pages_in(run.len()).0);
+        self.budget.add_native(native as i64);
+        self.watch_budget();
+        Ok(())
+    }
+
+    /// The same, where somebody else keeps account of native pages.
+    pub(crate) fn adopt_uncounted(&self, range: VaRange) -> Result<(), AdoptError> {
         let pages = self.geometry.pages_inside(range);
         // News of an older mapping at the same place must not hit the new one.
         self.settle_changes();
@@ -69,14 +80,7 @@ impl<K: Kernel> Engine<K> {
             let _ = self.remove_region(pages, |_| {});
             self.table.uncover(self.lonely_blocks(pages));
             AdoptError::Kernel(t)
-        })?;
-        let mut native = 0;
-        // Where it cannot be found out, reclaim finds the pages one by one.
-        let _ = self.kernel.present_runs(range, &mut |run| native += self.geometry.pages_in(run.len()).0);
-        self.budget.add_native(native as i64);
-        drop(_work);
-        self.watch_budget();
-        Ok(())
+        })
     }
 
     /// Stops managing `range`: brings everything home, even beyond the limit, and leaves it to the kernel. What is
@@ -315,8 +319,19 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Moves native pages to staging, in a section; makes them this process's own first where that is needed.
-    fn take_native_out(&self, to: Va, from: VaRange) -> Done {
-        let first = self.kernel.take_out(to, from);
+    fn take_native_out(&self, to: Va, mut from: VaRange) -> Done {
+        let first = loop {
+            match self.kernel.take_out(to, from) {
+                // They may belong to different mappings, whose pages cannot go together.
+                Done { pages: Pages(0), trouble: Some(Trouble::Unsuitable) }
+                    if from.len() > self.geometry.page_bytes() as u64 =>
+                {
+                    let half = self.geometry.pages_in(from.len()).0.div_ceil(2);
+                    from.end = Va(from.start.0 + self.geometry.bytes(Pages(half)));
+                }
+                done => break done,
+            }
+        };
         if first.trouble != Some(Trouble::Busy) {
             return first;
         }

@@ -158,7 +158,8 @@ impl<K: Kernel> Engine<K> {
                 let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
                 Ok(Outcome::Resolved)
             }
-            Some(Trouble::Present) => {
+            // Or the run reaches over the end of a mapping: regions may span several.
+            Some(Trouble::Present | Trouble::Absent) if run.pages().0 > 1 => {
                 fault.alone = true;
                 Err(Hold::Again)
             }
@@ -407,12 +408,15 @@ impl<K: Kernel> Engine<K> {
             return self.upgrade_block(entry, fault, work);
         }
         let clean = |s| matches!(s, State::Host { writable: false, .. });
-        let most = if fault.level > 0 { CLUSTER } else { Pages(1) };
+        let most = if fault.level > 0 && !fault.alone { CLUSTER } else { Pages(1) };
         let locks = self.neighbours(entry, region, most, fault.direction, clean);
         let run = self.span(&locks);
         {
             let _section = self.gate.enter(work.context()).ok_or(Hold::Changing)?;
-            self.kernel.protect(self.addresses(run), Protect::No, fault.wake).map_err(|t| self.hold(t))?;
+            if let Err(t) = self.kernel.protect(self.addresses(run), Protect::No, fault.wake) {
+                fault.alone = true;
+                return Err(self.hold(t));
+            }
         }
         count_n(&work.counters.upgrades, locks.len() as u64);
         for lock in locks {

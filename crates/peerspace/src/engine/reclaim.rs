@@ -277,8 +277,7 @@ impl<K: Kernel> Engine<K> {
             let first = pages[0].0.vpn();
             let run = pages.iter().enumerate().take_while(|(i, (e, _))| e.vpn() == first + *i as u64).count();
             let Some(slots) = self.ring.reserve(run as u32) else { break };
-            let n = slots.count as usize;
-            let done = self.take_out_pages(&mut pages[..n], slots, work);
+            let (n, done) = self.take_out_pages(&mut pages[..slots.count as usize], slots, work);
             let took = done.pages.0 as usize;
             for (i, (entry, frame)) in pages.drain(..n).enumerate() {
                 if i < took {
@@ -288,7 +287,7 @@ impl<K: Kernel> Engine<K> {
                     self.memmap.set_arrival(frame, Arrival::Reuse);
                     self.ring.occupy(slot, frame);
                     entry.commit(State::Standby { pfn, dirt });
-                } else if i == took && done.trouble == Some(Trouble::Absent) {
+                } else if i == took && done.trouble == Some(Trouble::Absent) && self.is_gone(&entry) {
                     // Discarded; see `present` in the fault path. The gate was open, so no news is pending.
                     self.forget_victim(entry, frame);
                 } else {
@@ -312,34 +311,46 @@ impl<K: Kernel> Engine<K> {
         unmapped
     }
 
-    /// Moves neighbouring victims to `slots`. Those that are shared with a forked process become this process's own
-    /// first.
+    /// Moves neighbouring victims to `slots`: as many of them as one operation can. Returns how many that were, and how
+    /// far it came. Those that are shared with a forked process become this process's own first.
     fn take_out_pages(
         &self,
         pages: &mut [(Entry<'_, K>, Frame)],
         slots: super::staging::Slots,
         work: &Working<'_>,
-    ) -> Done {
-        let range = PageRange::new(pages[0].0.vpn(), Pages(pages.len() as u64));
+    ) -> (usize, Done) {
+        let start = pages[0].0.vpn();
         let to = self.ring.range(slots).start;
         let page = self.geometry.page_bytes() as u64;
+        let mut n = pages.len();
         let Some(_section) = self.gate.enter(work.context()) else {
-            return Done::stopped(Pages(0), Trouble::Changing);
+            return (n, Done::stopped(Pages(0), Trouble::Changing));
         };
-        let first = self.kernel.take_out(to, self.addresses(range));
+        let first = loop {
+            match self.kernel.take_out(to, self.addresses(PageRange::new(start, Pages(n as u64)))) {
+                // They may belong to different mappings, whose pages cannot go together.
+                Done { pages: Pages(0), trouble: Some(Trouble::Unsuitable) } if n > 1 => n /= 2,
+                done => break done,
+            }
+        };
         if first.trouble != Some(Trouble::Busy) {
-            return first;
+            return (n, first);
         }
-        let n = first.pages.0;
-        for (entry, frame) in &mut pages[n as usize..] {
+        let went = first.pages.0;
+        for (entry, frame) in &mut pages[went as usize..n] {
             self.make_dirty(entry, *frame);
         }
-        let rest = self.addresses(PageRange { start: range.start + n, end: range.end });
+        let rest = self.addresses(PageRange { start: start + went, end: start + n as u64 });
         if !self.make_own(rest) {
-            return first;
+            return (n, first);
         }
-        let second = self.kernel.take_out(Va(to.0 + n * page), rest);
-        Done { pages: first.pages + second.pages, ..second }
+        let second = self.kernel.take_out(Va(to.0 + went * page), rest);
+        (n, Done { pages: first.pages + second.pages, ..second })
+    }
+
+    /// Whether the page of `entry` is not there: the kernel itself says so, not only an operation that failed.
+    fn is_gone(&self, entry: &Entry<'_, K>) -> bool {
+        self.kernel.is_present(self.geometry.va(entry.vpn())) == Ok(false)
     }
 
     /// Gives the process pages of its own in `range`, where it shares them with a forked one. Called in a section and

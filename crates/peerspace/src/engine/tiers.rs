@@ -224,6 +224,11 @@ impl<W: Words> Tier<W> {
         }
     }
 
+    /// RAM of this process that the device takes up.
+    pub(crate) fn ram_bytes(&self) -> u64 {
+        if self.info.in_ram { self.device.usage().map_or(0, |u| u.used_bytes) } else { 0 }
+    }
+
     pub(crate) fn device(&self) -> &dyn Device {
         &*self.device
     }

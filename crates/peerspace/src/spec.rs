@@ -1,0 +1,205 @@
+//! What users write: sizes and device specifications, with errors that say what was wrong and what is right.
+
+use crate::device::Device;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// A size in bytes, written as a number with an optional K, M, G or T (binary).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(pub u64);
+
+/// A size that cannot be understood.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SizeError {
+    /// It is no number with a known unit.
+    #[error("{0:?} is no size: write bytes, or a number with K, M, G or T, such as 256M")]
+    Malformed(String),
+    /// It does not fit into 64 bits.
+    #[error("{0:?} is more bytes than can be counted")]
+    Overflow(String),
+    /// It is zero.
+    #[error("a size of zero bytes makes no sense here")]
+    Zero,
+}
+
+impl FromStr for Size {
+    type Err = SizeError;
+
+    fn from_str(s: &str) -> Result<Size, SizeError> {
+        let text = s.trim();
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+            "" | "B" => 0,
+            "K" | "KB" | "KIB" => 10,
+            "M" | "MB" | "MIB" => 20,
+            "G" | "GB" | "GIB" => 30,
+            "T" | "TB" | "TIB" => 40,
+            _ => return Err(SizeError::Malformed(s.into())),
+        };
+        if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(SizeError::Malformed(s.into()));
+        }
+        let n: u64 = digits.parse().map_err(|_| SizeError::Overflow(s.into()))?;
+        let bytes = n.checked_mul(1 << shift).ok_or_else(|| SizeError::Overflow(s.into()))?;
+        if bytes == 0 { Err(SizeError::Zero) } else { Ok(Size(bytes)) }
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (mut n, mut unit) = (self.0, "");
+        for u in ["K", "M", "G", "T"] {
+            if n == 0 || !n.is_multiple_of(1024) {
+                break;
+            }
+            n /= 1024;
+            unit = u;
+        }
+        write!(f, "{n}{unit}")
+    }
+}
+
+/// A device as written on a command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceSpec {
+    /// `compressed[:SIZE]`: a store in RAM, compressed, of at most SIZE bytes.
+    Compressed(Option<Size>),
+    /// `file:PATH[:SIZE]`: an unlinked file in the directory PATH, or the file PATH itself, of at most SIZE bytes.
+    File(PathBuf, Option<Size>),
+    /// `soft:SIZE`: plain memory behind the device interface.
+    Soft(Size),
+}
+
+/// A device specification that cannot be understood, or a device that cannot be had.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SpecError {
+    /// No such kind of device.
+    #[error("there is no device {0:?}; there are: {KINDS}")]
+    Unknown(String),
+    /// What follows the kind is wrong.
+    #[error("device {0:?}: {1}")]
+    Malformed(String, String),
+    /// This build has no such device.
+    #[error("device {0:?}: this build of peerspace was made without it (cargo feature {1:?})")]
+    NotBuilt(String, &'static str),
+    /// It cannot be opened.
+    #[error("device {0:?}: {1}")]
+    CannotOpen(String, String),
+}
+
+/// The devices there are, for help and errors.
+pub const KINDS: &str = "compressed[:SIZE], file:PATH[:SIZE], soft:SIZE";
+
+impl FromStr for DeviceSpec {
+    type Err = SpecError;
+
+    fn from_str(s: &str) -> Result<DeviceSpec, SpecError> {
+        let malformed = |why: &dyn fmt::Display| SpecError::Malformed(s.into(), why.to_string());
+        let (kind, rest) = s.split_once(':').map_or((s, None), |(k, r)| (k, Some(r)));
+        let size = |text: &str| text.parse::<Size>().map_err(|e| malformed(&e));
+        match (kind, rest) {
+            ("compressed", None) => Ok(DeviceSpec::Compressed(None)),
+            ("compressed", Some(r)) => Ok(DeviceSpec::Compressed(Some(size(r)?))),
+            ("file", None | Some("")) => Err(malformed(&"it needs a path, as in file:/var/tmp or file:/var/tmp:8G")),
+            ("file", Some(r)) => match r.rsplit_once(':') {
+                // A path may contain colons itself: only what is a size is taken for one.
+                Some((path, tail)) if !path.is_empty() && tail.starts_with(|c: char| c.is_ascii_digit()) => {
+                    Ok(DeviceSpec::File(path.into(), Some(size(tail)?)))
+                }
+                _ => Ok(DeviceSpec::File(r.into(), None)),
+            },
+            ("soft", None | Some("")) => Err(malformed(&"it needs a size, as in soft:1G")),
+            ("soft", Some(r)) => Ok(DeviceSpec::Soft(size(r)?)),
+            _ => Err(SpecError::Unknown(kind.into())),
+        }
+    }
+}
+
+impl fmt::Display for DeviceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceSpec::Compressed(None) => f.write_str("compressed"),
+            DeviceSpec::Compressed(Some(size)) => write!(f, "compressed:{size}"),
+            DeviceSpec::File(path, None) => write!(f, "file:{}", path.display()),
+            DeviceSpec::File(path, Some(size)) => write!(f, "file:{}:{size}", path.display()),
+            DeviceSpec::Soft(size) => write!(f, "soft:{size}"),
+        }
+    }
+}
+
+/// A device that was opened, in our own memory.
+pub(crate) type OpenDevice = peerspace_os::own::Box<dyn Device>;
+
+/// Moves a device into our own memory.
+#[allow(dead_code)] // not without any device
+fn own(device: impl Device + 'static) -> OpenDevice {
+    use peerspace_os::own::{Box, Own};
+    allocator_api2::unsize_box!(Box::new_in(device, Own))
+}
+
+impl DeviceSpec {
+    /// Opens the device. A size that was not given follows from `host`, the budget of RAM it stands behind.
+    ///
+    /// # Errors
+    /// When it cannot be had, or this build is without it.
+    pub(crate) fn open(&self, host: u64) -> Result<OpenDevice, SpecError> {
+        let _ = host;
+        #[allow(unused_variables)]
+        let cannot = |e: &dyn fmt::Display| SpecError::CannotOpen(self.to_string(), e.to_string());
+        match self {
+            #[cfg(feature = "soft")]
+            DeviceSpec::Soft(size) => Ok(own(crate::device::soft::Soft::new(size.0).map_err(|e| cannot(&e))?)),
+            #[cfg(not(feature = "soft"))]
+            DeviceSpec::Soft(_) => Err(SpecError::NotBuilt(self.to_string(), "soft")),
+            DeviceSpec::Compressed(_) => Err(SpecError::NotBuilt(self.to_string(), "compressed")),
+            DeviceSpec::File(..) => Err(SpecError::NotBuilt(self.to_string(), "file")),
+        }
+    }
+
+    /// Whether the device can be opened now, without keeping it.
+    ///
+    /// # Errors
+    /// As [`open`](DeviceSpec::open).
+    pub fn probe(&self, host: u64) -> Result<(), SpecError> {
+        self.open(host).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_and_written() {
+        for (text, bytes) in [("1", 1), ("4096", 4096), ("64K", 65536), ("256m", 256 << 20), ("3GiB", 3 << 30)] {
+            assert_eq!(text.parse(), Ok(Size(bytes)));
+        }
+        for bytes in [1, 1023, 1024, 4096, 1 << 30, (1 << 40) * 5, (1 << 20) + 1] {
+            assert_eq!(Size(bytes).to_string().parse(), Ok(Size(bytes)));
+        }
+        for bad in ["", "M", "12X", "-5", "1.5G", "0x10", "1 G", "++"] {
+            assert!(matches!(bad.parse::<Size>(), Err(SizeError::Malformed(_))), "{bad}");
+        }
+        for huge in ["99999999999999999999", "17000000T"] {
+            assert!(matches!(huge.parse::<Size>(), Err(SizeError::Overflow(_))), "{huge}");
+        }
+        assert_eq!("0".parse::<Size>(), Err(SizeError::Zero));
+    }
+
+    #[test]
+    fn devices_are_read_and_written() {
+        for text in ["compressed", "compressed:1G", "file:/tmp", "file:/tmp/a:b", "file:/tmp:8G", "soft:64M"] {
+            assert_eq!(text.parse::<DeviceSpec>().unwrap().to_string(), text);
+        }
+        assert_eq!("file:/a:b:7".parse(), Ok(DeviceSpec::File("/a:b".into(), Some(Size(7)))));
+        for bad in ["", "tape", "compressed:", "compressed:x", "file", "file:", "soft", "file:/tmp:9Q"] {
+            let e = bad.parse::<DeviceSpec>().unwrap_err().to_string();
+            assert!(!e.is_empty(), "{bad}");
+        }
+        assert!("tape".parse::<DeviceSpec>().unwrap_err().to_string().contains("compressed[:SIZE]"));
+    }
+}

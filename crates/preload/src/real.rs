@@ -1,0 +1,80 @@
+//! The functions whose place ours take.
+
+use std::ffi::{CStr, c_void};
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+/// A function of the C library, looked up when it is first needed.
+pub(crate) struct Real {
+    name: &'static CStr,
+    at: AtomicPtr<c_void>,
+}
+
+impl Real {
+    pub(crate) const fn new(name: &'static CStr) -> Real {
+        Real { name, at: AtomicPtr::new(std::ptr::null_mut()) }
+    }
+
+    /// Its address; null if there is no such function.
+    pub(crate) fn get(&self) -> *mut c_void {
+        let known = self.at.load(Ordering::Relaxed);
+        if !known.is_null() {
+            return known;
+        }
+        // SAFETY: looks up a name behind this library in the search order.
+        let found = unsafe { libc::dlsym(libc::RTLD_NEXT, self.name.as_ptr()) };
+        self.at.store(found, Ordering::Relaxed);
+        found
+    }
+}
+
+/// Declares a function that takes the place of the C library's: `real` is that one's type inside the body.
+macro_rules! interpose {
+    ($(fn $name:ident($($arg:ident: $type:ty),* $(,)?) -> $result:ty, $real:ident => $body:block)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($arg: $type),*) -> $result {
+            static REAL: $crate::real::Real = $crate::real::Real::new(
+                // SAFETY: the literal ends with a zero byte and has no other.
+                unsafe { std::ffi::CStr::from_bytes_with_nul_unchecked(concat!(stringify!($name), "\0").as_bytes()) },
+            );
+            type Function = unsafe extern "C" fn($($type),*) -> $result;
+            let address = REAL.get();
+            if address.is_null() {
+                // SAFETY: errno of the calling thread.
+                unsafe { *libc::__errno_location() = libc::ENOSYS };
+                return $crate::real::failure::<$result>();
+            }
+            // SAFETY: the C library's function of this name has this type.
+            #[allow(unused_variables)]
+            let $real: Function = unsafe { std::mem::transmute::<*mut std::ffi::c_void, Function>(address) };
+            $body
+        }
+    )*};
+}
+pub(crate) use interpose;
+
+/// What a function that cannot be found returns.
+pub(crate) fn failure<T: Failure>() -> T {
+    T::FAILURE
+}
+
+/// Types by which C functions say that they failed.
+pub(crate) trait Failure {
+    const FAILURE: Self;
+}
+
+impl Failure for i32 {
+    const FAILURE: i32 = -1;
+}
+
+impl Failure for isize {
+    const FAILURE: isize = -1;
+}
+
+impl Failure for usize {
+    /// SIG_ERR.
+    const FAILURE: usize = usize::MAX;
+}
+
+impl Failure for () {
+    const FAILURE: () = ();
+}
