@@ -230,6 +230,20 @@ impl Arena {
         let _ = unsafe { self.mapping.advise(0, self.mapping.len(), Advice::LinuxNoHugepage) };
     }
 
+    /// Has the kernel take up the memory of `count` words from `first` on at once, which is cheaper than a fault for
+    /// each page. They keep their values; where the kernel refuses, nothing happens.
+    ///
+    /// # Panics
+    /// Beyond the words that can be used.
+    pub fn populate(&self, first: usize, count: usize) {
+        let end = first.checked_add(count).expect("a range of words");
+        assert!(end <= self.words().len(), "words {first}..{end} of {}", self.words().len());
+        let page = rustix::param::page_size();
+        let start = first * 8 / page * page;
+        // SAFETY: the advice changes no content.
+        let _ = unsafe { self.mapping.advise(start, end * 8 - start, Advice::LinuxPopulateWrite) };
+    }
+
     /// Gives the memory of the whole pages inside `count` words from `first` on back to the kernel; they read as
     /// zeros until they are written again. Whoever accesses them meanwhile sees zeros or what was there.
     ///
@@ -295,6 +309,8 @@ mod tests {
         let a = Arena::new(4 * per_page, 4 * per_page).unwrap();
         a.use_base_pages();
         a.words().iter().for_each(|w| w.store(7, Ordering::Relaxed));
+        a.populate(1, 4 * per_page - 1);
+        assert!(a.words()[..4 * per_page].iter().all(|w| w.load(Ordering::Relaxed) == 7));
         // From the middle of the first page to the middle of the last.
         assert!(a.discard(per_page / 2, 3 * per_page));
         for (i, w) in a.words()[..4 * per_page].iter().enumerate() {
