@@ -139,8 +139,10 @@ impl Slab {
             let lists = shard.lists.lock();
             let class = (0..CLASSES).find(|class| lists.can_shrink(*class));
             drop(lists);
-            let Some(class) = class else { continue };
-            shard.wanting.fetch_or(1 << class, Relaxed);
+            let wanting = class.map_or(0, |class| 1 << class);
+            if shard.wanting.fetch_or(wanting, Relaxed) | wanting == 0 {
+                continue;
+            }
             self.compact(number, moves, index, account);
             return;
         }

@@ -53,7 +53,7 @@ use peerspace_core::sync::{Ordering, fence};
 use peerspace_os::Trouble;
 use rustix::io::Errno;
 use scratch::{Bench, Benches};
-use slab::{Freed, Slab};
+use slab::{Freed, Slab, WHOLE};
 use std::fmt;
 
 /// Pages that can be numbered, for each page of RAM the store may take up: more than data usually shrinks by, and
@@ -136,7 +136,7 @@ impl Compressed {
     /// Stores one page. On error it holds nothing.
     fn put(&self, page: u64, bytes: &[u8], bench: &mut Bench, home: usize) -> Result<(), DeviceError> {
         let is_new = self.index.word(page) == Word::NOTHING;
-        if is_new && !self.index.enter(page, &self.account) {
+        if is_new && !self.enter(page, home) {
             return Err(DeviceError::NoSpace);
         }
         let (word, second) = match encode(bytes, self.slab.most(), bench) {
@@ -160,14 +160,27 @@ impl Compressed {
         Ok(())
     }
 
+    /// Makes room in the index for `page`, which holds nothing.
+    fn enter(&self, page: u64, home: usize) -> bool {
+        self.index.enter(page, &self.account) || {
+            self.slab.squeeze(home, SQUEEZE, &self.index, &self.account);
+            self.index.enter(page, &self.account)
+        }
+    }
+
     /// Puts an object of `page` into a slot. `None` when no memory can be had for it.
     fn place(&self, page: u64, coded: &[u8], home: usize) -> Option<u64> {
-        let class = self.slab.class(coded.len());
-        let slot = self.slab.alloc(home, class, page, &self.account).or_else(|| {
-            self.slab.squeeze(home, SQUEEZE, &self.index, &self.account);
-            self.slab.alloc(home, class, page, &self.account)
-        })?;
-        self.slab.write(slot, page, coded);
+        let (slab, account) = (&self.slab, &self.account);
+        let class = slab.class(coded.len());
+        let slot = slab
+            .alloc(home, class, page, account)
+            .or_else(|| {
+                slab.squeeze(home, SQUEEZE, &self.index, account);
+                slab.alloc(home, class, page, account)
+            })
+            // Wasteful, so last: a slot that is too large.
+            .or_else(|| slab.scrape(home, WHOLE, class, page))?;
+        slab.write(slot, page, coded);
         Some(slot.at)
     }
 

@@ -205,16 +205,21 @@ impl Slab {
         self.store.at(self.slot(chunk, class, slot).at as usize - 1).load(Relaxed)
     }
 
-    /// Takes a slot for an object of `page`, of `class` or, when there is no memory otherwise, of a larger one.
-    /// Looks in shard `home` first.
+    /// Takes a slot of `class` for an object of `page`: in shard `home` if there is memory for it, in any other if
+    /// not.
     pub(super) fn alloc(&self, home: usize, class: usize, page: u64, account: &Account) -> Option<Slot> {
         let home = home % self.shards.len();
         let taken = self.take(&mut self.shards[home].lists.lock(), class, page);
-        taken.or_else(|| self.claim(home, class, page, account)).or_else(|| {
-            let all = (0..self.shards.len()).map(|i| (home + i) % self.shards.len());
-            all.map(|shard| self.shards[shard].lists.lock())
-                .find_map(|mut lists| (0..=class).rev().find_map(|c| self.take(&mut lists, c, page)))
-        })
+        taken.or_else(|| self.claim(home, class, page, account)).or_else(|| self.scrape(home, class, class, page))
+    }
+
+    /// Takes a slot of any class from `largest` to `class`, in any shard; the smallest there is in the first shard
+    /// that has one.
+    pub(super) fn scrape(&self, home: usize, largest: usize, class: usize, page: u64) -> Option<Slot> {
+        let shards = (0..self.shards.len()).map(|i| (home + i) % self.shards.len());
+        shards
+            .map(|shard| self.shards[shard].lists.lock())
+            .find_map(|mut lists| (largest..=class).rev().find_map(|class| self.take(&mut lists, class, page)))
     }
 
     /// Takes a slot of `class` in the fullest chunk that has one.
