@@ -1,4 +1,4 @@
-//! For tests: the invariants of the store, executable, and hooks that damage it.
+//! For tests: the invariants of the store, executable, and hooks that damage it or step in between.
 //!
 //! A check is for a store at rest: it takes the locks one by one and compares what it sees.
 
@@ -8,8 +8,35 @@ use super::record::{GROUPS, Phase, UNLINKED};
 use super::slab::{CLASSES, SLOTS, Slab, WHOLE};
 use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_core::words::Words;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
+
+/// Where a test can step in, to have happen in between what is hardly ever hit by chance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Point {
+    /// A reader knows where a page is, and has not read it yet.
+    Found,
+    /// The compactor has copied an object, and its page does not know yet.
+    Copied,
+}
+
+type Step = (Point, Box<dyn FnOnce(u64)>);
+
+thread_local! {
+    static NEXT: RefCell<Option<Step>> = const { RefCell::new(None) };
+}
+
+/// Has this thread do something when it reaches `point` next; with the page that it is about.
+pub(super) fn at(point: Point, step: impl FnOnce(u64) + 'static) {
+    NEXT.set(Some((point, Box::new(step))));
+}
+
+pub(super) fn reached(point: Point, page: u64) {
+    if let Some((_, step)) = NEXT.with_borrow_mut(|next| next.take_if(|(at, _)| *at == point)) {
+        step(page);
+    }
+}
 
 impl Compressed {
     /// Panics unless books, index and account agree. Returns how many objects belong to no page; none, unless the
@@ -38,6 +65,11 @@ impl Compressed {
             Held::Bytes(place) => Some((place.at, place.len)),
             _ => None,
         }
+    }
+
+    /// The chunk that a word of the store lies in.
+    pub(super) fn chunk_of(&self, at: u64) -> u64 {
+        at / self.slab.chunk_words
     }
 
     /// Flips bits of a stored word.

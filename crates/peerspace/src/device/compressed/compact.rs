@@ -105,6 +105,8 @@ impl Slab {
         };
         let Some(to) = self.take(&mut shard.lists.lock(), class, page) else { return false };
         self.copy(from, to, page, place.len);
+        #[cfg(test)]
+        super::check::reached(super::check::Point::Copied, page);
         let moved = index.moved(page, place, to.at);
         #[cfg(test)]
         self.moved.fetch_add(moved as u64, Relaxed);

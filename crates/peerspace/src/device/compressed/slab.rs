@@ -103,7 +103,7 @@ pub(super) const COMPACTING: u64 = 1 << 63;
 /// All chunks.
 #[derive(Debug)]
 pub(super) struct Slab {
-    chunk_words: u64,
+    pub(super) chunk_words: u64,
     /// Words of a slot, by class.
     slot_words: [u64; CLASSES],
     /// The most bytes of an object, by class.

@@ -1,5 +1,6 @@
 //! The store against an oracle, under threads, when it is full, and when it is damaged.
 
+use super::check::Point;
 use super::samples::{self, Dice, Kind};
 use super::*;
 use crate::device::{DeviceError, ForkSide};
@@ -7,6 +8,7 @@ use peerspace_core::sync::Ordering::Relaxed;
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 fn page_size() -> usize {
@@ -523,6 +525,94 @@ fn loads_get_the_right_bytes_while_objects_move() {
     assert_eq!(device.check(), 0);
     let moved = device.slab.moved.load(Relaxed);
     assert!(moved > 2000, "only {moved} objects moved");
+}
+
+/// A store with pages of noise so scattered that whatever is freed next has one moved; and what is left of them.
+fn scattered() -> (Arc<Compressed>, Vec<u64>) {
+    let device = Arc::new(store_of(3000, 1));
+    let n = 320;
+    (0..n).for_each(|page| put(&device, page, &sample(Kind::Noise, page)).unwrap());
+    // Without compaction, which needs a free slot in four.
+    let left: Vec<u64> = (0..n).filter(|page| page % 5 != 0).collect();
+    (0..n).step_by(5).for_each(|page| free(&device, page, 1));
+    assert_eq!(device.slab.moved.load(Relaxed), 0);
+    (device, left)
+}
+
+/// Moves objects of `device` until that of `page` is elsewhere.
+fn move_away(device: &Compressed, page: u64) {
+    let before = device.object(page);
+    for _ in 0..1000 {
+        device.slab.squeeze(0, 1, &device.index, &device.account);
+        if device.object(page) != before {
+            return;
+        }
+    }
+    panic!("page {page} does not move");
+}
+
+#[test]
+fn a_page_that_moves_while_it_is_read_is_read_again() {
+    let (device, left) = scattered();
+    // Its chunk is the one that the last page was freed of, and so the first to be emptied.
+    let page = left[left.len() - 1];
+    let old = device.object(page).unwrap().0;
+    let meanwhile = Arc::clone(&device);
+    check::at(Point::Found, move |_| {
+        move_away(&meanwhile, page);
+        // Other pages fill the slots, that which the page was in among them.
+        let mut others = 1000..1200;
+        assert!(others.any(|other| {
+            put(&meanwhile, other, &sample(Kind::Noise, other)).unwrap();
+            meanwhile.object(other).unwrap().0 == old
+        }));
+    });
+    assert!(get(&device, page, 1) == Ok(sample(Kind::Noise, page)));
+    assert_ne!(device.object(page).unwrap().0, old);
+}
+
+#[test]
+fn a_page_that_changes_while_it_is_moved_is_what_it_was_changed_to() {
+    for overwrite in [false, true] {
+        let (device, left) = scattered();
+        let (meanwhile, changed) = (Arc::clone(&device), Arc::new(AtomicU64::new(0)));
+        let noted = Arc::clone(&changed);
+        check::at(Point::Copied, move |page| {
+            noted.store(page, Relaxed);
+            match overwrite {
+                true => put(&meanwhile, page, &sample(Kind::Noise, 77)).unwrap(),
+                false => free(&meanwhile, page, 1),
+            }
+        });
+        device.slab.squeeze(0, 1, &device.index, &device.account);
+        let page = changed.load(Relaxed);
+        assert_ne!(page, 0, "nothing was moved");
+        assert_eq!(device.slab.moved.load(Relaxed), 0);
+        match overwrite {
+            true => assert!(get(&device, page, 1) == Ok(sample(Kind::Noise, 77))),
+            false => assert_eq!(get(&device, page, 1), Err(DeviceError::Corrupt)),
+        }
+        for other in left.iter().filter(|other| **other != page) {
+            assert!(get(&device, *other, 1) == Ok(sample(Kind::Noise, *other)), "page {other}");
+        }
+        // The slot it would have been moved to is free again.
+        assert_eq!(device.check(), 0);
+    }
+}
+
+#[test]
+fn an_object_that_is_about_to_be_stored_is_left_alone() {
+    let (device, left) = scattered();
+    let slot = device.slab.alloc(0, WHOLE, 2000, &device.account).unwrap();
+    let chunk = device.chunk_of(slot.at);
+    // What the chunk has besides is freed, so that the compactor turns to it.
+    let beside = |page: &&u64| device.chunk_of(device.object(**page).unwrap().0) == chunk;
+    left.iter().filter(beside).for_each(|page| free(&device, *page, 1));
+    (0..10).for_each(|_| device.slab.squeeze(0, 64, &device.index, &device.account));
+    assert!(device.slab.moved.load(Relaxed) > 0);
+    assert_eq!(device.check(), 1);
+    assert_ne!(device.slab.free(2000, slot.at, &device.account), Freed::NotThere);
+    assert_eq!(device.check(), 0);
 }
 
 /// The memory of a leaf of the index comes and goes under threads that use it.
