@@ -223,6 +223,46 @@ impl Arena {
         }
         Ok(())
     }
+
+    /// Asks for base pages only, so that no more memory is taken up than was touched.
+    pub fn use_base_pages(&self) {
+        // SAFETY: the advice changes no content. A kernel without huge pages refuses it, and needs it not.
+        let _ = unsafe { self.mapping.advise(0, self.mapping.len(), Advice::LinuxNoHugepage) };
+    }
+
+    /// Has the kernel take up the memory of `count` words from `first` on at once, which is cheaper than a fault for
+    /// each page. They keep their values; where the kernel refuses, nothing happens.
+    ///
+    /// # Panics
+    /// Beyond the words that can be used.
+    pub fn populate(&self, first: usize, count: usize) {
+        let end = first.checked_add(count).expect("a range of words");
+        assert!(end <= self.words().len(), "words {first}..{end} of {}", self.words().len());
+        let page = rustix::param::page_size();
+        let start = first * 8 / page * page;
+        // SAFETY: the advice changes no content.
+        let _ = unsafe { self.mapping.advise(start, end * 8 - start, Advice::LinuxPopulateWrite) };
+    }
+
+    /// Gives the memory of the whole pages inside `count` words from `first` on back to the kernel; they read as
+    /// zeros until they are written again. Whoever accesses them meanwhile sees zeros or what was there.
+    ///
+    /// False when the kernel refuses (memory that the program has locked, for one); the words are as they were.
+    ///
+    /// # Panics
+    /// Beyond the words that can be used.
+    pub fn discard(&self, first: usize, count: usize) -> bool {
+        let end = first.checked_add(count).expect("a range of words");
+        assert!(end <= self.words().len(), "words {first}..{end} of {}", self.words().len());
+        let page = rustix::param::page_size();
+        let (start, end) = ((first * 8).next_multiple_of(page), end * 8 / page * page);
+        if start >= end {
+            return true;
+        }
+        // SAFETY: the range is mapped and only ever reached as atomic words, whose values may change at any time;
+        // the mapping stays readable and writable throughout.
+        unsafe { self.mapping.advise(start, end - start, Advice::LinuxDontNeed) }.is_ok()
+    }
 }
 
 impl Words for Arena {
@@ -261,5 +301,30 @@ mod tests {
         assert_eq!(a.words()[9].load(Ordering::Relaxed), 7);
         assert_eq!(a.words()[(1 << 20) - 1].load(Ordering::Relaxed), 0);
         assert!(a.grow((1 << 22) + 1).is_err());
+    }
+
+    #[test]
+    fn discarding_zeroes_the_whole_pages_inside() {
+        let per_page = rustix::param::page_size() / 8;
+        let a = Arena::new(4 * per_page, 4 * per_page).unwrap();
+        a.use_base_pages();
+        a.words().iter().for_each(|w| w.store(7, Ordering::Relaxed));
+        a.populate(1, 4 * per_page - 1);
+        assert!(a.words()[..4 * per_page].iter().all(|w| w.load(Ordering::Relaxed) == 7));
+        // From the middle of the first page to the middle of the last.
+        assert!(a.discard(per_page / 2, 3 * per_page));
+        for (i, w) in a.words()[..4 * per_page].iter().enumerate() {
+            let kept = i < per_page || i >= 3 * per_page;
+            assert_eq!(w.load(Ordering::Relaxed), if kept { 7 } else { 0 }, "word {i}");
+        }
+        assert!(a.discard(1, 2));
+        assert_eq!(a.words()[1].load(Ordering::Relaxed), 7);
+    }
+
+    #[test]
+    #[should_panic(expected = "words")]
+    fn discarding_beyond_the_end_is_refused() {
+        let a = Arena::new(1 << 17, 1 << 17).unwrap();
+        a.discard(1 << 16, (1 << 16) + 1);
     }
 }
