@@ -83,10 +83,8 @@ impl<'b> Piece<'b> {
 
     /// Whether `next` continues this piece: the same way, in the same file, right behind it.
     pub fn is_followed_by(&self, next: &Piece<'_>) -> bool {
-        let same_way = matches!(
-            (&self.bytes, &next.bytes),
-            (Bytes::Into(_), Bytes::Into(_)) | (Bytes::From(_), Bytes::From(_))
-        );
+        let same_way =
+            matches!((&self.bytes, &next.bytes), (Bytes::Into(_), Bytes::Into(_)) | (Bytes::From(_), Bytes::From(_)));
         same_way
             && self.file.as_raw_fd() == next.file.as_raw_fd()
             && self.at.checked_add(self.bytes.len() as u64) == Some(next.at)
