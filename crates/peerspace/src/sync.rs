@@ -44,7 +44,7 @@ mod imp {
             self.0.read().unwrap_or_else(PoisonError::into_inner)
         }
 
-        pub(crate) fn write(&self) -> RwLockWriteGuard<'_, T> {
+        pub(crate) fn write(&self) -> sync::RwLockWriteGuard<'_, T> {
             self.0.write().unwrap_or_else(PoisonError::into_inner)
         }
     }
@@ -55,7 +55,7 @@ mod imp {
     use shuttle::sync;
     pub(crate) use shuttle::sync::MutexGuard;
     #[cfg(feature = "file")]
-    pub(crate) use shuttle::sync::{RwLockReadGuard, RwLockWriteGuard};
+    pub(crate) use shuttle::sync::RwLockReadGuard;
 
     #[derive(Debug, Default)]
     pub(crate) struct Mutex<T>(sync::Mutex<T>);
@@ -88,7 +88,7 @@ mod imp {
             self.0.read().unwrap()
         }
 
-        pub(crate) fn write(&self) -> RwLockWriteGuard<'_, T> {
+        pub(crate) fn write(&self) -> sync::RwLockWriteGuard<'_, T> {
             self.0.write().unwrap()
         }
     }
@@ -96,7 +96,7 @@ mod imp {
 
 pub(crate) use imp::{Mutex, MutexGuard};
 #[cfg(feature = "file")]
-pub(crate) use imp::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+pub(crate) use imp::{RwLock, RwLockReadGuard};
 
 /// Keeps a value on cache lines of its own.
 #[derive(Debug, Default)]

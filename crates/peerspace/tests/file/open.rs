@@ -245,7 +245,7 @@ fn a_killed_process_leaves_nothing_behind_but_a_named_file() {
     });
     assert_ne!(child.wait(), 0);
     let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
-    assert_eq!(left, [path.clone()]);
+    assert_eq!(left, [path.as_path()]);
     let file = File::open(&path, Some(1 << 20)).unwrap();
     assert!(fs::metadata(&path).unwrap().blocks() * 512 <= 64 << 10);
     works(&file);

@@ -1,16 +1,17 @@
 //! Upkeep: returning the space of pages that were freed, and what else need not be done at once.
 //!
-//! Punching a hole costs as much as writing the page did, and a page that was freed is likely to be stored again
-//! soon; so freeing a page only makes it *garbage*. When there is more garbage than the
-//! [allowance](Disk::allowance) the collector goes round the groups of pages that have some, those with the most
-//! first: whole groups, then half-full ones, and so on. In each it punches runs of garbage as single holes. It works
-//! a little in each store, and in one of many frees; it works as long as it takes when the file system is full.
+//! Punching a hole costs as much as writing a page did, or more, however small the hole is; and a page that was
+//! freed is likely to be stored again soon. So freeing a page only makes it *garbage*. When there is more garbage
+//! than the [allowance](Disk::allowance) the collector goes round the groups of pages that have some, and punches
+//! the longest runs first: whole groups, then half ones, and so on, down to [`LEAST`]. It makes a hole or two in a
+//! store, and in one of many frees. Shorter runs wait for their neighbours or for being stored again, unless the
+//! file system is full: then, as when asked to [trim](Disk::trim), it takes whatever there is.
 //!
 //! What is left in a file that was sealed once (pages freed or written anew elsewhere in the meantime) has no
-//! record. After a file is open again one *thorough* round punches everything in it that is not held by it.
+//! record. After a file is open again a *thorough* round punches everything in it that is not held by it.
 //!
 //! Locks: one thread at a time does upkeep, under a lock of its own, which is taken before the files' and only ever
-//! tried where a transfer would have to wait. In a group the collector takes the pages in hand that have no content
+//! tried where a transfer would have to wait. The collector takes the pages of a run in hand that have no content
 //! ([`record`](super::record)); a store that wants one of them waits for the hole.
 //!
 //! Why a thorough round may punch, in one file, a page that another open file holds: only a page that is held
@@ -28,10 +29,10 @@ use rustix::io::Errno;
 use std::ops::Range;
 use std::os::fd::AsFd;
 
-/// Garbage in a group that makes it worth a visit at first.
-const DENSE: u64 = GROUP / 2;
-/// Groups looked at for each that may be punched.
-const LOOKS: u64 = 16;
+/// The shortest run that is worth a hole, when nobody asks for more.
+const LEAST: u64 = 8;
+/// Groups looked at for each hole that may be punched.
+const LOOKS: u64 = 8;
 /// Words of the bitmap of groups looked at in one go.
 const WORDS: u64 = 4096;
 /// Deaths in sealed files after which it is asked again whether they are still shared.
@@ -42,26 +43,52 @@ const DEATHS: u64 = 1024;
 pub(super) struct Upkeep {
     /// The next group to look at.
     cursor: u64,
-    /// Garbage that makes a visit worth it.
+    /// The shortest run that is punched in this round.
     least: u64,
+    /// A hole was punched in this round.
+    punched: bool,
     /// Groups of a thorough round that are left.
     thorough: u64,
+    /// Some file may have content without a record.
+    stale: bool,
 }
 
 impl Upkeep {
     pub(super) fn new() -> Upkeep {
-        Upkeep { cursor: 0, least: DENSE, thorough: 0 }
+        Upkeep { cursor: 0, least: GROUP, punched: false, thorough: 0, stale: false }
     }
 }
 
+/// How a group is visited.
+#[derive(Debug, Clone, Copy)]
+struct Visit {
+    /// The shortest run to punch.
+    least: u64,
+    /// Content without a record is looked for, too.
+    thorough: bool,
+    /// Holes to make at most.
+    holes: u64,
+}
+
+/// What a visit achieved.
+#[derive(Debug, Clone, Copy, Default)]
+struct Visited {
+    /// Holes made, or tried.
+    holes: u64,
+    /// Pages of garbage that are gone.
+    pages: u64,
+    /// There is more to be had.
+    left: bool,
+}
+
 impl<R: Raw> Disk<R> {
-    /// Does some upkeep if any is due and nobody else does: at most `visits` groups. The caller holds no lock.
-    pub(super) fn tidy_up(&self, visits: u64) {
+    /// Does some upkeep if any is due and nobody else does: at most `holes` of them. The caller holds no lock.
+    pub(super) fn tidy_up(&self, holes: u64) {
         let died = self.chores.died.load(Relaxed);
         let due = died >= DEATHS
             || self.chores.empty_file.load(Relaxed)
             || self.chores.thorough.load(Relaxed)
-            || self.garbage.load(Relaxed) > self.allowance();
+            || self.garbage.load(Relaxed) > self.allowance().max(self.chores.quiet.load(Relaxed));
         if !due {
             return;
         }
@@ -70,7 +97,7 @@ impl<R: Raw> Disk<R> {
             self.open_again(&mut upkeep);
         }
         self.close_empty();
-        self.collect(&mut upkeep, visits);
+        self.collect(&mut upkeep, holes);
     }
 
     /// Returns all space that is not needed. Takes as long as that takes.
@@ -78,7 +105,7 @@ impl<R: Raw> Disk<R> {
         let mut upkeep = self.upkeep.lock();
         self.open_again(&mut upkeep);
         self.close_empty();
-        self.collect_all(&mut upkeep, u64::MAX);
+        self.collect_all(&mut upkeep, 1, u64::MAX);
     }
 
     /// Returns space so that `pages` pages can be stored. False if there was none to return.
@@ -87,8 +114,11 @@ impl<R: Raw> Disk<R> {
         self.open_again(&mut upkeep);
         let closed = self.close_empty();
         let before = self.blocks();
-        // More than needed: the next stores will want some too.
-        self.collect_all(&mut upkeep, pages.saturating_mul(4).max(GROUP));
+        // More than needed, since the next stores will want some too; where much can be had by one hole if possible.
+        let mut enough = pages.saturating_mul(2).max(64);
+        for least in [GROUP / 8, LEAST, 1] {
+            enough = enough.saturating_sub(self.collect_all(&mut upkeep, least, enough));
+        }
         closed || self.blocks() < before
     }
 
@@ -144,6 +174,7 @@ impl<R: Raw> Disk<R> {
             member.seal = Seal::Open;
             if self.tallies[slot.index()].dead.swap(0, Relaxed) > 0 {
                 upkeep.thorough = self.dirty.count();
+                upkeep.stale = true;
                 self.chores.thorough.store(true, Relaxed);
             }
         }
@@ -173,132 +204,168 @@ impl<R: Raw> Disk<R> {
         !gone.is_empty()
     }
 
-    /// Visits groups until there is little garbage, or `visits` were punched.
-    fn collect(&self, upkeep: &mut Upkeep, visits: u64) {
+    /// Visits groups until there is little garbage, or `holes` were punched.
+    fn collect(&self, upkeep: &mut Upkeep, holes: u64) {
         let files = self.files.read();
-        let (mut visits, mut looks, mut words) = (visits, visits * LOOKS, WORDS);
-        while visits > 0 && looks > 0 && words > 0 && self.punches.load(Relaxed) {
-            if upkeep.thorough == 0 && self.garbage.load(Relaxed) <= self.allowance() {
-                upkeep.least = DENSE;
+        let (mut holes, mut looks, mut words) = (holes, holes * LOOKS, WORDS);
+        while holes > 0 && looks > 0 && words > 0 && self.punches.load(Relaxed) {
+            let thorough = upkeep.thorough > 0;
+            if !thorough && self.garbage.load(Relaxed) <= self.allowance() {
+                upkeep.least = GROUP;
+                self.chores.quiet.store(0, Relaxed);
                 break;
             }
             let found = self.dirty.find(upkeep.cursor, &mut words);
-            let reached = found.map_or_else(|at| at, |group| group + 1);
-            let thorough = upkeep.thorough > 0;
-            upkeep.thorough = upkeep.thorough.saturating_sub(reached - upkeep.cursor);
-            upkeep.cursor = reached;
+            let mut reached = found.map_or_else(|at| at, |group| group + 1);
             if let Ok(group) = found {
                 looks -= 1;
-                visits -= self.visit(&files, group, upkeep.least, thorough).is_some() as u64;
+                let least = if thorough { LEAST } else { upkeep.least };
+                let visited = self.visit(&files, group, Visit { least, thorough, holes });
+                holes -= visited.holes;
+                upkeep.punched |= visited.holes > 0;
+                if visited.left && holes == 0 {
+                    reached = group; // here it goes on
+                }
             }
-            if upkeep.cursor >= self.dirty.count() {
-                upkeep.cursor = 0;
-                upkeep.least = (upkeep.least / 2).max(1);
+            upkeep.thorough = upkeep.thorough.saturating_sub(reached - upkeep.cursor);
+            upkeep.cursor = reached;
+            if reached >= self.dirty.count() && !self.next_round(upkeep) {
+                break;
             }
         }
         self.chores.thorough.store(upkeep.thorough > 0, Relaxed);
     }
 
-    /// Visits all groups, until holes were made of `enough` pages of garbage.
-    fn collect_all(&self, upkeep: &mut Upkeep, enough: u64) {
+    /// Begins another round. False if that makes no sense, for now.
+    fn next_round(&self, upkeep: &mut Upkeep) -> bool {
+        let in_vain = upkeep.least == LEAST && !upkeep.punched && upkeep.thorough == 0;
+        upkeep.cursor = 0;
+        upkeep.punched = false;
+        upkeep.least = if in_vain { GROUP } else { (upkeep.least / 2).max(LEAST) };
+        if in_vain {
+            // What there is lies scattered. When there is more, it may be otherwise.
+            let garbage = self.garbage.load(Relaxed);
+            self.chores.quiet.store(garbage + garbage / 8 + GROUP, Relaxed);
+        }
+        !in_vain
+    }
+
+    /// Visits all groups, until holes were made of `enough` pages of garbage. Returns of how many they were.
+    fn collect_all(&self, upkeep: &mut Upkeep, least: u64, enough: u64) -> u64 {
         let files = self.files.read();
-        let thorough = upkeep.thorough > 0;
+        let thorough = upkeep.stale;
         let mut at = 0;
         let mut done = 0;
         while done < enough && at < self.dirty.count() && self.punches.load(Relaxed) {
             match self.dirty.find(at, &mut { WORDS }) {
                 Ok(group) => {
-                    done += self.visit(&files, group, 1, thorough).unwrap_or(0);
+                    done += self.visit(&files, group, Visit { least, thorough, holes: u64::MAX }).pages;
                     at = group + 1;
                 }
                 Err(reached) => at = reached,
             }
         }
-        if at >= self.dirty.count() {
+        if least == 1 && at >= self.dirty.count() {
+            upkeep.stale = false;
             upkeep.thorough = 0;
             self.chores.thorough.store(false, Relaxed);
         }
+        done
     }
 
-    /// Punches holes in a group, if it has at least `least` pages of garbage, or everything there that no file
-    /// should have, if `thorough`. Returns how many pages of garbage are gone; `None` if it did not try.
-    fn visit(&self, files: &Files, group: u64, least: u64, thorough: bool) -> Option<u64> {
+    /// Punches holes in a group.
+    fn visit(&self, files: &Files, group: u64, how: Visit) -> Visited {
         self.dirty.clear(group);
         let pages = self.layout.group(group);
-        let mut garbage = 0;
+        // What was garbage before a fork may be the other process's. A thorough round finds it again.
         for page in pages.clone() {
             let record = self.table.get(page);
-            if record.kind() != Kind::Garbage {
-                continue;
-            }
-            if files.is_sealed(record.slot()) && self.table.forget(page) {
-                // From before a fork: the other process may need it. Found again by a thorough round.
+            let sealed = record.kind() == Kind::Garbage && files.is_sealed(record.slot());
+            if sealed && self.table.forget(page) {
                 self.garbage.fetch_sub(1, Relaxed);
                 self.tallies[record.slot().index()].dead.fetch_add(1, Relaxed);
-            } else {
-                garbage += 1;
             }
         }
-        let worth_it = thorough || garbage >= least;
+        let mut visited = Visited::default();
+        for (slot, member) in files.iter().filter(|(_, m)| m.seal == Seal::Open) {
+            let mut at = pages.start;
+            while let Some(run) = self.next_run(files, slot, at..pages.end, how.thorough) {
+                at = run.pages.end;
+                if run.weight < how.least || visited.holes >= how.holes {
+                    visited.left = true;
+                    continue;
+                }
+                visited.holes += 1;
+                match self.punch_run(files, (slot, member), run.pages, how.thorough) {
+                    Ok(gone) => visited.pages += gone,
+                    Err(_) => visited.left = true,
+                }
+            }
+        }
         // What died in a sealed file waits for that to be opened again.
-        if files.any_sealed() || (garbage > 0 && !worth_it) {
+        if visited.left || files.any_sealed() {
             self.dirty.mark(pages.start, 1);
         }
-        if !worth_it {
-            return None;
-        }
-        let mut in_hand = [0u64; GROUP as usize / 64];
-        for (i, page) in pages.clone().enumerate() {
-            in_hand[i / 64] |= (self.table.claim(page) as u64) << (i % 64);
-        }
-        let mut open = files.iter().filter(|(_, m)| m.seal == Seal::Open);
-        let failed = open.any(|(slot, m)| self.punch_runs(files, slot, m, pages.clone(), thorough).is_err());
-        let mut gone = 0;
-        for (_, page) in pages.clone().enumerate().filter(|(i, _)| in_hand[i / 64] >> (i % 64) & 1 == 1) {
-            gone += (!failed && self.table.get(page).was_garbage()) as u64;
-            self.table.unclaim(page, failed);
-        }
-        self.garbage.fetch_sub(gone, Relaxed);
-        if failed {
-            self.dirty.mark(pages.start, 1);
-        }
-        Some(gone)
+        visited
     }
 
-    /// Punches holes into one file, in one group.
-    fn punch_runs(
-        &self,
-        files: &Files,
-        slot: Slot,
-        member: &Member,
-        pages: Range<u64>,
-        thorough: bool,
-    ) -> Result<(), Errno> {
-        let may_go = |page: u64| {
-            let record = self.table.get(page);
-            match record.kind() {
-                Kind::Punching => true,
-                Kind::Held | Kind::Garbage => thorough && record.slot() != slot && files.is_open(record.slot()),
-                Kind::Nothing => false,
-            }
-        };
+    /// Whether file `slot` needs no space for `page`.
+    fn may_go(&self, files: &Files, slot: Slot, page: u64, thorough: bool) -> MayGo {
+        let record = self.table.get(page);
+        let other = record.slot() != slot;
+        match record.kind() {
+            Kind::Nothing => MayGo::InHand { garbage: false },
+            Kind::Garbage if !other || files.get(record.slot()).is_none() => MayGo::InHand { garbage: true },
+            Kind::Held | Kind::Garbage if thorough && other && files.is_open(record.slot()) => MayGo::AsItIs,
+            _ => MayGo::No,
+        }
+    }
+
+    /// The first run in `pages` that can be punched in file `slot`, and that has something in it.
+    fn next_run(&self, files: &Files, slot: Slot, pages: Range<u64>, thorough: bool) -> Option<Run> {
+        let may_go = |page: &u64| self.may_go(files, slot, *page, thorough);
+        let worth = |page: &u64| thorough || may_go(page) == MayGo::InHand { garbage: true };
         let mut at = pages.start;
         while at < pages.end {
-            let end = (at..pages.end).find(|p| !may_go(*p)).unwrap_or(pages.end);
-            let mut run = at..end;
-            if !thorough {
-                // No further than there is garbage of this file.
-                let mut garbage = run.clone().filter(|p| self.table.get(*p).is_garbage_in_hand(slot));
-                let first = garbage.next();
-                let last = garbage.last().or(first);
-                run = first.unwrap_or(end)..last.map_or(end, |p| p + 1);
+            let start = (at..pages.end).find(|p| may_go(p) != MayGo::No && worth(p))?;
+            let end = (start..pages.end).find(|p| may_go(p) == MayGo::No).unwrap_or(pages.end);
+            // No further than there is something to be had.
+            if let Some(last) = (start..end).rev().find(worth) {
+                let weight = (start..=last).filter(worth).count() as u64;
+                return Some(Run { pages: start..last + 1, weight });
             }
-            if !run.is_empty() {
-                self.punch(member, run.start, run.end - run.start)?;
-            }
-            at = end + 1;
+            at = end + 1; // it has been stored again meanwhile
         }
-        Ok(())
+        None
+    }
+
+    /// Punches as much of a run as is still there, from its start. Returns how many pages of garbage are gone.
+    fn punch_run(
+        &self,
+        files: &Files,
+        (slot, member): (Slot, &Member),
+        pages: Range<u64>,
+        thorough: bool,
+    ) -> Result<u64, Errno> {
+        let mut in_hand = [0u64; GROUP as usize / 64];
+        let bit = |page: u64| ((page - pages.start) as usize / 64, 1 << ((page - pages.start) % 64));
+        let mut end = pages.start;
+        for page in pages.clone() {
+            match self.may_go(files, slot, page, thorough) {
+                MayGo::InHand { .. } if self.table.claim(page) => in_hand[bit(page).0] |= bit(page).1,
+                MayGo::AsItIs => {}
+                MayGo::InHand { .. } | MayGo::No => break,
+            }
+            end = page + 1;
+        }
+        let done = if end > pages.start { self.punch(member, pages.start, end - pages.start) } else { Ok(()) };
+        let mut gone = 0;
+        for page in (pages.start..end).filter(|p| in_hand[bit(*p).0] & bit(*p).1 != 0) {
+            gone += (done.is_ok() && self.table.get(page).was_garbage()) as u64;
+            self.table.unclaim(page, done.is_err());
+        }
+        self.garbage.fetch_sub(gone, Relaxed);
+        done.map(|()| gone)
     }
 
     fn punch(&self, member: &Member, first: u64, count: u64) -> Result<(), Errno> {
@@ -310,4 +377,23 @@ impl<R: Raw> Disk<R> {
         }
         done
     }
+}
+
+/// What may be done about a page in a file that need not have it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum MayGo {
+    /// Nothing: it must have it, or may come to.
+    No,
+    /// It can be punched while it is in hand.
+    InHand { garbage: bool },
+    /// Another open file has it, and keeps it.
+    AsItIs,
+}
+
+/// Pages that can be punched by one hole.
+#[derive(Debug)]
+struct Run {
+    pages: Range<u64>,
+    /// How many of them there is a reason to punch for.
+    weight: u64,
 }

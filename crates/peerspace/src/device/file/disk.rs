@@ -61,6 +61,8 @@ pub(super) struct Chores {
     pub(super) empty_file: AtomicBool,
     /// A thorough round is under way.
     pub(super) thorough: AtomicBool,
+    /// Garbage below which it is not worth to look for any.
+    pub(super) quiet: AtomicU64,
     /// Pages that died in sealed files since it was last asked whether those are still shared.
     pub(super) died: AtomicU64,
 }

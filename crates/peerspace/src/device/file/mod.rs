@@ -66,8 +66,8 @@ pub struct Diagnostics {
     /// Transfers go past the page cache (O_DIRECT). Otherwise stored pages take up the kernel's RAM as well, until
     /// it writes them out and drops them.
     pub direct: Result<(), i32>,
-    /// Batches are in flight all at once (io_uring). Otherwise one request after the other.
-    pub batches: Result<(), i32>,
+    /// How batches are moved.
+    pub batches: Batches,
     /// Space of freed pages is returned to the file system. Otherwise it is only used again.
     pub returns_space: Result<(), i32>,
     /// Further files can be made in the directory. Otherwise nothing new can be stored after a fork while the other
@@ -75,22 +75,32 @@ pub struct Diagnostics {
     pub forks: Result<(), i32>,
 }
 
+/// How a batch of several requests is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Batches {
+    /// All of it is in flight at once (io_uring).
+    Together,
+    /// One request after the other, because the file answers so fast that this is faster.
+    OneByOne,
+    /// One request after the other, because io_uring cannot be had; the errno says why.
+    WithoutRing(i32),
+}
+
 impl fmt::Display for Diagnostics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let parts = [
-            (self.direct, "direct transfers", "transfers through the page cache"),
-            (self.batches, "io_uring", "no io_uring"),
-            (self.returns_space, "returns space", "reuses space without returning it"),
-            (self.forks, "stores after a fork", "no stores after a fork"),
-        ];
-        for (i, (state, yes, no)) in parts.into_iter().enumerate() {
-            f.write_str(if i > 0 { ", " } else { "" })?;
-            match state {
-                Ok(()) => f.write_str(yes)?,
-                Err(errno) => write!(f, "{no} ({})", std::io::Error::from_raw_os_error(errno))?,
-            }
+        let mut say = |state: Result<(), i32>, yes: &str, no: &str| match state {
+            Ok(()) => write!(f, "{yes}"),
+            Err(errno) => write!(f, "{no} ({})", std::io::Error::from_raw_os_error(errno)),
+        };
+        say(self.direct, "direct transfers", "transfers through the page cache")?;
+        match self.batches {
+            Batches::Together => say(Ok(()), ", batches by io_uring", "")?,
+            Batches::OneByOne => say(Ok(()), ", batches one by one, as in memory", "")?,
+            Batches::WithoutRing(errno) => say(Err(errno), "", ", no io_uring")?,
         }
-        Ok(())
+        say(self.returns_space, ", returns space", ", reuses space without returning it")?;
+        say(self.forks, ", stores after a fork", ", no stores after a fork")
     }
 }
 
@@ -110,11 +120,17 @@ impl File {
     pub fn open(path: impl AsRef<Path>, size: Option<u64>) -> Result<File, FileError> {
         let path = path.as_ref();
         let opened = open::open(path, size)?;
-        let (system, batches) = System::new();
+        let (system, batches) = match opened.quick {
+            true => (System::plain(), Batches::OneByOne),
+            false => match System::with_rings() {
+                Ok(system) => (system, Batches::Together),
+                Err(e) => (System::plain(), Batches::WithoutRing(e.raw_os_error())),
+            },
+        };
         let errno = |r: Result<(), rustix::io::Errno>| r.map_err(|e| e.raw_os_error());
         let diagnostics = Diagnostics {
             direct: errno(opened.direct),
-            batches: errno(batches),
+            batches,
             returns_space: errno(opened.punch),
             forks: errno(opened.more),
         };

@@ -18,10 +18,13 @@ use std::ffi::CStr;
 use std::fmt::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// What the file system keeps when nobody says how much of it to use: one part in this many, at most so many bytes.
 const MARGIN_PART: u64 = 16;
 const MARGIN_MOST: u64 = 1 << 30;
+/// No disk reads a page in less.
+const QUICK: Duration = Duration::from_micros(4);
 /// The largest file any kernel makes, in whole pages of any size.
 const MOST_BYTES: u64 = (i64::MAX as u64) & !0xffff;
 
@@ -35,6 +38,8 @@ pub(super) struct Opened {
     pub(super) layout: Layout,
     /// Whether transfers go past the kernel's page cache.
     pub(super) direct: Result<(), Errno>,
+    /// It answers so fast that it must be memory: then a call for each transfer is faster than many in flight.
+    pub(super) quick: bool,
     /// Whether the space of single pages can be returned.
     pub(super) punch: Result<(), Errno>,
     /// Whether more files can be made, as a fork needs them.
@@ -332,12 +337,13 @@ fn prepare(
     if direct.is_err() {
         set(false).and_then(|()| write_and_read(&file, &page, &mut back)).map_err(|e| refused("write", path, e))?;
     }
+    let quick = direct.is_ok() && (0..5).any(|_| reads_quickly(&file, &mut back));
     let holes = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     let punch = rustix::fs::fallocate(&file, holes, layout.offset(0), layout.len(1));
     let site = Site { directory, direct: direct.is_ok(), bytes: layout.bytes() };
     // A directory has just shown that files can be made in it.
     let more = if named { site.another().map(drop) } else { Ok(()) };
-    Ok(Opened { file, named, site, layout, direct, punch, more })
+    Ok(Opened { file, named, site, layout, direct, quick, punch, more })
 }
 
 /// Writes `page` to the start of the file, and reads it back.
@@ -347,6 +353,12 @@ fn write_and_read(file: &OwnedFd, page: &[u8], back: &mut [u8]) -> Result<(), Er
     whole(rustix::io::retry_on_intr(|| rustix::io::pwrite(file, page, 0))?)?;
     whole(rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut *back, 0))?)?;
     if back == page { Ok(()) } else { Err(Errno::IO) }
+}
+
+fn reads_quickly(file: &OwnedFd, page: &mut [u8]) -> bool {
+    let start = Instant::now();
+    let n = rustix::io::pread(file, &mut *page, 0);
+    n == Ok(page.len()) && start.elapsed() < QUICK
 }
 
 #[cfg(test)]

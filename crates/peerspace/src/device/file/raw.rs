@@ -7,7 +7,6 @@
 //! alone.
 
 use crate::sync::{Mutex, Padded};
-use peerspace_core::sync::{AtomicBool, Ordering::Relaxed};
 use peerspace_os::linux::transfer::{Piece, plain};
 use peerspace_os::linux::uring::Ring;
 use rustix::fs::FallocateFlags;
@@ -31,53 +30,53 @@ pub(super) trait Raw: Send + Sync {
     fn forked(&self) {}
 }
 
+/// A place for a ring.
 #[derive(Debug, Default)]
-enum Place {
-    #[default]
-    Unmade,
-    Made(Ring),
-    Refused,
+struct Place {
+    ring: Option<Ring>,
+    /// None could be made, and so none is tried again.
+    refused: bool,
 }
 
 /// The real thing.
 #[derive(Debug, Default)]
 pub(super) struct System {
     rings: [Padded<Mutex<Place>>; RINGS],
-    /// No ring can be had: nobody need try.
-    without: AtomicBool,
+    /// Rings are of no use.
+    without: bool,
 }
 
 impl System {
-    /// With the first ring made; or why there will be none.
-    pub(super) fn new() -> (System, Result<(), Errno>) {
+    /// One call for each request.
+    pub(super) fn plain() -> System {
+        System { without: true, ..System::default() }
+    }
+
+    /// With rings, of which the first is made.
+    ///
+    /// # Errors
+    /// Why none can be had.
+    pub(super) fn with_rings() -> Result<System, Errno> {
         let system = System::default();
-        let made = match Ring::new() {
-            Ok(ring) => {
-                *system.rings[0].lock() = Place::Made(ring);
-                Ok(())
-            }
-            Err(e) => {
-                system.without.store(true, Relaxed);
-                Err(e)
-            }
-        };
-        (system, made)
+        system.rings[0].lock().ring = Some(Ring::new()?);
+        Ok(system)
     }
 
     fn by_ring(&self, pieces: &mut [Piece<'_>]) {
         let first = crate::engine::cpu() % RINGS;
         let free = (0..RINGS).find_map(|i| self.rings[(first + i) % RINGS].try_lock());
         let mut place = free.unwrap_or_else(|| self.rings[first].lock());
-        if let Place::Unmade = *place {
-            *place = Ring::new().map_or(Place::Refused, Place::Made);
+        if place.ring.is_none() && !place.refused {
+            place.ring = Ring::new().ok();
+            place.refused = place.ring.is_none();
         }
-        let Place::Made(ring) = &mut *place else {
+        let Some(ring) = &mut place.ring else {
             drop(place);
             return plain(pieces);
         };
         ring.run(pieces);
         if ring.is_broken() {
-            *place = Place::Unmade;
+            place.ring = None;
         }
     }
 }
@@ -86,7 +85,7 @@ impl Raw for System {
     fn transfer(&self, pieces: &mut [Piece<'_>]) {
         // One request needs no company.
         let one = pieces.windows(2).all(|w| w[0].is_followed_by(&w[1]));
-        if one || self.without.load(Relaxed) {
+        if one || self.without {
             plain(pieces);
         } else {
             self.by_ring(pieces);
@@ -96,7 +95,7 @@ impl Raw for System {
     fn forked(&self) {
         // They are the parent's. A child makes its own when it needs them.
         for ring in &self.rings {
-            *ring.lock() = Place::Unmade;
+            *ring.lock() = Place::default();
         }
     }
 }

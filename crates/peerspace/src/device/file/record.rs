@@ -99,11 +99,6 @@ impl Record {
         (self.kind() == Kind::Held).then(|| self.slot())
     }
 
-    /// True for a page that `slot` may take up space for without need, and that the collector has in hand.
-    pub(super) fn is_garbage_in_hand(self, slot: Slot) -> bool {
-        self.was_garbage() && self.slot() == slot
-    }
-
     /// Whether a page that the collector has in hand was garbage before.
     pub(super) fn was_garbage(self) -> bool {
         self.kind() == Kind::Punching && self.0 & 1 == 1
@@ -302,8 +297,7 @@ mod tests {
             t.let_go(7, Afterwards::Garbage);
             assert_eq!((t.get(7).kind(), t.get(7).slot()), (Kind::Garbage, Slot(5)));
             assert!(t.claim(7) && !t.claim(7) && t.claim(8));
-            assert!(t.get(7).is_garbage_in_hand(Slot(5)) && !t.get(7).is_garbage_in_hand(Slot(4)));
-            assert!(!t.get(8).was_garbage());
+            assert!(t.get(7).was_garbage() && !t.get(8).was_garbage());
             t.unclaim(7, true);
             t.unclaim(8, true);
             assert_eq!((t.get(7).kind(), t.get(8).kind()), (Kind::Garbage, Kind::Nothing));

@@ -165,7 +165,7 @@ impl<R: Raw> Disk<R> {
 
     pub(super) fn free(&self, pages: DevicePages) {
         self.let_go(&self.files.read(), pages);
-        // Two visits for each group's worth of pages: so that garbage gets less where it is too much.
+        // Two holes for each group's worth of pages: so that garbage gets less where it is too much.
         let group = super::record::GROUP;
         let before = self.freed.fetch_add(pages.count, peerspace_core::sync::Ordering::Relaxed);
         let groups = (before.wrapping_add(pages.count) / group).wrapping_sub(before / group);

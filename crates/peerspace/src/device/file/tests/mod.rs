@@ -39,11 +39,12 @@ struct Request {
 }
 
 type Decide = Box<dyn FnMut(Request) -> Fault + Send>;
+type BeforePunch = Box<dyn FnMut(u64, u64) -> Result<(), Errno> + Send>;
 
 /// Calls that fail as they are told to.
 struct Faulty {
     decide: Mutex<Decide>,
-    punch: Mutex<Box<dyn FnMut(u64, u64) -> Result<(), Errno> + Send>>,
+    punch: Mutex<BeforePunch>,
     requests: AtomicU64,
 }
 
@@ -105,7 +106,7 @@ impl Raw for Faulty {
 
     fn punch(&self, file: BorrowedFd<'_>, at: u64, len: u64) -> Result<(), Errno> {
         (self.punch.lock().unwrap())(at, len)?;
-        super::raw::System::default().punch(file, at, len)
+        super::raw::System::plain().punch(file, at, len)
     }
 }
 

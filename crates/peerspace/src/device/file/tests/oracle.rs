@@ -76,10 +76,10 @@ impl Checked {
         for s in &batch {
             for page in s.page..s.page + count {
                 match &s.result {
-                    Ok(()) => drop(self.model.insert(page, self.version)),
+                    Ok(()) => self.model.insert(page, self.version),
                     Err(DeviceError::NoAnswer) => panic!("page {} got no answer", s.page),
-                    Err(_) => drop(self.model.remove(&page)),
-                }
+                    Err(_) => self.model.remove(&page),
+                };
             }
             if s.result.is_err() {
                 self.disk.free(DevicePages { first: s.page, count });
@@ -119,7 +119,7 @@ impl Checked {
             }
             Op::Free(first, count) => {
                 self.disk.free(DevicePages { first, count });
-                (first..first + count).for_each(|p| drop(self.model.remove(&p)));
+                self.model.retain(|page, _| !(first..first + count).contains(page));
             }
             Op::Trim => {
                 self.disk.trim();
