@@ -4,6 +4,8 @@
 mod imp {
     pub(crate) use std::sync::MutexGuard;
     use std::sync::{self, PoisonError, TryLockError};
+    #[cfg(feature = "file")]
+    pub(crate) use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
     /// A mutex whose guard is had also after a panic: the engine's invariants are checked, not assumed.
     #[derive(Debug, Default)]
@@ -26,12 +28,34 @@ mod imp {
             }
         }
     }
+
+    /// A lock for many readers or one writer, likewise.
+    #[cfg(feature = "file")]
+    #[derive(Debug, Default)]
+    pub(crate) struct RwLock<T>(sync::RwLock<T>);
+
+    #[cfg(feature = "file")]
+    impl<T> RwLock<T> {
+        pub(crate) const fn new(value: T) -> RwLock<T> {
+            RwLock(sync::RwLock::new(value))
+        }
+
+        pub(crate) fn read(&self) -> RwLockReadGuard<'_, T> {
+            self.0.read().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        pub(crate) fn write(&self) -> sync::RwLockWriteGuard<'_, T> {
+            self.0.write().unwrap_or_else(PoisonError::into_inner)
+        }
+    }
 }
 
 #[cfg(shuttle)]
 mod imp {
     use shuttle::sync;
     pub(crate) use shuttle::sync::MutexGuard;
+    #[cfg(feature = "file")]
+    pub(crate) use shuttle::sync::RwLockReadGuard;
 
     #[derive(Debug, Default)]
     pub(crate) struct Mutex<T>(sync::Mutex<T>);
@@ -49,9 +73,30 @@ mod imp {
             self.0.try_lock().ok()
         }
     }
+
+    #[cfg(feature = "file")]
+    #[derive(Debug, Default)]
+    pub(crate) struct RwLock<T>(sync::RwLock<T>);
+
+    #[cfg(feature = "file")]
+    impl<T> RwLock<T> {
+        pub(crate) fn new(value: T) -> RwLock<T> {
+            RwLock(sync::RwLock::new(value))
+        }
+
+        pub(crate) fn read(&self) -> RwLockReadGuard<'_, T> {
+            self.0.read().unwrap()
+        }
+
+        pub(crate) fn write(&self) -> sync::RwLockWriteGuard<'_, T> {
+            self.0.write().unwrap()
+        }
+    }
 }
 
 pub(crate) use imp::{Mutex, MutexGuard};
+#[cfg(feature = "file")]
+pub(crate) use imp::{RwLock, RwLockReadGuard};
 
 /// Keeps a value on cache lines of its own.
 #[derive(Debug, Default)]

@@ -5,6 +5,7 @@ pub mod files;
 pub mod fork;
 pub mod futex;
 pub mod kernel;
+pub mod lock;
 pub mod map;
 pub mod memory;
 pub mod probe;
@@ -13,7 +14,10 @@ pub mod scan;
 pub mod signal;
 mod staging;
 pub mod thread;
+pub mod transfer;
 pub mod uffd;
+#[cfg(feature = "uring")]
+pub mod uring;
 
 pub use kernel::{Delivery, Linux, Setup};
 
@@ -21,4 +25,17 @@ pub use kernel::{Delivery, Linux, Setup};
 pub fn exit_now(status: i32) -> ! {
     // SAFETY: _exit is always allowed.
     unsafe { libc::_exit(status) }
+}
+
+/// Runs `f`, which may call libc, and leaves this thread's `errno` as it was: for what a fault handler calls.
+pub(crate) fn keeping_errno<T>(f: impl FnOnce() -> T) -> T {
+    // SAFETY: libc gives the address of this thread's errno, which is always valid. It lies in libc's own static
+    // thread-local storage, not in any that is allocated.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    let before = unsafe { *errno };
+    let out = f();
+    // SAFETY: as above; `f` ran in the same thread.
+    unsafe { *errno = before };
+    out
 }
