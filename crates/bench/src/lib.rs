@@ -57,5 +57,9 @@
 //! 0, also when a target is missed; 1 when a contender read something that was not written, or ended otherwise than
 //! it should, or a result could not be written; 2 for a command line that means nothing; 130 when interrupted.
 
+mod contender;
 mod error;
+mod file;
+mod floor;
+mod spec;
 mod workload;
