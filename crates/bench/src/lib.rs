@@ -61,5 +61,8 @@ mod contender;
 mod error;
 mod file;
 mod floor;
+mod interrupt;
+mod process;
 mod spec;
+mod steward;
 mod workload;
