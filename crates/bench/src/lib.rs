@@ -57,12 +57,91 @@
 //! 0, also when a target is missed; 1 when a contender read something that was not written, or ended otherwise than
 //! it should, or a result could not be written; 2 for a command line that means nothing; 130 when interrupted.
 
+mod args;
+mod catalogue;
+mod chart;
 mod contender;
 mod error;
 mod file;
 mod floor;
 mod interrupt;
+mod machine;
 mod process;
+mod results;
+mod run;
 mod spec;
 mod steward;
+mod table;
 mod workload;
+
+pub use args::Args;
+
+use catalogue::Sizes;
+use error::Trouble;
+use machine::Machine;
+use results::Report;
+use run::Runner;
+use std::path::Path;
+use std::process::ExitCode;
+
+/// Runs what `args` say, and prints the results.
+///
+/// The program starts itself again for each contender: `prefix` is what has to stand before our own arguments then
+/// (`["bench"]` where the benchmarks are a subcommand, nothing where they are the program).
+pub fn main_with(args: &Args, prefix: &[&str]) -> ExitCode {
+    if let Some(spec) = &args.contender {
+        return contender::serve(spec);
+    }
+    if args.steward {
+        return steward::serve();
+    }
+    let sizes = if args.quick { Sizes::QUICK } else { Sizes::FULL };
+    let dir = args.dir.clone().unwrap_or_else(std::env::temp_dir);
+    let mut benchmarks = catalogue::all(sizes, &dir);
+    benchmarks.retain(|b| args.names.is_empty() || args.names.iter().any(|n| n == b.name));
+    if args.list {
+        print!("{}", table::list(&benchmarks));
+        return ExitCode::SUCCESS;
+    }
+    interrupt::listen();
+    let machine = Machine::look();
+    println!("{}", machine.line());
+    let mut report =
+        Report { schema: 1, version: env!("CARGO_PKG_VERSION"), quick: args.quick, machine, benchmarks: Vec::new() };
+    let mut runner = Runner::new(prefix, args.rounds);
+    for benchmark in &benchmarks {
+        match runner.run(benchmark) {
+            Ok(result) => {
+                println!("\n{}", table::of(&result));
+                report.benchmarks.push(result);
+            }
+            Err(e) => {
+                // What was set up is taken down first; the steward is waited for.
+                drop(runner);
+                eprintln!("peerspace-bench: {e}");
+                return ExitCode::from(if matches!(e, Trouble::Interrupted) { 130 } else { 1 });
+            }
+        }
+    }
+    drop(runner);
+    let (met, all) = report.targets();
+    println!("\n{met} of {all} targets met");
+    let mut failed = report.any_failed();
+    for (path, write) in [(&args.json, write_json as Write), (&args.svg, chart::draw)] {
+        if let Some(path) = path
+            && let Err(e) = write(&report, path)
+        {
+            eprintln!("peerspace-bench: write {}: {e}", path.display());
+            failed = true;
+        }
+    }
+    ExitCode::from(failed as u8)
+}
+
+type Write = fn(&Report, &Path) -> Result<(), String>;
+
+fn write_json(report: &Report, path: &Path) -> Result<(), String> {
+    let mut json = serde_json::to_string_pretty(report).map_err(|e| e.to_string())?;
+    json.push('\n');
+    std::fs::write(path, json).map_err(|e| e.to_string())
+}
