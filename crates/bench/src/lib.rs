@@ -14,7 +14,8 @@
 //!   first touch, slowly.
 //! * All contenders read the same data in the same order by the same loops, and every word that is read is verified.
 //! * Processor time by wall time is shown as `cores busy`: much less than one in a contender that waits for nothing
-//!   means that other programs were running.
+//!   means that other programs were running. Processor time per fault and per GB is shown too: it varies less than
+//!   wall time on such a machine, and counts what ours does in the background.
 //! * Whether data have to leave RAM while a contender is measured is said in each row.
 //! * `us/fault` is the time of all accesses by the number of faults that had to fetch data. It is what to compare
 //!   when contenders keep different pages in RAM; `us/access` is what a program feels.
@@ -47,8 +48,8 @@
 //!   values[]      contender, metric, and a spread; target as above
 //! ```
 //!
-//! Metrics: `throughput` (GB/s), `per_access` and `per_fault` (us), `cores` (processor time by wall time),
-//! `stored_again` (pages written once more to where data live outside of RAM, although nobody changed them);
+//! Metrics: `throughput` (GB/s), `per_access` and `per_fault` (us), `cpu_per_gb` (ms) and
+//! `cpu_per_fault` (us) of processor time, `cores` (processor time by wall time), `stored_again` (pages written once more to where data live outside of RAM, although nobody changed them);
 //! `bytes_whole`, `bytes_split` and `bytes_split_away` (our own memory per 2 MiB of managed memory), `bytes_fixed`
 //! (our own memory before it grows with the data), `space_time` and `process_time` (ms).
 //!

@@ -82,8 +82,11 @@ pub(crate) enum Work {
         /// How many.
         accesses: u64,
     },
-    /// With all data out of RAM and room for all of it: read a word of each page, in random order.
-    Absent,
+    /// With data out of RAM and room for all of them: read a word of each of so many pages, in random order.
+    Absent {
+        /// How many.
+        accesses: u64,
+    },
     /// Whatever the contender is made for.
     Own,
 }
@@ -98,7 +101,11 @@ pub(crate) enum Metric {
     PerAccess,
     /// Microseconds per access that had to fetch data.
     PerFault,
-    /// Processor time (user and system, all threads) by wall time.
+    /// Milliseconds of processor time (user and system, all threads) per GB read.
+    CpuPerGb,
+    /// Microseconds of processor time per access that had to fetch data.
+    CpuPerFault,
+    /// Processor time by wall time.
     Cores,
     /// Pages written to where data live outside of RAM although they had been written there and not changed since.
     StoredAgain,
@@ -123,6 +130,8 @@ impl Metric {
             Metric::Throughput => "GB/s",
             Metric::PerAccess => "us/access",
             Metric::PerFault => "us/fault",
+            Metric::CpuPerGb => "cpu ms/GB",
+            Metric::CpuPerFault => "cpu us/fault",
             Metric::Cores => "cores busy",
             Metric::StoredAgain => "pages stored again",
             Metric::BytesWhole => "own bytes per 2 MiB, whole, away",

@@ -36,28 +36,40 @@ fn row(result: &BenchmarkResult, c: &ContenderResult) -> [String; 6] {
     let out = [("FAILED", &c.failed), ("skipped", &c.skipped)];
     measured.extend(out.iter().filter_map(|(word, why)| Some(format!("{word}: {}", why.as_ref()?))));
     for m in &c.metrics {
-        let (ratio, target) = compared(result, c.id, m);
+        let lines = compared(result, c.id, m);
         measured.push(format!("{} {}", spread(&m.spread), m.label));
-        against.push(ratio);
-        targets.push(target);
+        measured.extend(lines.iter().skip(1).map(|_| String::new()));
+        if lines.is_empty() {
+            against.push(String::new());
+            targets.push(String::new());
+        }
+        for (ratio, target) in lines {
+            against.push(ratio);
+            targets.push(target);
+        }
     }
     let [measured, against, targets] = [measured, against, targets].map(|lines| lines.join("\n"));
     [c.id.into(), c.what.clone(), evicts.into(), measured, against, targets]
 }
 
-/// How ours compares with contender `id` in this metric, and what is aimed at.
-fn compared(result: &BenchmarkResult, id: &str, m: &Measured) -> (String, String) {
-    if let Some(r) = result.ratios.iter().find(|r| r.reference == id && r.metric == m.metric) {
+/// How ours, in one way or several, compare with contender `id` in this metric, and what is aimed at.
+fn compared(result: &BenchmarkResult, id: &str, m: &Measured) -> Vec<(String, String)> {
+    let ratios = result.ratios.iter().filter(|r| r.reference == id && r.metric == m.metric).map(|r| {
         let of = match r.of {
             Sense::Time => "the time",
             Sense::Speed => "the speed",
         };
         let s = &r.spread;
-        let text = format!("{:.2}x {of} [{:.2}..{:.2}]", s.median, s.min, s.max);
-        return (text, r.target.map(|t| judged(&t, "x")).unwrap_or_default());
-    }
-    let value = result.values.iter().find(|v| v.contender == id && v.metric == m.metric);
-    (String::new(), value.map(|v| judged(&v.target, "")).unwrap_or_default())
+        // That it is ours is said in the header; which one of ours, if there are several, is not.
+        let whose = match r.subject.strip_prefix("ours") {
+            Some(which) => which.to_owned(),
+            None => format!(", {}", r.subject),
+        };
+        let text = format!("{:.2}x {of} [{:.2}..{:.2}]{whose}", s.median, s.min, s.max);
+        (text, r.target.map(|t| judged(&t, "x")).unwrap_or_default())
+    });
+    let values = result.values.iter().filter(|v| v.contender == id && v.metric == m.metric);
+    ratios.chain(values.map(|v| (String::new(), judged(&v.target, "")))).collect()
 }
 
 fn spread(s: &Spread) -> String {

@@ -1,9 +1,9 @@
 //! memcpy: all data in RAM, copied block by block into a window as large as the others' RAM, and read there. What
 //! moving the same bytes costs when nobody has to ask for them.
 
-use super::{Contender, timed};
+use super::{Contender, throughput, timed};
 use crate::error::Trouble;
-use crate::spec::{Metric, Sample, Spec, Work};
+use crate::spec::{Sample, Spec, Work};
 use crate::workload;
 
 const BLOCK: usize = (2 << 20) / 8;
@@ -41,7 +41,7 @@ impl Contender for Copy {
                 }
                 Ok(read)
             },
-            |time| vec![(Metric::Throughput, bytes / time / 1e9)],
+            |time| throughput(time, bytes),
         )
     }
 }

@@ -21,6 +21,7 @@ use crate::floor::{FileFloor, MemoryFloor};
 use crate::spec::{Answer, Kind, Metric, Sample, Spec, Work};
 use crate::workload::{self, Places};
 use peerspace_os::linux::map::Mapping;
+use rustix::mm::Advice;
 use rustix::time::{ClockId, clock_gettime};
 use std::io::{BufRead, Write};
 use std::process::ExitCode;
@@ -59,36 +60,47 @@ pub(crate) struct Counters {
 struct Paged<M> {
     memory: M,
     places: Places,
+    /// Pages that are out of RAM, in the order in which they will be read.
+    away: Vec<u32>,
 }
 
 impl<M: Memory> Paged<M> {
     fn new(memory: M) -> Paged<M> {
         let pages = memory.words().len() / workload::PAGE_WORDS;
-        Paged { memory, places: Places::new(pages as u64) }
+        Paged { memory, places: Places::new(pages as u64), away: Vec::new() }
+    }
+
+    /// `n` pages that are out of RAM, or all there are.
+    fn absent(&mut self, n: u64) -> Result<Vec<u32>, Trouble> {
+        let all = self.memory.words().len() / workload::PAGE_WORDS;
+        let n = all.min(n as usize);
+        if self.away.len() < n {
+            self.memory.send_away()?;
+            self.away = self.places.shuffled();
+        }
+        // Frames that nobody has used for a moment may have gone back to the host of a virtual machine.
+        warm(4 * (n * workload::PAGE_BYTES) as u64, Advice::LinuxNoHugepage)?;
+        Ok(self.away.split_off(self.away.len() - n))
     }
 }
 
 impl<M: Memory> Contender for Paged<M> {
     fn perform(&mut self, work: Work) -> Result<Sample, Trouble> {
-        let order = if work == Work::Absent {
-            self.memory.send_away()?;
-            self.places.shuffled()
-        } else {
-            Vec::new()
+        let absent = match work {
+            Work::Absent { accesses } => self.absent(accesses)?,
+            _ => Vec::new(),
         };
         let before = self.memory.counters();
         let words = self.memory.words();
         let (bytes, pages) = (size_of_val(words) as f64, (words.len() / workload::PAGE_WORDS) as u64);
         let mut sample = match work {
-            Work::Sequential => {
-                timed(|| workload::read_in_order(words, 0), |time| vec![(Metric::Throughput, bytes / time / 1e9)])?
-            }
+            Work::Sequential => timed(|| workload::read_in_order(words, 0), |time| throughput(time, bytes))?,
             Work::Random { accesses } => timed(
                 || workload::read_at_random(words, &mut self.places, accesses),
                 |time| per_access(time, accesses),
             )?,
-            Work::Absent => {
-                timed(|| workload::read_each(words, &order), |time| per_access(time, order.len() as u64))?
+            Work::Absent { .. } => {
+                timed(|| workload::read_each(words, &absent), |time| per_access(time, absent.len() as u64))?
             }
             Work::Own => return Err(Trouble::Failed("it has nothing of its own to do".into())),
         };
@@ -96,33 +108,33 @@ impl<M: Memory> Contender for Paged<M> {
         if let (Some(us), Some(a), Some(b)) =
             (sample.metrics.get(&Metric::PerAccess).copied(), after.fetches, before.fetches)
         {
-            let fetches = (a - b).max(1) as f64;
-            sample = sample.with(Metric::PerFault, us * words_read(&work, &order) / fetches);
+            let (fetches, reads) = (a - b, sample.verified);
+            if !absent.is_empty() && fetches < reads - reads / 32 {
+                return Err(Trouble::Failed(format!("only {fetches} of {reads} pages were out of RAM")));
+            }
+            sample = per_fault(sample, us * reads as f64 / fetches.max(1) as f64);
         }
-        if let (false, Some(a), Some(b)) = (work == Work::Absent, after.stores, before.stores) {
+        if let (true, Some(a), Some(b)) = (absent.is_empty(), after.stores, before.stores) {
             // The first store of each page is that of data that were written.
             let again = |stores: u64| stores.saturating_sub(pages) as f64;
             sample = sample.with(Metric::StoredAgain, again(a) - again(b));
-        }
-        if let (Work::Absent, Some(a), Some(b)) = (work, after.fetches, before.fetches) {
-            let all = order.len() as u64;
-            if a - b < all - all / 32 {
-                return Err(Trouble::Failed(format!("only {} of {all} pages were out of RAM", a - b)));
-            }
         }
         Ok(sample)
     }
 }
 
-fn words_read(work: &Work, order: &[u32]) -> f64 {
-    match work {
-        Work::Random { accesses } => *accesses as f64,
-        _ => order.len() as f64,
-    }
-}
-
 fn per_access(seconds: f64, accesses: u64) -> Vec<(Metric, f64)> {
     vec![(Metric::PerAccess, seconds * 1e6 / accesses as f64)]
+}
+
+fn throughput(seconds: f64, bytes: f64) -> Vec<(Metric, f64)> {
+    vec![(Metric::Throughput, bytes / seconds / 1e9)]
+}
+
+/// Adds what a fault took.
+fn per_fault(sample: Sample, us: f64) -> Sample {
+    let cores = sample.metrics.get(&Metric::Cores).copied().unwrap_or(0.0);
+    sample.with(Metric::PerFault, us).with(Metric::CpuPerFault, us * cores)
 }
 
 /// Runs `f` with a clock and the meter of processor time.
@@ -136,7 +148,10 @@ fn timed(
     let time = start.elapsed().as_secs_f64();
     let cores = (cpu_seconds() - cpu) / time;
     let sample = Sample::verified(verified).with(Metric::Cores, cores);
-    Ok(metrics(time).into_iter().fold(sample, |s, (m, v)| s.with(m, v)))
+    Ok(metrics(time).into_iter().fold(sample, |s, (m, v)| match m {
+        Metric::Throughput => s.with(m, v).with(Metric::CpuPerGb, cores * 1e3 / v),
+        _ => s.with(m, v),
+    }))
 }
 
 /// Processor time of this process so far, user and system, all threads.
@@ -146,11 +161,12 @@ fn cpu_seconds() -> f64 {
 }
 
 /// Has the host of a virtual machine back `bytes` of memory, which it does on first touch and slowly: whatever is
-/// touched from here on is likely to be memory that was touched before.
-fn warm(bytes: u64) -> Result<(), Trouble> {
+/// touched next is likely to be memory that was touched just now. Likely only for pages of the same size, since the
+/// kernel keeps small and large pieces of free memory apart.
+fn warm(bytes: u64, pages: Advice) -> Result<(), Trouble> {
     let mapping = Mapping::new(bytes as usize, 2 << 20, true).map_err(Trouble::failed("map memory to warm"))?;
     // SAFETY: the advice changes no content.
-    let _ = unsafe { mapping.advise(0, mapping.len(), rustix::mm::Advice::LinuxHugepage) };
+    let _ = unsafe { mapping.advise(0, mapping.len(), pages) };
     // SAFETY: the mapping is writable and nobody else's.
     unsafe { mapping.as_ptr().write_bytes(1, mapping.len()) };
     Ok(())
@@ -163,8 +179,10 @@ fn make(spec: &Spec) -> Result<(Box<dyn Contender>, Option<String>), Trouble> {
     }
     match spec.kind {
         Kind::Start(_) | Kind::Footprint => {}
-        Kind::Pread | Kind::FloorFile | Kind::Ours(crate::spec::DeviceKind::File) => warm(spec.host)?,
-        _ => warm(spec.data + spec.host)?,
+        Kind::Pread | Kind::FloorFile | Kind::Ours(crate::spec::DeviceKind::File) => {
+            warm(spec.host, Advice::LinuxNoHugepage)?;
+        }
+        _ => warm(spec.data + spec.host, Advice::LinuxHugepage)?,
     }
     Ok(match spec.kind {
         Kind::Ours(device) => {
@@ -175,7 +193,12 @@ fn make(spec: &Spec) -> Result<(Box<dyn Contender>, Option<String>), Trouble> {
         Kind::FloorFile => {
             let file = DataFile::new(&spec.dir, spec.data)?;
             let about = file.mode().to_owned();
-            (paged(FileFloor::new(file, spec.host)?), Some(about))
+            let floor = FileFloor::new(file, spec.host)?;
+            if spec.host < spec.data {
+                // With its RAM full, it begins as the others do.
+                workload::read_in_order(&floor.words()[..spec.host as usize / 8], 0)?;
+            }
+            (paged(floor), Some(about))
         }
         Kind::Swap { huge } => (paged(swap::Swapped::new(spec, huge)?), None),
         Kind::Copy => (Box::new(copy::Copy::new(spec)?), None),

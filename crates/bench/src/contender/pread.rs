@@ -1,9 +1,9 @@
 //! pread: each access reads its page from a file.
 
-use super::{Contender, per_access, timed};
+use super::{Contender, per_access, per_fault, timed};
 use crate::error::Trouble;
 use crate::file::{DataFile, word_of};
-use crate::spec::{Sample, Spec, Work};
+use crate::spec::{Metric, Sample, Spec, Work};
 use crate::workload::{self, PAGE_BYTES, Places};
 use peerspace_os::own::Buffer;
 
@@ -33,7 +33,7 @@ impl Contender for Pread {
             return Err(Trouble::Failed("it reads at random only".into()));
         };
         let Pread { file, page, places } = self;
-        let mut sample = timed(
+        let sample = timed(
             || {
                 for _ in 0..accesses {
                     let (at, k) = places.next();
@@ -45,8 +45,7 @@ impl Contender for Pread {
             |time| per_access(time, accesses),
         )?;
         // Each access fetches.
-        let each = sample.metrics[&crate::spec::Metric::PerAccess];
-        sample.metrics.insert(crate::spec::Metric::PerFault, each);
-        Ok(sample)
+        let each = sample.metrics[&Metric::PerAccess];
+        Ok(per_fault(sample, each))
     }
 }

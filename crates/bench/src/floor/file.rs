@@ -70,6 +70,10 @@ impl Memory for FileFloor {
     fn counters(&mut self) -> Counters {
         self.pager.state(|p| Counters { fetches: Some(p.faults), stores: None })
     }
+
+    fn send_away(&mut self) -> Result<(), Trouble> {
+        self.pager.state(|p| p.drop_oldest(p.count)).map_err(|e| Trouble::Failed(e.into()))
+    }
 }
 
 impl Serve for Pager {
@@ -86,18 +90,25 @@ impl Serve for Pager {
             return Err("a page cannot be copied in");
         }
         if self.count == self.ring.len() {
-            for _ in 0..BATCH.min(self.count) {
-                let page = (self.region + self.ring[self.head]) as *mut std::ffi::c_void;
-                self.head = if self.head + 1 == self.ring.len() { 0 } else { self.head + 1 };
-                self.count -= 1;
-                // SAFETY: the page is in the region, and comes back with the same content when it is read again.
-                unsafe { rustix::mm::madvise(page, PAGE as usize, Advice::LinuxDontNeed) }
-                    .map_err(|_| "a page cannot be dropped")?;
-            }
+            self.drop_oldest(BATCH.min(self.count))?;
         }
         let end = (self.head + self.count) % self.ring.len();
         self.ring[end] = offset;
         self.count += 1;
+        Ok(())
+    }
+}
+
+impl Pager {
+    fn drop_oldest(&mut self, n: usize) -> Result<(), &'static str> {
+        for _ in 0..n {
+            let page = (self.region + self.ring[self.head]) as *mut std::ffi::c_void;
+            self.head = if self.head + 1 == self.ring.len() { 0 } else { self.head + 1 };
+            self.count -= 1;
+            // SAFETY: the page is in the region, and comes back with the same content when it is read again.
+            unsafe { rustix::mm::madvise(page, PAGE as usize, Advice::LinuxDontNeed) }
+                .map_err(|_| "a page cannot be dropped")?;
+        }
         Ok(())
     }
 }
