@@ -48,10 +48,11 @@
 //!   values[]      contender, metric, and a spread; target as above
 //! ```
 //!
-//! Metrics: `throughput` (GB/s), `per_access` and `per_fault` (us), `cpu_per_gb` (ms) and
-//! `cpu_per_fault` (us) of processor time, `cores` (processor time by wall time), `stored_again` (pages written once more to where data live outside of RAM, although nobody changed them);
-//! `bytes_whole`, `bytes_split` and `bytes_split_away` (our own memory per 2 MiB of managed memory), `bytes_fixed`
-//! (our own memory before it grows with the data), `space_time` and `process_time` (ms).
+//! Metrics: `throughput` (GB/s), `per_access` and `per_fault` (us); `cpu_per_gb` (ms) and `cpu_per_fault` (us), both
+//! of processor time; `cores` (processor time by wall time); `stored_again` (pages written once more to where data
+//! live outside of RAM, although nobody changed them); `bytes_whole`, `bytes_split` and `bytes_split_away` (our own
+//! memory per 2 MiB of managed memory), `bytes_fixed` (our own memory before it grows with the data); `space_time`
+//! and `process_time` (ms).
 //!
 //! # Exit status
 //!

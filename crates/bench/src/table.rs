@@ -34,7 +34,7 @@ fn row(result: &BenchmarkResult, c: &ContenderResult) -> [String; 6] {
     let evicts = if c.eviction_on_path { "yes" } else { "no" };
     let [mut measured, mut against, mut targets] = [Vec::new(), Vec::new(), Vec::new()];
     let out = [("FAILED", &c.failed), ("skipped", &c.skipped)];
-    measured.extend(out.iter().filter_map(|(word, why)| Some(format!("{word}: {}", why.as_ref()?))));
+    measured.extend(out.iter().filter_map(|(word, why)| Some(broken(&format!("{word}: {}", why.as_ref()?)))));
     for m in &c.metrics {
         let lines = compared(result, c.id, m);
         measured.push(format!("{} {}", spread(&m.spread), m.label));
@@ -50,6 +50,26 @@ fn row(result: &BenchmarkResult, c: &ContenderResult) -> [String; 6] {
     }
     let [measured, against, targets] = [measured, against, targets].map(|lines| lines.join("\n"));
     [c.id.into(), c.what.clone(), evicts.into(), measured, against, targets]
+}
+
+/// A sentence in lines that leave room for other columns.
+fn broken(sentence: &str) -> String {
+    const LINE: usize = 44;
+    let mut text = String::new();
+    let mut used = 0;
+    for word in sentence.split_whitespace() {
+        let len = word.chars().count();
+        if used > 0 && used + 1 + len > LINE {
+            text.push('\n');
+            used = 0;
+        } else if used > 0 {
+            text.push(' ');
+            used += 1;
+        }
+        text.push_str(word);
+        used += len;
+    }
+    text
 }
 
 /// How ours, in one way or several, compare with contender `id` in this metric, and what is aimed at.
@@ -130,6 +150,14 @@ fn bound(t: Target) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sentences_are_broken_between_words() {
+        let sentence = "skipped: only root can set up swap and a memory cgroup, which takes some privileges";
+        let lines = broken(sentence);
+        assert!(lines.lines().count() == 2 && lines.lines().all(|l| l.chars().count() <= 44), "{lines}");
+        assert_eq!(lines.replace('\n', " "), sentence);
+    }
 
     #[test]
     fn numbers_keep_three_digits() {
