@@ -1,0 +1,207 @@
+//! What a contender is, what it is told to do and what it answers: the words that pass between the parent and the
+//! processes of the contenders, as lines of JSON.
+//!
+//! ```text
+//!  parent                                child (the same program, started with a Spec)
+//!    |  <------------ Answer::Ready ------  set up: memory warmed, data written
+//!    |  ------------- Work ------------->
+//!    |  <------------ Answer::Done -------  one sample
+//!    |                 ...
+//!    |  ------------- end of input ----->   takes everything down and exits
+//! ```
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Everything the process of a contender has to know.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Spec {
+    /// Which contender.
+    pub(crate) kind: Kind,
+    /// Bytes of data.
+    pub(crate) data: u64,
+    /// Bytes of RAM for them.
+    pub(crate) host: u64,
+    /// Where files go.
+    pub(crate) dir: PathBuf,
+    /// The `cgroup.procs` to enter before there is any data.
+    pub(crate) cgroup: Option<PathBuf>,
+}
+
+/// A device of ours, as far as the benchmarks tell devices apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum DeviceKind {
+    /// Plain memory.
+    Soft,
+    /// Compressed memory.
+    Compressed,
+    /// A file.
+    File,
+}
+
+/// The kinds of contenders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Kind {
+    /// A space of ours, with one device.
+    Ours(DeviceKind),
+    /// The raw floor over memory: the least a pager can cost. Pages of 4 KiB or of 2 MiB, compressed or not.
+    Floor {
+        /// In units of 2 MiB.
+        huge: bool,
+        /// Compresses what it stores.
+        lz4: bool,
+    },
+    /// The raw floor over a file.
+    FloorFile,
+    /// Plain memory in a memory cgroup, with the kernel's swap behind it.
+    Swap {
+        /// Asks for huge pages.
+        huge: bool,
+    },
+    /// Copies the data, and reads the copy.
+    Copy,
+    /// Reads the data from a file, one page per access.
+    Pread,
+    /// What a space of ours needs for itself.
+    Footprint,
+    /// A process that does nothing (false), or makes a space and a region (true).
+    Start(bool),
+}
+
+/// What a contender shall do once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Work {
+    /// Read all data in order.
+    Sequential,
+    /// Read words of random pages.
+    Random {
+        /// How many.
+        accesses: u64,
+    },
+    /// With data out of RAM and room for all of them: read a word of each of so many pages, in random order.
+    Absent {
+        /// How many.
+        accesses: u64,
+    },
+    /// Whatever the contender is made for.
+    Own,
+}
+
+/// What is measured. The order is that of tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Metric {
+    /// GB/s of data read.
+    Throughput,
+    /// Microseconds per access, hits included.
+    PerAccess,
+    /// Microseconds per access that had to fetch data.
+    PerFault,
+    /// Milliseconds of processor time (user and system, all threads) per GB read.
+    CpuPerGb,
+    /// Microseconds of processor time per access that had to fetch data.
+    CpuPerFault,
+    /// Processor time by wall time.
+    Cores,
+    /// Pages written to where data live outside of RAM although they had been written there and not changed since.
+    StoredAgain,
+    /// Bytes of our own per 2 MiB of managed memory in whole blocks.
+    BytesWhole,
+    /// The same for blocks that are split, with all of their pages in RAM.
+    BytesSplit,
+    /// The same for blocks that are split, with hardly a page in RAM.
+    BytesSplitAway,
+    /// Bytes of our own, all of them, before there is much data.
+    BytesFixed,
+    /// Milliseconds to make a space and a region.
+    SpaceTime,
+    /// Milliseconds from starting the process until it is ready.
+    ProcessTime,
+}
+
+impl Metric {
+    /// The name in tables.
+    pub(crate) const fn label(self) -> &'static str {
+        match self {
+            Metric::Throughput => "GB/s",
+            Metric::PerAccess => "us/access",
+            Metric::PerFault => "us/fault",
+            Metric::CpuPerGb => "cpu ms/GB",
+            Metric::CpuPerFault => "cpu us/fault",
+            Metric::Cores => "cores busy",
+            Metric::StoredAgain => "pages stored again",
+            Metric::BytesWhole => "own bytes per 2 MiB, whole, away",
+            Metric::BytesSplit => "own bytes per 2 MiB, split, in RAM",
+            Metric::BytesSplitAway => "own bytes per 2 MiB, split, away",
+            Metric::BytesFixed => "own bytes before any data",
+            Metric::SpaceTime => "ms for space and region",
+            Metric::ProcessTime => "ms from start of process",
+        }
+    }
+
+    /// True where more is better.
+    pub(crate) const fn more_is_better(self) -> bool {
+        matches!(self, Metric::Throughput)
+    }
+}
+
+/// One measurement of a contender.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Sample {
+    /// The numbers.
+    pub(crate) metrics: BTreeMap<Metric, f64>,
+    /// Words that were read and found right.
+    pub(crate) verified: u64,
+}
+
+impl Sample {
+    /// A sample of nothing yet, with `verified` words found right.
+    pub(crate) fn verified(verified: u64) -> Sample {
+        Sample { metrics: BTreeMap::new(), verified }
+    }
+
+    /// The same with one more number.
+    pub(crate) fn with(mut self, metric: Metric, value: f64) -> Sample {
+        self.metrics.insert(metric, value);
+        self
+    }
+}
+
+/// What the process of a contender says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Answer {
+    /// It is set up. What only it could find out about itself.
+    Ready(Option<String>),
+    /// It cannot be had here.
+    Unavailable(String),
+    /// It did what it was told.
+    Done(Sample),
+    /// Something went wrong.
+    Failed(String),
+    /// It read something that was not written.
+    Wrong(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_between_processes_survive_the_pipe() {
+        let spec = Spec {
+            kind: Kind::Floor { huge: true, lz4: false },
+            data: 1 << 30,
+            host: 1 << 28,
+            dir: "/tmp".into(),
+            cgroup: None,
+        };
+        assert_eq!(serde_json::from_str::<Spec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);
+        let done = Answer::Done(Sample::verified(7).with(Metric::PerFault, 1.5).with(Metric::Cores, 1.0));
+        assert_eq!(serde_json::from_str::<Answer>(&serde_json::to_string(&done).unwrap()).unwrap(), done);
+    }
+}
