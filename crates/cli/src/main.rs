@@ -8,6 +8,8 @@
 //! | [`demo`] | shows all of it on real input |
 //! | [`doctor`] | what this machine allows |
 //! | [`devices`] | where memory can go |
+//!
+//! `bench` is [`peerspace_bench`]: a library, so that there is one command to install.
 
 #![cfg(target_os = "linux")]
 #![forbid(unsafe_code)]
@@ -39,6 +41,8 @@ enum Subcommands {
     Run(run::RunArgs),
     /// See it work: sort a text in a quarter of the memory that takes.
     Demo(demo::DemoArgs),
+    /// Measure it against the kernel's own swap and the least a pager can cost.
+    Bench(peerspace_bench::Args),
     /// Find out what this machine allows, and what to do about what it does not.
     Doctor(doctor::DoctorArgs),
     /// List the devices that memory can live on.
@@ -50,6 +54,7 @@ fn main() -> ExitCode {
     let outcome = match &cli.command {
         Subcommands::Run(args) => run::run(args),
         Subcommands::Demo(args) => demo::demo(args),
+        Subcommands::Bench(args) => return peerspace_bench::main_with(args, &["bench"]),
         Subcommands::Doctor(args) => Ok(doctor::doctor(args)),
         Subcommands::Devices(args) => Ok(devices::devices(args)),
     };

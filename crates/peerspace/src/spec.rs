@@ -147,15 +147,28 @@ impl DeviceSpec {
     /// # Errors
     /// When it cannot be had, or this build is without it.
     pub(crate) fn open(&self, host: u64) -> Result<OpenDevice, SpecError> {
-        let _ = host;
-        #[allow(unused_variables)]
+        #[allow(unused_variables)] // not without any device
         let cannot = |e: &dyn fmt::Display| SpecError::CannotOpen(self.to_string(), e.to_string());
+        let _ = host;
         match self {
             #[cfg(feature = "soft")]
             DeviceSpec::Soft(size) => Ok(own(crate::device::soft::Soft::new(size.0).map_err(|e| cannot(&e))?)),
             #[cfg(not(feature = "soft"))]
             DeviceSpec::Soft(_) => Err(SpecError::NotBuilt(self.to_string(), "soft")),
+            #[cfg(feature = "compressed")]
+            DeviceSpec::Compressed(size) => {
+                let bytes = size.map_or(host, |s| s.0);
+                let store = crate::device::compressed::Compressed::new(bytes);
+                Ok(own(store.map_err(|_| cannot(&format_args!("there is no address space for {bytes} bytes")))?))
+            }
+            #[cfg(not(feature = "compressed"))]
             DeviceSpec::Compressed(_) => Err(SpecError::NotBuilt(self.to_string(), "compressed")),
+            #[cfg(feature = "file")]
+            DeviceSpec::File(path, size) => {
+                let file = crate::device::file::File::open(path, size.map(|s| s.0));
+                Ok(own(file.map_err(|e| cannot(&e))?))
+            }
+            #[cfg(not(feature = "file"))]
             DeviceSpec::File(..) => Err(SpecError::NotBuilt(self.to_string(), "file")),
         }
     }

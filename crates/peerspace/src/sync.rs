@@ -3,9 +3,9 @@
 #[cfg(not(shuttle))]
 mod imp {
     pub(crate) use std::sync::MutexGuard;
-    use std::sync::{self, PoisonError, TryLockError};
     #[cfg(feature = "file")]
-    pub(crate) use std::sync::{RwLockReadGuard, RwLockWriteGuard};
+    pub(crate) use std::sync::RwLockReadGuard;
+    use std::sync::{self, PoisonError, TryLockError};
 
     /// A mutex whose guard is had also after a panic: the engine's invariants are checked, not assumed.
     #[derive(Debug, Default)]

@@ -5,30 +5,52 @@
 //! interposed calls can spare it, and so that a thread with a descriptor table of its own ([`isolate`]) keeps ours
 //! and drops everybody else's.
 
-use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use super::lock;
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use std::fmt::Write;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-const MOST: usize = 256;
+const MOST: usize = 1024;
 /// Numbers of our descriptors; -1 is a free place.
 static OURS: [AtomicI32; MOST] = [const { AtomicI32::new(-1) }; MOST];
 /// The thread in whose table our descriptors are, when they are not in the program's; 0 otherwise.
 static HOME: AtomicI32 = AtomicI32::new(0);
 
+/// The entry of a number among [`OURS`], as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Entry(RawFd);
+
+impl Entry {
+    pub(crate) fn new(fd: RawFd) -> Result<Entry, Errno> {
+        let take = |o: &AtomicI32| o.compare_exchange(-1, fd, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        if OURS.iter().any(take) { Ok(Entry(fd)) } else { Err(Errno::MFILE) }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let leave = |o: &AtomicI32| o.compare_exchange(self.0, -1, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        OURS.iter().any(leave);
+    }
+}
+
 /// A descriptor that is ours. Closes it when dropped.
 #[derive(Debug)]
-pub struct OurFd(OwnedFd);
+pub struct OurFd {
+    // Goes first: the number may be anybody's as soon as it is closed.
+    _entry: Entry,
+    fd: OwnedFd,
+}
 
 impl OurFd {
     /// Enters a descriptor as ours.
     ///
-    /// # Panics
-    /// When there are more of them than anything here should ever open.
-    pub fn new(fd: OwnedFd) -> OurFd {
-        let free =
-            OURS.iter().any(|o| o.compare_exchange(-1, fd.as_raw_fd(), Ordering::Relaxed, Ordering::Relaxed).is_ok());
-        assert!(free, "more than {MOST} descriptors of our own");
-        OurFd(fd)
+    /// # Errors
+    /// EMFILE when there are more of ours than can be told apart.
+    pub fn new(fd: OwnedFd) -> Result<OurFd, Errno> {
+        Ok(OurFd { _entry: Entry::new(fd.as_raw_fd())?, fd })
     }
 
     /// Puts what `with` refers to in the place of this descriptor, under the same number.
@@ -36,29 +58,128 @@ impl OurFd {
     /// # Errors
     /// The errno of dup3.
     pub fn replace(&self, with: OwnedFd) -> Result<(), Errno> {
-        if with.as_raw_fd() == self.0.as_raw_fd() {
+        if with.as_raw_fd() == self.fd.as_raw_fd() {
             // In a table where the number was free: it is in place already.
             std::mem::forget(with);
             return Ok(());
         }
         // SAFETY: the number is ours and open; whoever uses it means whatever is behind it now. `with` is another
         // descriptor, so dup3 does not fail for equality.
-        let r = unsafe { libc::syscall(libc::SYS_dup3, with.as_raw_fd(), self.0.as_raw_fd(), libc::O_CLOEXEC) };
+        let r = unsafe { libc::syscall(libc::SYS_dup3, with.as_raw_fd(), self.fd.as_raw_fd(), libc::O_CLOEXEC) };
         if r < 0 { Err(Errno::BADF) } else { Ok(()) }
     }
 }
 
 impl AsFd for OurFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
-impl Drop for OurFd {
+/// What a forked child is to have of ours, kept for it by number.
+///
+/// Where our descriptors are in the program's table, the child has them all. Where they are not, it has a copy of the
+/// program's table alone: so the thread that forks puts them there for the time of the fork ([`carry_out`],
+/// [`carry_back`]), and the child takes them from there.
+#[derive(Debug)]
+pub struct ForChild {
+    fd: OurFd,
+    place: usize,
+}
+
+const MOST_CARRIED: usize = 256;
+static CARRIED: [Carried; MOST_CARRIED] = [const { Carried::none() }; MOST_CARRIED];
+
+struct Carried {
+    /// The number in our table; -1 is a free place.
+    ours: AtomicI32,
+    flags: AtomicI32,
+    /// The number in the program's table, during a fork.
+    theirs: AtomicI32,
+}
+
+impl Carried {
+    const fn none() -> Carried {
+        Carried { ours: AtomicI32::new(-1), flags: AtomicI32::new(0), theirs: AtomicI32::new(-1) }
+    }
+}
+
+impl ForChild {
+    /// Has the next forked child get what `fd` refers to, opened with `flags`. What is opened for reading and writing
+    /// carries a [shared lock](lock::share).
+    ///
+    /// # Errors
+    /// EMFILE when there are too many; what the lock says.
+    pub fn new(fd: OwnedFd, flags: OFlags) -> Result<ForChild, Errno> {
+        if flags.contains(OFlags::RDWR) {
+            lock::share(fd.as_fd())?;
+        }
+        let fd = OurFd::new(fd)?;
+        let number = fd.as_fd().as_raw_fd();
+        let take = |c: &Carried| c.ours.compare_exchange(-1, number, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        let place = CARRIED.iter().position(take).ok_or(Errno::MFILE)?;
+        CARRIED[place].flags.store(flags.bits() as i32, Ordering::Relaxed);
+        CARRIED[place].theirs.store(-1, Ordering::Relaxed);
+        Ok(ForChild { fd, place })
+    }
+
+    /// In the child: what it was given.
+    ///
+    /// # Errors
+    /// EBADF when it could not be carried.
+    pub fn arrive(self) -> Result<OwnedFd, Errno> {
+        let theirs = CARRIED[self.place].theirs.swap(-1, Ordering::Relaxed);
+        if theirs >= 0 {
+            // SAFETY: opened by `carry_out` for nobody but this, and in this process a copy of its own.
+            return Ok(unsafe { OwnedFd::from_raw_fd(theirs) });
+        }
+        // It was in the table all along, unless the table is another one.
+        rustix::io::fcntl_dupfd_cloexec(&self.fd, 0)
+    }
+}
+
+impl Drop for ForChild {
     fn drop(&mut self) {
-        let fd = self.0.as_raw_fd();
-        // The entry goes first: the number may be anybody's as soon as it is closed.
-        OURS.iter().any(|o| o.compare_exchange(fd, -1, Ordering::Relaxed, Ordering::Relaxed).is_ok());
+        CARRIED[self.place].ours.store(-1, Ordering::Relaxed);
+    }
+}
+
+/// Before a fork, on the thread that forks, when everything is at rest: puts what the child is to have into the
+/// program's table, where that is not ours. What cannot be had there will be missing in the child.
+pub fn carry_out() {
+    if !is_isolated() {
+        return;
+    }
+    // The child puts ours under their numbers again, and must not overwrite one that it has yet to take.
+    let floor = ours().max().unwrap_or(0) + 1;
+    for c in &CARRIED {
+        let ours = c.ours.load(Ordering::Relaxed);
+        if ours >= 0 {
+            let flags = OFlags::from_bits_retain(c.flags.load(Ordering::Relaxed) as u32);
+            let number = open_for_child(ours, flags, floor).unwrap_or(-1);
+            c.theirs.store(number, Ordering::Relaxed);
+        }
+    }
+}
+
+fn open_for_child(ours: RawFd, flags: OFlags, floor: RawFd) -> Result<RawFd, Errno> {
+    use rustix::fd::IntoRawFd;
+    let fd = rustix::fs::open(path_of(ours).as_c_str(), flags | OFlags::CLOEXEC, Mode::empty())?;
+    let fd = rustix::io::fcntl_dupfd_cloexec(fd, floor)?;
+    if flags.contains(OFlags::RDWR) {
+        lock::share(fd.as_fd())?;
+    }
+    Ok(fd.into_raw_fd())
+}
+
+/// After the fork, in the parent, on the same thread: takes back what [`carry_out`] has put there.
+pub fn carry_back() {
+    for c in &CARRIED {
+        let theirs = c.theirs.swap(-1, Ordering::Relaxed);
+        if theirs >= 0 {
+            // SAFETY: opened by `carry_out`, and used by nobody in this process.
+            drop(unsafe { OwnedFd::from_raw_fd(theirs) });
+        }
     }
 }
 
@@ -72,14 +193,54 @@ pub fn ours() -> impl Iterator<Item = RawFd> {
     OURS.iter().map(|o| o.load(Ordering::Relaxed)).filter(|fd| *fd >= 0)
 }
 
-/// The `/proc` path by which a thread of this process can open what `fd`, a descriptor of ours, refers to.
-pub fn path(fd: BorrowedFd<'_>) -> std::ffi::CString {
-    let home = HOME.load(Ordering::Relaxed);
-    let path = match home {
-        0 => format!("/proc/self/fd/{}", fd.as_raw_fd()),
-        tid => format!("/proc/self/task/{tid}/fd/{}", fd.as_raw_fd()),
+/// A short path that is not on the heap.
+#[derive(Debug)]
+pub struct ShortPath {
+    bytes: [u8; 64],
+    len: usize,
+}
+
+impl ShortPath {
+    /// An empty one.
+    pub const fn new() -> ShortPath {
+        ShortPath { bytes: [0; 64], len: 0 }
+    }
+
+    /// What was written, as the kernel wants it.
+    pub fn as_c_str(&self) -> &std::ffi::CStr {
+        std::ffi::CStr::from_bytes_until_nul(&self.bytes).unwrap_or(c"")
+    }
+}
+
+impl Default for ShortPath {
+    fn default() -> ShortPath {
+        ShortPath::new()
+    }
+}
+
+impl Write for ShortPath {
+    fn write_str(&mut self, s: &str) -> std::fmt::Result {
+        // The last byte stays zero.
+        let to = self.bytes[..63].get_mut(self.len..self.len + s.len()).ok_or(std::fmt::Error)?;
+        to.copy_from_slice(s.as_bytes());
+        self.len += s.len();
+        Ok(())
+    }
+}
+
+fn path_of(fd: RawFd) -> ShortPath {
+    let mut path = ShortPath::new();
+    // Cannot fail: it is short.
+    let _ = match HOME.load(Ordering::Relaxed) {
+        0 => write!(path, "/proc/self/fd/{fd}"),
+        tid => write!(path, "/proc/self/task/{tid}/fd/{fd}"),
     };
-    std::ffi::CString::new(path).expect("the path has no zero byte")
+    path
+}
+
+/// The `/proc` path by which any thread of this process can open what `fd`, a descriptor of ours, refers to.
+pub fn path(fd: BorrowedFd<'_>) -> ShortPath {
+    path_of(fd.as_raw_fd())
 }
 
 /// Whether our descriptors are in a table of their own, which the program's threads do not share.
@@ -148,11 +309,45 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_child_takes_what_was_carried_to_a_table_that_is_not_ours() {
+        use rustix::fs::{MemfdFlags, memfd_create};
+        let file = memfd_create(c"carried", MemfdFlags::CLOEXEC).unwrap();
+        rustix::io::pwrite(&file, b"x", 0).unwrap();
+        let (give, given) = std::sync::mpsc::channel();
+        let (done, finish) = std::sync::mpsc::channel::<()>();
+        // A thread with a table of its own, as the keeper is.
+        let home = std::thread::spawn(move || {
+            // SAFETY: gives this thread a table of its own.
+            assert_eq!(unsafe { libc::unshare(libc::CLONE_FILES) }, 0);
+            isolate().unwrap();
+            let file = rustix::io::fcntl_dupfd_cloexec(&file, 500).unwrap();
+            give.send(ForChild::new(file, OFlags::RDWR).unwrap()).unwrap();
+            finish.recv().unwrap();
+        });
+        let child = given.recv().unwrap();
+        let number = child.fd.as_fd().as_raw_fd();
+        assert!(rustix::io::fcntl_getfd(&child.fd).is_err(), "the number means nothing here");
+        carry_out();
+        let theirs = CARRIED[child.place].theirs.load(Ordering::Relaxed);
+        assert!(theirs > number);
+        let came = child.arrive().unwrap();
+        assert_eq!(came.as_raw_fd(), theirs);
+        let mut byte = [0];
+        assert_eq!(rustix::io::pread(&came, &mut byte, 0), Ok(1));
+        assert_eq!(&byte, b"x");
+        carry_back();
+        assert!(rustix::io::fcntl_getfd(&came).is_ok(), "what has arrived is not taken back");
+        at_home();
+        done.send(()).unwrap();
+        home.join().unwrap();
+    }
+
+    #[test]
     fn ours_are_told_apart() {
         let fd = rustix::fs::open("/dev/null", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
         let n = fd.as_raw_fd();
         assert!(!is_ours(n));
-        let ours_ = OurFd::new(fd);
+        let ours_ = OurFd::new(fd).unwrap();
         assert!(is_ours(n) && ours().any(|o| o == n) && !is_ours(-1));
         let other = rustix::fs::open("/dev/zero", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
         ours_.replace(other).unwrap();

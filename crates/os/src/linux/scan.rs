@@ -62,7 +62,8 @@ impl Pagemap {
     /// # Errors
     /// When `/proc` is not there.
     pub fn open() -> Result<Pagemap, Errno> {
-        let mut map = Pagemap { fd: OurFd::new(open(PAGEMAP)?), scan: true, page: rustix::param::page_size() as u64 };
+        let mut map =
+            Pagemap { fd: OurFd::new(open(PAGEMAP)?)?, scan: true, page: rustix::param::page_size() as u64 };
         let mut found = [const { PageRegion { start: 0, end: 0, categories: 0 } }; 1];
         // An empty range tells whether the call exists.
         map.scan = map.scan_once(VaRange { start: Va(0), end: Va(0) }, IS_PRESENT, &mut found).is_ok();
@@ -299,7 +300,7 @@ impl Maps {
     /// # Errors
     /// When `/proc` is not there.
     pub fn open() -> Result<Maps, Errno> {
-        let mut maps = Maps { fd: OurFd::new(open(MAPS)?), query: true };
+        let mut maps = Maps { fd: OurFd::new(open(MAPS)?)?, query: true };
         maps.query = !matches!(maps.ask(Va(0)), Err(Errno::NOTTY | Errno::INVAL));
         Ok(maps)
     }

@@ -179,7 +179,7 @@ impl Uffd {
             Err(first) if !user_only => open_device(flags).map_err(|_| first)?,
             Err(e) => return Err(e),
         };
-        Ok(Uffd { fd: OurFd::new(fd), features: 0 })
+        Ok(Uffd { fd: OurFd::new(fd)?, features: 0 })
     }
 
     /// The features this kernel knows. Asks with a descriptor of its own.

@@ -12,6 +12,7 @@
 //!
 //! Nothing here uses the heap or thread-local storage, and `errno` is left as it was: a fault handler may call.
 
+use super::files::Entry;
 use super::keeping_errno;
 use super::transfer::{Bytes, MOST_TOGETHER, Piece, plain, requests, share_out};
 use io_uring::{IoUring, opcode, squeue, types};
@@ -31,6 +32,8 @@ const MOST_BYTES: usize = 0x7fff_0000;
 
 /// A pair of queues shared with the kernel.
 pub struct Ring {
+    // Goes before the descriptor it is about.
+    _entry: Entry,
     ring: IoUring,
     broken: bool,
 }
@@ -69,7 +72,7 @@ impl Ring {
                 other => other,
             };
             let ring = ring.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::INVAL))?;
-            Ok(Ring { ring, broken: false })
+            Ok(Ring { _entry: Entry::new(ring.as_raw_fd())?, ring, broken: false })
         })
     }
 

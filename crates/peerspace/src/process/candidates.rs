@@ -129,7 +129,7 @@ mod tests {
     #[test]
     fn the_heap_is_found_and_what_must_stay_is_not() {
         use rustix::fs::{Mode, OFlags, open};
-        let memory = OurFd::new(open("/proc/self/mem", OFlags::RDONLY, Mode::empty()).unwrap());
+        let memory = OurFd::new(open("/proc/self/mem", OFlags::RDONLY, Mode::empty()).unwrap()).unwrap();
         let mut search = Search::new(Geometry::KIB4, std::boxed::Box::leak(std::boxed::Box::new(memory)));
         let maps = Maps::open().unwrap();
         let heap = std::vec![1u8; 8 << 20];

@@ -23,9 +23,11 @@ static READY: AtomicU32 = AtomicU32::new(1);
 impl ForkHandler for ProcessForks {
     fn before(&self) {
         process().before_fork();
+        files::carry_out();
     }
 
     fn parent(&self) {
+        files::carry_back();
         process().after_fork();
     }
 

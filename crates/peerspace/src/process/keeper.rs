@@ -197,7 +197,7 @@ fn open_own(place: &'static OnceLock<OurFd>, path: &str) -> Result<&'static OurF
     let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
     match place.get() {
         Some(old) => old.replace(fd).map_err(failed)?,
-        None => drop(place.set(OurFd::new(fd))),
+        None => drop(place.set(OurFd::new(fd).map_err(failed)?)),
     }
     Ok(place.get().expect("it was just set"))
 }

@@ -1,17 +1,15 @@
 //! How a page is encoded: the cheapest form that saves memory, found by cheap tests first.
 //!
 //! 1. One word repeated: nothing but the word.
-//! 2. Neighbouring words that resemble each other: [`planes`]. If that halves the page or nearly so, it is taken.
-//! 3. Bytes spread as evenly as noise: as it is. A tenth of a microsecond tells, where lz4 needs half of one to
+//! 2. Bytes spread as evenly as noise: as it is. A tenth of a microsecond tells, where lz4 needs half of one to
 //!    find out.
-//! 4. lz4. Whatever is smallest is taken, and the page as it is when nothing saves at least a size class.
+//! 3. lz4; or the page as it is when that does not save at least a size class.
 //!
 //! Pure functions over a page and a [`Bench`]; no locks. Decoding believes nothing: hostile bytes give an error or
 //! a page that the checksum refuses, and touch no memory but the page. `lz4_flex` is built with its safe encoder
 //! and its safe, checked decoder; the unsafe encoder is an eighth faster, and the unsafe decoder is slower on
 //! runs than the safe one, so there is nothing to gain that would be worth trusting it with damaged bytes.
 
-use super::planes;
 use super::scratch::Bench;
 use lz4_flex::block::{compress_into_with_table, decompress_into};
 use xxhash_rust::xxh3::xxh3_64;
@@ -19,8 +17,6 @@ use xxhash_rust::xxh3::xxh3_64;
 /// How stored bytes are to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Form {
-    /// As [`planes`].
-    Planes,
     /// As an lz4 block.
     Lz4,
     /// As they are.
@@ -52,22 +48,6 @@ pub(super) fn same_filled(page: &[u8]) -> Option<u64> {
     lines.into_iter().all(same).then_some(first)
 }
 
-/// Places at which a page is sampled for how its words resemble each other.
-const PAIRS: usize = 64;
-
-/// Whether words have at least seven eighths of a byte in common with their neighbours, on average. Text has
-/// half of one; numbers have one to seven.
-fn words_resemble(page: &[u8]) -> bool {
-    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
-    let mut in_common = 0;
-    for place in page.chunks_exact(page.len() / PAIRS) {
-        let differs = word(place, 0) ^ word(place, 8);
-        let bytes_that_differ = (differs | ((differs & LOW) + LOW)) & !LOW;
-        in_common += 8 - bytes_that_differ.count_ones() as usize;
-    }
-    in_common * 8 >= PAIRS * 7
-}
-
 /// Whether the bytes of `page` are spread so evenly that no code will find anything.
 ///
 /// Of `n` samples of noise, the squares of how often each byte value was seen add up to `n + n * n / 256`, give or
@@ -90,21 +70,13 @@ pub(super) fn encode<'a>(page: &'a [u8], most: usize, bench: &'a mut Bench) -> E
     if let Some(word) = same_filled(page) {
         return Encoded::Same(word);
     }
-    let Bench { table, coded, page: other } = bench;
-    let (coded, other) = (bytemuck::cast_slice_mut::<u64, u8>(coded), bytemuck::cast_slice_mut::<u64, u8>(other));
-    let mut best: Option<usize> = None;
-    if words_resemble(page) {
-        best = planes::encode(page, &mut other[..most]);
-        if let Some(len) = best.filter(|len| *len <= page.len() / 8 * 5) {
-            return Encoded::Bytes(Form::Planes, &other[..len]);
-        }
-    } else if is_noise(page) {
+    if is_noise(page) {
         return Encoded::Bytes(Form::Plain, page);
     }
-    match (compress_into_with_table(page, coded, table), best) {
-        (Ok(len), best) if len <= most && best.is_none_or(|b| len < b) => Encoded::Bytes(Form::Lz4, &coded[..len]),
-        (_, Some(len)) => Encoded::Bytes(Form::Planes, &other[..len]),
-        (_, None) => Encoded::Bytes(Form::Plain, page),
+    let coded = bytemuck::cast_slice_mut::<u64, u8>(&mut bench.coded);
+    match compress_into_with_table(page, coded, &mut bench.table) {
+        Ok(len) if len <= most => Encoded::Bytes(Form::Lz4, &coded[..len]),
+        _ => Encoded::Bytes(Form::Plain, page),
     }
 }
 
@@ -112,7 +84,6 @@ pub(super) fn encode<'a>(page: &'a [u8], most: usize, bench: &'a mut Bench) -> E
 #[must_use]
 pub(super) fn decode(form: Form, coded: &[u8], page: &mut [u8]) -> Option<()> {
     match form {
-        Form::Planes => planes::decode(coded, page),
         Form::Lz4 => (decompress_into(coded, page).ok()? == page.len()).then_some(()),
         Form::Plain if coded.len() == page.len() => {
             page.copy_from_slice(coded);
@@ -165,8 +136,8 @@ mod tests {
                 };
                 check(Kind::Noise, Form::Plain, page);
                 check(Kind::Text, Form::Lz4, page * 3 / 4);
-                check(Kind::Numbers, Form::Planes, page / 8);
-                check(Kind::HalfNoise, Form::Planes, page * 9 / 16);
+                check(Kind::Numbers, Form::Lz4, page * 3 / 4);
+                check(Kind::HalfNoise, Form::Lz4, page * 9 / 16);
                 check(Kind::Mixed, Form::Lz4, page * 15 / 16);
             }
         }
@@ -239,7 +210,7 @@ mod tests {
             }
             bytes.truncate(1 + cut % bytes.len());
             let mut back = vec![0; page.len()];
-            for form in [Form::Planes, Form::Lz4, Form::Plain] {
+            for form in [Form::Lz4, Form::Plain] {
                 let _ = decode(form, &bytes, &mut back);
             }
         }

@@ -59,7 +59,6 @@ pub(super) enum Held {
 }
 
 const SAME: u64 = 1;
-const PLANES: u64 = 2;
 const LZ4: u64 = 3;
 const PLAIN: u64 = 4;
 const TAG_BITS: u32 = 3;
@@ -78,7 +77,6 @@ impl Word {
     pub(super) fn bytes(place: Place) -> Word {
         debug_assert!((1..=1 << LEN_BITS).contains(&place.len) && place.at < 1 << AT_BITS);
         let tag = match place.form {
-            Form::Planes => PLANES,
             Form::Lz4 => LZ4,
             Form::Plain => PLAIN,
         };
@@ -89,7 +87,6 @@ impl Word {
         let form = match self.0 & ((1 << TAG_BITS) - 1) {
             0 if self.0 == 0 => return Held::Nothing,
             SAME => return Held::Same,
-            PLANES => Form::Planes,
             LZ4 => Form::Lz4,
             PLAIN => Form::Plain,
             _ => return Held::Nonsense,
@@ -237,7 +234,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_word_says_what_it_was_made_from(
-            form in prop_oneof![Just(Form::Planes), Just(Form::Lz4), Just(Form::Plain)],
+            form in prop_oneof![Just(Form::Lz4), Just(Form::Plain)],
             len in 1usize..=65536,
             at in 0u64..1 << AT_BITS,
             checksum in any::<u64>(),

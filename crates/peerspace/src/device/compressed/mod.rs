@@ -6,7 +6,7 @@
 //!
 //! | file | subject |
 //! |---|---|
-//! | [`codec`], [`planes`] | how a page is encoded, and its checksum |
+//! | [`codec`] | how a page is encoded, and its checksum |
 //! | [`index`] | where each page is |
 //! | [`slab`], [`record`] | chunks of slots, and their books |
 //! | [`compact`] | emptying chunks that are nearly empty |
@@ -35,7 +35,6 @@ mod check;
 mod codec;
 mod compact;
 mod index;
-mod planes;
 mod record;
 #[cfg(test)]
 mod samples;
@@ -252,7 +251,7 @@ impl Compressed {
 
 impl Device for Compressed {
     fn describe(&self) -> Descriptor {
-        Descriptor::private("compressed", self.index.pages()).capacity_bytes(self.account.limit()).compares()
+        Descriptor::private("compressed", self.index.pages()).capacity_bytes(self.account.limit()).compares().in_ram()
     }
 
     fn store(&self, batch: &mut [Store<'_>]) {

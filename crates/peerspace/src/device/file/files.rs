@@ -24,8 +24,9 @@
 
 use super::record::{Kind, MOST_FILES, Record, Slot};
 use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
+use peerspace_os::linux::files::{ForChild, OurFd};
 use rustix::io::Errno;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// Who may write to a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,16 +42,16 @@ pub(super) enum Seal {
 /// One file.
 #[derive(Debug)]
 pub(super) struct Member {
-    pub(super) file: OwnedFd,
+    pub(super) file: OurFd,
     pub(super) seal: Seal,
     /// It has a name that is this process's as long as it holds the file.
     pub(super) named: bool,
     /// Around a fork: the same file, for the child.
-    pub(super) for_child: Option<OwnedFd>,
+    pub(super) for_child: Option<ForChild>,
 }
 
 impl Member {
-    pub(super) fn new(file: OwnedFd, named: bool) -> Member {
+    pub(super) fn new(file: OurFd, named: bool) -> Member {
         Member { file, seal: Seal::Open, named, for_child: None }
     }
 }
@@ -155,7 +156,7 @@ mod tests {
     use rustix::fs::{MemfdFlags, memfd_create};
 
     fn member() -> Member {
-        Member::new(memfd_create(c"member", MemfdFlags::CLOEXEC).unwrap(), false)
+        Member::new(OurFd::new(memfd_create(c"member", MemfdFlags::CLOEXEC).unwrap()).unwrap(), false)
     }
 
     #[test]

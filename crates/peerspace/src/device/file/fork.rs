@@ -22,18 +22,20 @@ use super::raw::Raw;
 use super::record::Slot;
 use crate::device::{DeviceError, ForkSide};
 use peerspace_core::sync::Ordering::Relaxed;
+use peerspace_os::linux::files::ForChild;
 use peerspace_os::linux::lock;
 use peerspace_os::linux::transfer::{Bytes, Piece};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// Pages that are moved at each fork to have fewer files.
 const CHEAP: u64 = 64;
 
 impl<R: Raw> Disk<R> {
     pub(super) fn before_fork(&self) {
+        self.site.before_fork();
         let mut upkeep = self.upkeep.lock();
         self.open_again(&mut upkeep);
         self.chores.empty_file.store(true, Relaxed);
@@ -57,14 +59,13 @@ impl<R: Raw> Disk<R> {
     }
 
     /// The file once more, for the child, so that both can tell whether the other still uses it.
-    fn for_child(&self, file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    fn for_child(&self, file: BorrowedFd<'_>) -> Result<ForChild, Errno> {
         lock::share(file)?;
-        let again = self.site.again(file)?;
-        lock::share(again.as_fd())?;
-        Ok(again)
+        self.site.again(file)
     }
 
     pub(super) fn after_fork(&self, side: ForkSide) {
+        self.site.after_fork(side);
         let _upkeep = self.upkeep.lock();
         let mut files = self.files.write();
         match side {
@@ -76,7 +77,8 @@ impl<R: Raw> Disk<R> {
                 for (_, member) in files.iter_mut() {
                     member.named = false;
                     if let Some(file) = member.for_child.take() {
-                        member.file = file;
+                        // A file that has not come is one whose pages cannot be loaded: an error of each that is.
+                        let _ = file.arrive().and_then(|f| member.file.replace(f));
                     }
                 }
             }

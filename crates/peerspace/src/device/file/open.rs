@@ -8,15 +8,17 @@
 
 use super::error::{FileError, refused};
 use super::layout::{HEADER, Layout, expected, header, least_bytes, recognise};
+use crate::device::ForkSide;
+use crate::sync::Mutex;
 use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
+use peerspace_os::linux::files::{self, ForChild, OurFd, ShortPath};
 use peerspace_os::linux::lock;
 use peerspace_os::own::Buffer;
 use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
-use std::ffi::CStr;
 use std::fmt::Write;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -25,13 +27,15 @@ const MARGIN_PART: u64 = 16;
 const MARGIN_MOST: u64 = 1 << 30;
 /// No disk reads a page in less.
 const QUICK: Duration = Duration::from_micros(4);
+/// How directories are opened.
+const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 /// The largest file any kernel makes, in whole pages of any size.
 const MOST_BYTES: u64 = (i64::MAX as u64) & !0xffff;
 
 /// A file to use, and what was found out about it.
 #[derive(Debug)]
 pub(super) struct Opened {
-    pub(super) file: OwnedFd,
+    pub(super) file: OurFd,
     /// It has a name, and is locked.
     pub(super) named: bool,
     pub(super) site: Site,
@@ -49,56 +53,47 @@ pub(super) struct Opened {
 /// Where more files like the first can be made.
 #[derive(Debug)]
 pub(super) struct Site {
-    directory: OwnedFd,
+    directory: OurFd,
     direct: bool,
     bytes: u64,
+    /// Around a fork: the directory, for the child.
+    for_child: Mutex<Option<ForChild>>,
 }
 
 impl Site {
+    fn new(directory: OwnedFd, direct: bool, bytes: u64) -> Result<Site, Errno> {
+        Ok(Site { directory: OurFd::new(directory)?, direct, bytes, for_child: Mutex::default() })
+    }
+
     fn flags(&self) -> OFlags {
         let direct = if self.direct { OFlags::DIRECT } else { OFlags::empty() };
         OFlags::RDWR | OFlags::CLOEXEC | direct
     }
 
     /// Another file, without a name and of full length. By system calls alone.
-    pub(super) fn another(&self) -> Result<OwnedFd, Errno> {
+    pub(super) fn another(&self) -> Result<OurFd, Errno> {
         let file = unnamed(self.directory.as_fd(), self.flags())?;
         rustix::fs::ftruncate(&file, self.bytes)?;
-        Ok(file)
+        OurFd::new(file)
     }
 
-    /// The same file once more, as an open file of its own: with its own locks.
-    pub(super) fn again(&self, file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
-        let mut path = Text::new();
-        // Cannot fail: it is short.
-        let _ = write!(path, "/proc/self/fd/{}", file.as_raw_fd());
-        rustix::fs::open(path.as_c_str(), self.flags(), Mode::empty())
-    }
-}
-
-/// A short string that is not on the heap.
-struct Text {
-    bytes: [u8; 64],
-    len: usize,
-}
-
-impl Text {
-    fn new() -> Text {
-        Text { bytes: [0; 64], len: 0 }
+    /// The same file once more, as an open file of its own, for a child that is about to be forked.
+    pub(super) fn again(&self, file: BorrowedFd<'_>) -> Result<ForChild, Errno> {
+        let file = rustix::fs::open(files::path(file).as_c_str(), self.flags(), Mode::empty())?;
+        ForChild::new(file, self.flags())
     }
 
-    fn as_c_str(&self) -> &CStr {
-        CStr::from_bytes_until_nul(&self.bytes).unwrap_or(c"")
+    pub(super) fn before_fork(&self) {
+        let directory = rustix::io::fcntl_dupfd_cloexec(&self.directory, 0);
+        *self.for_child.lock() = directory.and_then(|d| ForChild::new(d, DIRECTORY)).ok();
     }
-}
 
-impl Write for Text {
-    fn write_str(&mut self, s: &str) -> std::fmt::Result {
-        // The last byte stays zero.
-        let to = self.bytes[..63].get_mut(self.len..self.len + s.len()).ok_or(std::fmt::Error)?;
-        to.copy_from_slice(s.as_bytes());
-        self.len += s.len();
-        Ok(())
+    pub(super) fn after_fork(&self, side: ForkSide) {
+        let Some(directory) = self.for_child.lock().take() else { return };
+        if side == ForkSide::Child {
+            // Without it no more files can be made; a store that needs one says so.
+            let _ = directory.arrive().and_then(|d| self.directory.replace(d));
+        }
     }
 }
 
@@ -117,7 +112,7 @@ fn make_and_unlink(directory: BorrowedFd<'_>, flags: OFlags, mode: Mode) -> Resu
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let pid = rustix::process::getpid().as_raw_nonzero();
     for _ in 0..1000 {
-        let mut name = Text::new();
+        let mut name = ShortPath::new();
         let _ = write!(name, ".peerspace-{pid}-{}", NEXT.fetch_add(1, Relaxed));
         match rustix::fs::openat(directory, name.as_c_str(), flags | OFlags::CREATE | OFlags::EXCL, mode) {
             Err(Errno::EXIST) => continue,
@@ -197,7 +192,7 @@ fn parent(path: &Path) -> PathBuf {
 }
 
 fn open_directory(path: &Path) -> Result<OwnedFd, FileError> {
-    rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(|e| match e {
+    rustix::fs::open(path, DIRECTORY, Mode::empty()).map_err(|e| match e {
         Errno::NOENT | Errno::NOTDIR => FileError::MissingDirectory { path: path.to_path_buf() },
         e => refused("open", path, e),
     })
@@ -340,7 +335,9 @@ fn prepare(
     let quick = direct.is_ok() && (0..5).any(|_| reads_quickly(&file, &mut back));
     let holes = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     let punch = rustix::fs::fallocate(&file, holes, layout.offset(0), layout.len(1));
-    let site = Site { directory, direct: direct.is_ok(), bytes: layout.bytes() };
+    let ours = |e| refused("keep open", path, e);
+    let site = Site::new(directory, direct.is_ok(), layout.bytes()).map_err(ours)?;
+    let file = OurFd::new(file).map_err(ours)?;
     // A directory has just shown that files can be made in it.
     let more = if named { site.another().map(drop) } else { Ok(()) };
     Ok(Opened { file, named, site, layout, direct, quick, punch, more })
@@ -378,11 +375,10 @@ mod tests {
     #[test]
     fn a_file_opened_again_has_its_own_locks() {
         let dir = tempfile::tempdir().unwrap();
-        let site = Site { directory: open_directory(dir.path()).unwrap(), direct: false, bytes: 1 << 20 };
+        let site = Site::new(open_directory(dir.path()).unwrap(), false, 1 << 20).unwrap();
         let file = site.another().unwrap();
         assert_eq!(rustix::fs::fstat(&file).unwrap().st_size, 1 << 20);
-        let again = site.again(file.as_fd()).unwrap();
-        lock::share(again.as_fd()).unwrap();
+        let again = site.again(file.as_fd()).unwrap().arrive().unwrap();
         assert_eq!(lock::is_shared(file.as_fd()), Ok(true));
         assert_eq!(lock::is_shared(again.as_fd()), Ok(false));
     }
