@@ -163,14 +163,18 @@ struct Service {
     pid: Pid,
 }
 
-/// Starts the threads that serve `engine`.
-pub(crate) fn start_threads(engine: &Shared<Real>, handlers: usize) -> std::io::Result<Vec<JoinHandle<()>>> {
-    let mut loops: Vec<(&str, fn(&Real))> =
+/// Starts the threads that serve `engine`, which gets its faults by `delivery`.
+pub(crate) fn start_threads<K: Kernel>(
+    engine: &Shared<Engine<K>>,
+    delivery: Delivery,
+    handlers: usize,
+) -> std::io::Result<Vec<JoinHandle<()>>> {
+    let mut loops: Vec<(&str, fn(&Engine<K>))> =
         vec![("peerspace-reclaim", Engine::serve_reclaim), ("peerspace-ahead", Engine::serve_ahead)];
-    match engine.kernel.delivery() {
+    match delivery {
         Delivery::Signal => loops.push(("peerspace-changes", Engine::serve_changes)),
         Delivery::Messages => {
-            loops.extend((0..handlers).map(|_| ("peerspace-faults", Engine::serve_messages as fn(&Real))));
+            loops.extend((0..handlers).map(|_| ("peerspace-faults", Engine::serve_messages as fn(&Engine<K>))));
         }
     }
     let mut threads = Vec::new();
@@ -181,7 +185,7 @@ pub(crate) fn start_threads(engine: &Shared<Real>, handlers: usize) -> std::io::
     Ok(threads)
 }
 
-impl FaultHandler for Real {
+impl<K: Kernel> FaultHandler for Engine<K> {
     fn fault(&self, va: Va, access: Access) -> bool {
         use crate::engine::fault::{Outcome, Patience};
         matches!(Engine::fault(self, va, access, Wake::No, Patience::Waits), Ok(Outcome::Resolved))
@@ -201,7 +205,8 @@ impl Space {
             service.registration = Some(register(service.engine.clone()).map_err(e)?);
         }
         // On failure the service is dropped, which ends the threads that run already.
-        service.threads = start_threads(&service.engine, handlers).map_err(|e| Error::Thread(e.to_string()))?;
+        service.threads = start_threads(&service.engine, service.engine.kernel.delivery(), handlers)
+            .map_err(|e| Error::Thread(e.to_string()))?;
         let forks = fork::register(Shared::new(Forks::new(service.engine.clone(), handlers)));
         service._forks = Some(forks.map_err(|_| Error::Thread("there are too many spaces".into()))?);
         Ok(Space { service: Arc::new(service) })

@@ -41,6 +41,8 @@ pub(crate) mod context;
 pub(crate) mod evict;
 pub(crate) mod fault;
 pub(crate) mod gate;
+#[cfg(all(test, feature = "soft", not(any(shuttle, miri))))]
+mod inject_tests;
 pub(crate) mod pages;
 pub(crate) mod reclaim;
 pub(crate) mod serve;
