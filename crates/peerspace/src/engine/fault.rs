@@ -22,7 +22,7 @@ use peerspace_core::memmap::{Backing, Frame};
 use peerspace_core::plan::{self, FaultPlan, Grain, GrainFacts};
 use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_core::stream::{Direction, Level};
-use peerspace_os::{Kernel, Trouble, Wake};
+use peerspace_os::{Kernel, Protect, Trouble, Wake};
 use std::time::Instant;
 
 /// Attempts before a fault that makes no headway is given up as a bug. Each waits for what it met.
@@ -305,6 +305,13 @@ impl<K: Kernel> Engine<K> {
         let va = self.geometry.va(fault.vpn);
         let there = self.kernel.is_present(va).map_err(|t| self.hold(t))?;
         if there {
+            if fault.access == Access::Write {
+                // Where making a page writable failed half-way, the table knows that it may have been written and the
+                // kernel still protects it: every write would end here.
+                let _section = self.gate.enter(work.context()).ok_or(Hold::Changing)?;
+                let range = self.addresses(entry.range());
+                self.kernel.protect(range, Protect::No, fault.wake).map_err(|t| self.hold(t))?;
+            }
             let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
             count(&work.counters.spurious);
             return Ok(Outcome::Resolved);
