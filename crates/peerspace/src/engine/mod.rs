@@ -156,7 +156,8 @@ impl<K: Kernel> Engine<K> {
             TierError::Memory(e) => e,
         })?;
         let staging = kernel.staging();
-        let slots_at = Va(staging.start.0 + blocks * geometry.block_bytes() as u64);
+        // At its end: where huge pages cannot be had, staging may still have room for block frames at its start.
+        let slots_at = Va(staging.end.0 - slots * geometry.page_bytes() as u64);
         let buffer = CLUSTER.0 as usize * geometry.page_bytes();
         Ok(Engine {
             table: Table::new(geometry, memory, kernel.park()),
