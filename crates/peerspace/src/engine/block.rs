@@ -62,9 +62,12 @@ impl<K: Kernel> Engine<K> {
         if self.kernel.is_huge(range.start).unwrap_or(true) {
             return true;
         }
-        if self.kernel.drop_staged(range).is_ok() {
-            self.budget.uncharge(BLOCK_PAGES);
+        if self.kernel.drop_staged(range).is_err() {
+            // The page is still there: the frame lies ready with it, and stays charged.
+            self.blocks.give_ready(frame);
+            return false;
         }
+        self.budget.uncharge(BLOCK_PAGES);
         self.memmap.reset(frame);
         self.memmap.give_back(frame);
         false

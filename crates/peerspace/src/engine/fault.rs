@@ -16,7 +16,7 @@
 use super::context::Working;
 use super::stats::count;
 use super::{Engine, Entry};
-use peerspace_core::addr::{Access, Order, PageRange, Pages, Va, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Va, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::memmap::{Backing, Frame};
 use peerspace_core::plan::{self, FaultPlan, Grain, GrainFacts};
@@ -348,13 +348,16 @@ impl<K: Kernel> Engine<K> {
             None => self.memmap.give_back(frame),
             Some(head) => {
                 if let Some(garbage) = self.memmap.part_gone(frame, staged) {
-                    if garbage.0 > 0 {
-                        // Refusal leaves the pages there, and charged.
-                        if self.kernel.drop_staged(self.blocks.range(head)).is_ok() {
-                            self.budget.uncharge(garbage.0);
-                        }
-                    }
                     self.memmap.reset(head);
+                    if garbage.0 > 0 {
+                        if self.kernel.drop_staged(self.blocks.range(head)).is_err() {
+                            // The pages are still there: the frame lies ready with them, and is charged as such.
+                            self.budget.force_quietly(BLOCK_PAGES - garbage.0);
+                            self.blocks.give_ready(head);
+                            return;
+                        }
+                        self.budget.uncharge(garbage.0);
+                    }
                     self.memmap.give_back(head);
                 }
             }
