@@ -93,6 +93,11 @@ impl Linux {
             return Err(OsError::plain("this kernel's userfaultfd does not report changed mappings")
                 .remedy("Linux 4.14 or newer is needed"));
         }
+        // What is to leave RAM must be taken out of the program's hands at one moment: moved, or protected first.
+        if known & (feature::MOVE | feature::PAGEFAULT_FLAG_WP) == 0 {
+            return Err(OsError::plain("this kernel's userfaultfd can neither move nor write-protect pages")
+                .remedy("Linux 6.8 or newer is needed, or 5.7 on x86-64"));
+        }
         let mut features = known & WANTED;
         let signal = setup.delivery == Delivery::Signal;
         if signal {

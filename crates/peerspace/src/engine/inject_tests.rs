@@ -164,7 +164,14 @@ fn nothing_is_lost_when_calls_fail_without_moving_pages() {
 
 #[test]
 fn nothing_is_lost_when_calls_fail_without_write_protection() {
-    nothing_is_lost(Delivery::Signal, feature::MOVE | feature::POISON | feature::PAGEFAULT_FLAG_WP, 7, 2000);
+    nothing_is_lost(Delivery::Signal, feature::POISON | feature::PAGEFAULT_FLAG_WP, 7, 2000);
+}
+
+#[test]
+fn a_kernel_that_can_take_nothing_out_is_refused() {
+    let without = feature::MOVE | feature::PAGEFAULT_FLAG_WP;
+    let setup = Setup { delivery: Delivery::Signal, blocks: 0, slots: 256, without };
+    assert!(Linux::open(setup).unwrap_err().to_string().contains("neither move nor write-protect"));
 }
 
 /// What a program discards while calls fail is either there as it was, or zero.
