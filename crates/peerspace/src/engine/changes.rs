@@ -52,9 +52,9 @@ impl<K: Kernel> Engine<K> {
         while self.gate.turn() == turn && self.kernel.is_changing() {
             patience += 1;
             if patience < 100 {
-                std::thread::yield_now();
+                crate::sync::yield_now();
             } else {
-                std::thread::sleep(Duration::from_micros(50));
+                crate::sync::sleep(Duration::from_micros(50));
             }
         }
         self.gate.wait_open(&park);

@@ -102,7 +102,7 @@ impl Contexts {
             spin_hint();
         } else {
             // That takes as long as a fork, or a walk of everything.
-            std::thread::yield_now();
+            crate::sync::yield_now();
         }
     }
 

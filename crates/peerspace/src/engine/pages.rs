@@ -163,12 +163,14 @@ impl<K: Kernel> Engine<K> {
                 fault.alone = true;
                 Err(Hold::Again)
             }
-            Some(Trouble::NoMemory) => {
-                fault.alone = true;
-                self.service.wake_reclaim(&self.kernel.park());
-                Err(Hold::Busy)
+            Some(t) => {
+                let hold = self.hold(t);
+                if hold == Hold::Refused {
+                    fault.alone = true;
+                    self.service.wake_reclaim(&self.kernel.park());
+                }
+                Err(hold)
             }
-            Some(t) => Err(self.hold(t)),
             None => unreachable!("everything was installed"),
         }
     }

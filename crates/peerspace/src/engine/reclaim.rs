@@ -117,7 +117,7 @@ impl<K: Kernel> Engine<K> {
                 // Other threads may have all of it in hand, or it is shared with a forked process.
                 Step::Stuck => {
                     self.service.wake_reclaim(&self.kernel.park());
-                    std::thread::yield_now();
+                    crate::sync::yield_now();
                 }
             }
         }

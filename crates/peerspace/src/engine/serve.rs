@@ -40,6 +40,7 @@ pub(crate) struct Service {
     ahead: AtomicU64,
     requests: Mutex<ArrayVec<Ahead, REQUESTS>>,
     said_full: AtomicBool,
+    said_refused: AtomicBool,
     pub(crate) pace: Pace,
 }
 
@@ -54,6 +55,7 @@ impl Service {
             ahead: AtomicU64::new(0),
             requests: Mutex::new(ArrayVec::new_const()),
             said_full: AtomicBool::new(false),
+            said_refused: AtomicBool::new(false),
             pace: Pace::new(),
         }
     }
@@ -105,6 +107,10 @@ impl Service {
     pub(crate) fn say_once_full(&self) -> bool {
         !self.said_full.swap(true, Ordering::Relaxed)
     }
+
+    pub(crate) fn say_once_refused(&self) -> bool {
+        !self.said_refused.swap(true, Ordering::Relaxed)
+    }
 }
 
 /// Rings a bell: the word is 1 while its thread works or is about to. No system call unless it sleeps.
@@ -142,7 +148,7 @@ impl<K: Kernel> Engine<K> {
             }
             drop(work);
             if stuck {
-                std::thread::sleep(Duration::from_millis(2));
+                crate::sync::sleep(Duration::from_millis(2));
             }
             // Answered. Whoever rings from here on is heard.
             self.service.reclaim.store(self.service.stopped() as u64, Ordering::Release);
@@ -229,6 +235,9 @@ impl<K: Kernel> Engine<K> {
     fn conclude(&self, va: Va, outcome: Result<Outcome, Pause>) {
         match outcome {
             Ok(Outcome::Resolved | Outcome::Poisoned) => {}
+            // To fail one access without losing the page is not possible here: it tries again, and goes on when the kernel
+            // has memory again, while this thread serves others.
+            Ok(Outcome::Refused) => self.send_back(va),
             // Registered with us but no region: nothing of it can ever have been evicted.
             Ok(Outcome::Foreign) => {
                 let page = PageRange::new(self.geometry.vpn(va), Pages(1));
