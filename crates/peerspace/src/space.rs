@@ -169,7 +169,8 @@ pub(crate) fn start_threads<K: Kernel>(
     delivery: Delivery,
     handlers: usize,
 ) -> std::io::Result<Vec<JoinHandle<()>>> {
-    let mut loops: Vec<(&str, fn(&Engine<K>))> =
+    type Loop<K> = (&'static str, fn(&Engine<K>));
+    let mut loops: Vec<Loop<K>> =
         vec![("peerspace-reclaim", Engine::serve_reclaim), ("peerspace-ahead", Engine::serve_ahead)];
     match delivery {
         Delivery::Signal => loops.push(("peerspace-changes", Engine::serve_changes)),
