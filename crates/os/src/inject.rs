@@ -38,6 +38,7 @@ pub enum Call {
     TakeOut,
     Protect,
     Poison,
+    Bury,
     IsPresent,
     PresentRuns,
     IsHuge,
@@ -66,6 +67,7 @@ impl Call {
         Call::TakeOut,
         Call::Protect,
         Call::Poison,
+        Call::Bury,
         Call::IsPresent,
         Call::PresentRuns,
         Call::IsHuge,
@@ -88,7 +90,9 @@ impl Call {
             Call::IsPresent | Call::PresentRuns | Call::IsHuge | Call::MappingAt => &[NoMemory, Interrupted],
             Call::Adopt => &[NoMemory, Busy, Unsuitable],
             Call::Unshare => &[NoMemory, Busy, Interrupted],
-            Call::Words | Call::Grow | Call::Map | Call::Disown | Call::Discard | Call::DropStaged => &[NoMemory],
+            Call::Words | Call::Grow | Call::Map | Call::Disown | Call::Discard | Call::DropStaged | Call::Bury => {
+                &[NoMemory]
+            }
             Call::WaitMessage | Call::Receive => &[Interrupted],
         }
     }
@@ -322,6 +326,10 @@ impl<K: Kernel> Kernel for Inject<K> {
 
     fn poison(&self, va: Va) -> Result<(), Trouble> {
         self.whole(Call::Poison, || self.kernel.poison(va))
+    }
+
+    fn bury(&self, va: Va) -> Result<(), Trouble> {
+        self.whole(Call::Bury, || self.kernel.bury(va))
     }
 
     fn is_present(&self, va: Va) -> Result<bool, Trouble> {

@@ -202,7 +202,7 @@ impl<K: Kernel> Engine<K> {
             return Err(Hold::Again);
         }
         match plan::on_fault(entry.state(), fault.access) {
-            FaultPlan::Poison => self.poisoned(entry, fault),
+            FaultPlan::Poison => self.poisoned(entry, fault, work),
             FaultPlan::Present => self.present(entry, fault, work),
             FaultPlan::Upgrade => self.upgrade(entry, region, fault, work),
             FaultPlan::TakeBack if whole => self.take_back_block(entry, fault, work),
@@ -321,10 +321,11 @@ impl<K: Kernel> Engine<K> {
         Err(Hold::Again)
     }
 
-    fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault) -> Result<Outcome, Hold> {
+    fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault, work: &Working<'_>) -> Result<Outcome, Hold> {
         // In case the marker that makes accesses fail got lost with a change of mappings.
-        let _ = self.kernel.poison(self.geometry.va(fault.vpn));
-        let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
+        if self.mark_lost(&entry, work.context()) {
+            let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
+        }
         drop(entry);
         Ok(Outcome::Poisoned)
     }

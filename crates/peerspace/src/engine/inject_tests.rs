@@ -320,6 +320,27 @@ impl Device for Broken {
     }
 }
 
+/// A device that the test keeps a hand on.
+struct Lent(Shared<Broken>);
+
+impl Device for Lent {
+    fn describe(&self) -> Descriptor {
+        self.0.describe()
+    }
+
+    fn store(&self, batch: &mut [Store<'_>]) {
+        self.0.store(batch);
+    }
+
+    fn load(&self, batch: &mut [Load<'_>]) {
+        self.0.load(batch);
+    }
+
+    fn freed(&self, pages: DevicePages) {
+        self.0.freed(pages);
+    }
+}
+
 /// A program that reads a page that was lost.
 fn read_a_lost_page(delivery: Delivery, without: u64) {
     let rig = Rig::new(delivery, without, Broken { soft: soft(), broken: AtomicBool::new(true) });
@@ -356,4 +377,35 @@ fn a_lost_page_raises_sigbus_by_threads_on_an_old_kernel() {
     if dies_of_sigbus("a_lost_page_raises_sigbus_by_threads_on_an_old_kernel") {
         read_a_lost_page(Delivery::Messages, feature::POISON | feature::MOVE);
     }
+}
+
+/// Where the kernel cannot mark a page as lost, system calls fail on it too, its neighbours are as they were, and the
+/// region can be given up like any other; also if the kernel refuses at first.
+#[test]
+fn a_lost_page_is_buried_alone() {
+    let device = Shared::new(Broken { soft: soft(), broken: AtomicBool::new(false) });
+    let rig = Rig::new(Delivery::Messages, feature::POISON | feature::MOVE, Lent(device.clone()));
+    let mut memory = rig.region(4 << 20);
+    let pages = (4 << 20) / PAGE;
+    for page in 0..pages {
+        memory.bytes_mut()[page * PAGE] = page as u8 | 1;
+    }
+    rig.evict_all();
+    let refused = Planned { call: Call::Bury, after: 0, times: 3, trouble: Trouble::NoMemory, pages: Pages(0) };
+    rig.engine.kernel.plan(refused);
+    device.broken.store(true, Relaxed);
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let send = |page: usize| rustix::io::write(&writer, &memory.bytes()[page * PAGE..][..1]);
+    for lost in [3, 4, 700] {
+        assert_eq!(send(lost), Err(rustix::io::Errno::FAULT), "page {lost}");
+        assert_eq!(send(lost), Err(rustix::io::Errno::FAULT), "page {lost} once more");
+    }
+    assert_eq!(rig.engine.kernel.made(Call::Bury), 3);
+    device.broken.store(false, Relaxed);
+    for page in (0..pages).filter(|p| ![3, 4, 700].contains(p)) {
+        assert_eq!(memory.bytes()[page * PAGE], page as u8 | 1, "page {page}");
+    }
+    rig.engine.check();
+    rig.drop_region(memory);
+    assert_eq!(rig.engine.check().device_pages, 0);
 }

@@ -11,6 +11,7 @@
 //! | [`tiers`] | the devices and who owns each of their pages |
 //! | [`adopt`] | memory the program already has |
 //! | [`changes`] | what the program itself does to its memory |
+//! | [`lost`] | pages that cannot be had back |
 //! | [`ahead`] | reading ahead of streams |
 //! | [`serve`] | the loops of the engine's own threads |
 //! | [`gate`] | keeps all of it apart from changes of mappings |
@@ -43,6 +44,7 @@ pub(crate) mod fault;
 pub(crate) mod gate;
 #[cfg(all(test, feature = "soft", not(any(shuttle, miri))))]
 mod inject_tests;
+pub(crate) mod lost;
 pub(crate) mod pages;
 pub(crate) mod reclaim;
 pub(crate) mod serve;

@@ -317,11 +317,12 @@ impl<K: Kernel> Engine<K> {
             pfn - tier.range.base,
         ));
         count(&context.counters.poisoned);
-        // Refusal is no harm: an access faults again and finds the entry poisoned.
-        let _ = self.kernel.poison(va);
+        let marked = self.mark_lost(&entry, context);
         let range = self.addresses(entry.range());
         entry.commit(State::Poisoned);
-        let _ = self.kernel.wake(range);
+        if marked {
+            let _ = self.kernel.wake(range);
+        }
         self.tiers.free(pfn, Order::BASE);
     }
 

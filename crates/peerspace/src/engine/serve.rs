@@ -11,6 +11,7 @@
 use super::Engine;
 use super::ahead::Ahead;
 use super::fault::{Outcome, Patience, Pause};
+use super::lost::Graves;
 use super::reclaim::{Pace, Step};
 use super::stats::count;
 use crate::sync::Mutex;
@@ -42,6 +43,7 @@ pub(crate) struct Service {
     said_full: AtomicBool,
     said_refused: AtomicBool,
     pub(crate) pace: Pace,
+    pub(crate) graves: Graves,
 }
 
 impl Service {
@@ -57,12 +59,13 @@ impl Service {
             said_full: AtomicBool::new(false),
             said_refused: AtomicBool::new(false),
             pace: Pace::new(),
+            graves: Graves::new(),
         }
     }
 
     /// Ends the loops, once they look.
     pub(crate) fn stop(&self, park: &impl Park) {
-        self.stop.store(true, Ordering::Release);
+        self.stop.store(true, Ordering::SeqCst);
         for word in [&self.reclaim, &self.ahead] {
             word.store(1, Ordering::Release);
             park.wake(word);
@@ -77,6 +80,7 @@ impl Service {
         self.ahead.store(0, Ordering::Relaxed);
         self.requests.lock().clear();
         self.aside.lock().clear();
+        self.graves.renew();
     }
 
     /// Lets threads that were started after [`renew`](Service::renew) begin.
@@ -86,7 +90,7 @@ impl Service {
     }
 
     pub(crate) fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
+        self.stop.load(Ordering::SeqCst)
     }
 
     pub(crate) fn wake_reclaim(&self, park: &impl Park) {
@@ -135,6 +139,7 @@ impl<K: Kernel> Engine<K> {
         await_bell(&self.service.go, &park);
         while !self.service.stopped() {
             await_bell(&self.service.reclaim, &park);
+            self.bury_lost();
             let mut work = self.contexts.take();
             count(&work.counters.background_reclaims);
             let high = self.budget.watermarks().high.0 as i64;
@@ -152,6 +157,9 @@ impl<K: Kernel> Engine<K> {
             }
             // Answered. Whoever rings from here on is heard.
             self.service.reclaim.store(self.service.stopped() as u64, Ordering::Release);
+            if self.service.graves.wanted() {
+                self.service.wake_reclaim(&park);
+            }
         }
     }
 
@@ -184,7 +192,7 @@ impl<K: Kernel> Engine<K> {
     /// Receives changes of mappings where faults come by signal, until stopped.
     pub(crate) fn serve_changes(&self) {
         await_bell(&self.service.go, &self.kernel.park());
-        while !self.service.stopped() {
+        while !self.service.stopped() || self.service.graves.digging() {
             if self.kernel.wait_message(Some(POLL)) {
                 while self.receive().is_some() {}
             }
@@ -197,7 +205,7 @@ impl<K: Kernel> Engine<K> {
         await_bell(&self.service.go, &park);
         let reader = &self.service.reader;
         reader.lock(&park);
-        while !self.service.stopped() {
+        while !self.service.stopped() || self.service.graves.digging() {
             if !self.kernel.wait_message(Some(POLL)) {
                 continue;
             }
