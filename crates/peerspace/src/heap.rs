@@ -454,8 +454,8 @@ unsafe impl GlobalAlloc for Heap {
     }
 
     unsafe fn dealloc(&self, p: *mut u8, layout: Layout) {
-        // SAFETY: the caller keeps the contract, and `p` is whose it is said to be.
         match self.pool_of(p) {
+            // SAFETY: the caller keeps the contract, and `p` is whose it is said to be.
             Some((pool, p)) => unsafe { pool.give(p, layout) },
             // SAFETY: likewise.
             None => unsafe { System.dealloc(p, layout) },
