@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::fork::Forks;
 use crate::region::Region;
 use crate::report::Statistics;
+use crate::spec::{DeviceSpec, SpecError};
 use peerspace_core::addr::{Access, Geometry, Va};
 use peerspace_core::reclaim::{Policy, S3Fifo};
 use peerspace_core::regions::Attributes;
@@ -75,6 +76,16 @@ impl Builder {
     pub fn device(mut self, device: impl Device + 'static) -> Builder {
         self.devices.push(allocator_api2::unsize_box!(OwnBox::new_in(device, Own)));
         self
+    }
+
+    /// Adds a device as it is written on a command line. A size that is left out follows from the
+    /// [budget](Builder::host), which is therefore to be set before.
+    ///
+    /// # Errors
+    /// When the device cannot be had, or this build is without it.
+    pub fn spec(mut self, spec: &DeviceSpec) -> Result<Builder, SpecError> {
+        self.devices.push(spec.open(self.host)?);
+        Ok(self)
     }
 
     /// How faults reach the space.
