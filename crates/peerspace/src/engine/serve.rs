@@ -4,8 +4,7 @@
 //!
 //! Several threads may run [`Engine::serve_messages`]; one at a time, the *reader*, receives. It resolves faults
 //! itself as long as that takes no wait; before it would wait (for a slow device, for a lock) it hands the reading
-//! over. A fault that meets a change of mappings is put aside until the message about the change has been acted
-//! on, by whoever reads then. So there is always somebody who reads, and whoever waits waits for somebody who
+//! over. A fault that meets a change of mappings is put aside until the change is over. So there is always somebody who reads, and whoever waits waits for somebody who
 //! makes headway.
 
 use super::Engine;
@@ -17,7 +16,7 @@ use super::stats::count;
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Va};
-use peerspace_core::sync::{AtomicBool, AtomicU64, Latch, Ordering, Park};
+use peerspace_core::sync::{AtomicBool, AtomicU64, AtomicUsize, Latch, Ordering, Park};
 use peerspace_os::{Kernel, Message, Protect, Wake};
 use std::time::Duration;
 
@@ -27,6 +26,8 @@ const PUT_ASIDE: usize = 256;
 const REQUESTS: usize = 16;
 /// How often a thread that waits for messages looks whether it is to stop.
 const POLL: Duration = Duration::from_millis(200);
+/// How long faults that are put aside wait before somebody looks whether they may go on.
+const LOOK_AGAIN: Duration = Duration::from_micros(50);
 
 /// What the engine's threads share.
 #[derive(Debug)]
@@ -37,6 +38,8 @@ pub(crate) struct Service {
     /// Held by whoever waits for messages.
     reader: Latch,
     aside: Mutex<ArrayVec<Va, PUT_ASIDE>>,
+    /// How many faults are put aside.
+    waiting: AtomicUsize,
     reclaim: AtomicU64,
     ahead: AtomicU64,
     requests: Mutex<ArrayVec<Ahead, REQUESTS>>,
@@ -53,6 +56,7 @@ impl Service {
             go: AtomicU64::new(1),
             reader: Latch::new(),
             aside: Mutex::new(ArrayVec::new_const()),
+            waiting: AtomicUsize::new(0),
             reclaim: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             requests: Mutex::new(ArrayVec::new_const()),
@@ -80,6 +84,7 @@ impl Service {
         self.ahead.store(0, Ordering::Relaxed);
         self.requests.lock().clear();
         self.aside.lock().clear();
+        self.waiting.store(0, Ordering::Relaxed);
         self.graves.renew();
     }
 
@@ -149,7 +154,7 @@ impl<K: Kernel> Engine<K> {
                 && !stuck
                 && self.budget.left() + (self.blocks.ready() as u64 * BLOCK_PAGES) as i64 <= high
             {
-                stuck = self.reclaim_step(&mut work, true) == Step::Stuck;
+                stuck = matches!(self.reclaim_step(&mut work, true), Step::Stuck | Step::Changing);
             }
             drop(work);
             if stuck {
@@ -206,7 +211,8 @@ impl<K: Kernel> Engine<K> {
         let reader = &self.service.reader;
         reader.lock(&park);
         while !self.service.stopped() || self.service.graves.digging() {
-            if !self.kernel.wait_message(Some(POLL)) {
+            self.retry_aside();
+            if !self.kernel.wait_message(Some(if self.is_any_aside() { LOOK_AGAIN } else { POLL })) {
                 continue;
             }
             match self.receive() {
@@ -219,25 +225,51 @@ impl<K: Kernel> Engine<K> {
                             reader.unlock(&park);
                             let outcome = self.fault(va, access, Wake::Yes, Patience::Locks);
                             self.conclude(va, outcome);
-                            reader.lock(&park);
+                            self.read_again();
                         }
                         outcome => self.conclude(va, outcome),
                     }
                 }
-                // A change has been acted on: what waited for it may try again.
-                Some(_) => {
-                    for va in self.take_aside() {
-                        self.send_back(va);
-                    }
-                }
+                // A change has been acted on: what waited for it may soon try again.
+                Some(_) => {}
             }
         }
         reader.unlock(&park);
     }
 
+    /// Becomes the reader again. As long as faults are put aside, somebody has to look whether the change that they
+    /// met is over: whoever reads now may sleep until there is a message, and there may be none for long.
+    fn read_again(&self) {
+        let reader = &self.service.reader;
+        while self.is_any_aside() {
+            if reader.try_lock() {
+                return;
+            }
+            self.retry_aside();
+            crate::sync::sleep(LOOK_AGAIN);
+        }
+        reader.lock(&self.kernel.park());
+    }
+
+    fn is_any_aside(&self) -> bool {
+        self.service.waiting.load(Ordering::SeqCst) != 0
+    }
+
+    /// Lets those fault again who met a change that is over. The message about it is no sign of that: the kernel
+    /// refuses operations for a while longer, until the thread that made the change has seen the answer.
+    fn retry_aside(&self) {
+        if self.is_any_aside() && !self.kernel.is_changing() {
+            for va in self.take_aside() {
+                self.send_back(va);
+            }
+        }
+    }
+
     fn take_aside(&self) -> ArrayVec<Va, PUT_ASIDE> {
         let _work = self.contexts.take();
-        std::mem::take(&mut *self.service.aside.lock())
+        let mut aside = self.service.aside.lock();
+        self.service.waiting.store(0, Ordering::SeqCst);
+        std::mem::take(&mut *aside)
     }
 
     fn conclude(&self, va: Va, outcome: Result<Outcome, Pause>) {
@@ -255,10 +287,12 @@ impl<K: Kernel> Engine<K> {
             Err(_) => {
                 let full = {
                     let _work = self.contexts.take();
-                    self.service.aside.lock().try_push(va).is_err()
+                    let mut aside = self.service.aside.lock();
+                    let full = aside.try_push(va).is_err();
+                    self.service.waiting.store(aside.len(), Ordering::SeqCst);
+                    full
                 };
-                // The message may have been acted on before the fault was put aside.
-                if full || !self.kernel.is_changing() {
+                if full {
                     self.send_back(va);
                 }
             }
