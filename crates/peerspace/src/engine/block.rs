@@ -96,7 +96,7 @@ impl<K: Kernel> Engine<K> {
         ration: &mut Ration,
     ) -> Result<Outcome, Hold> {
         let device = match entry.state() {
-            State::Device { pfn, stamp } => Some((pfn, stamp)),
+            State::Device { pfn, stamp, .. } => Some((pfn, stamp)),
             _ => None,
         };
         if device.is_none() && region.attributes.has(Attributes::ADOPTED) && self.has_native(entry.range()) {
