@@ -60,7 +60,7 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<u8, Refusal> {
         faults: FaultsArg::Auto,
         report: None,
         stats: false,
-        program: sort_command(&input, &managed_out).into_iter().map(Into::into).collect(),
+        program: sort_command(&input, &managed_out),
     };
     let spinner = spinner("sorting in a quarter of the memory");
     let started = Instant::now();

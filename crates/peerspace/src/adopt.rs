@@ -81,7 +81,7 @@ impl Space {
         match without_signals(|| engine.adopt(range)) {
             Ok(()) => Ok(Adopted { space: self.clone(), range, released: false }),
             Err(AdoptError::Table(e)) => Err(Error::BadRange {
-                what: format!("{range}: {e:?}"),
+                what: format!("{range}: {e}"),
                 why: "it is managed already, or there is no room",
             }),
             Err(AdoptError::Kernel(why)) => Err(Error::Kernel { what: format!("adopt {range}"), why }),

@@ -165,7 +165,8 @@ struct Service {
 
 /// Starts the threads that serve `engine`.
 pub(crate) fn start_threads(engine: &Shared<Real>, handlers: usize) -> std::io::Result<Vec<JoinHandle<()>>> {
-    let mut loops: Vec<(&str, fn(&Real))> =
+    type Loop = (&'static str, fn(&Real));
+    let mut loops: Vec<Loop> =
         vec![("peerspace-reclaim", Engine::serve_reclaim), ("peerspace-ahead", Engine::serve_ahead)];
     match engine.kernel.delivery() {
         Delivery::Signal => loops.push(("peerspace-changes", Engine::serve_changes)),

@@ -64,7 +64,7 @@ fn random(faults: Faults) {
         let page = (x >> 20) as usize % model.len();
         let at = page * 512 + page % 512;
         assert_eq!(words[at], model[page], "page {page} at step {i}");
-        if x % 3 == 0 {
+        if x.is_multiple_of(3) {
             words[at] = x;
             model[page] = x;
         }

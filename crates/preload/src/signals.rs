@@ -30,7 +30,7 @@ impl Wanted {
             if before == 0 {
                 return signal::previous();
             }
-            if before % 2 == 0 {
+            if before.is_multiple_of(2) {
                 // SAFETY: initialised; a torn copy is thrown away below.
                 let copy = unsafe { self.action.get().read_volatile() };
                 std::sync::atomic::fence(Ordering::Acquire);
@@ -46,7 +46,7 @@ impl Wanted {
     fn set(&self, action: libc::sigaction) {
         loop {
             let before = self.version.load(Ordering::Relaxed);
-            if before % 2 == 0
+            if before.is_multiple_of(2)
                 && self.version.compare_exchange(before, before + 1, Ordering::Acquire, Ordering::Relaxed).is_ok()
             {
                 // SAFETY: the odd version makes this thread the only writer.

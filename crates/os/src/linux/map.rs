@@ -1,7 +1,7 @@
 //! Mappings of our own: reserved, committed, registered so that nobody adopts them.
 //!
 //! Everything this library keeps for itself lives in a [`Mapping`]: private anonymous memory that is entered in
-//! a table of own ranges ([`is_ours`]), so that a scan of the process's mappings never takes it for the
+//! a table of own ranges ([`ours_within`]), so that a scan of the process's mappings never takes it for the
 //! program's. Nothing here comes from the program's heap.
 
 use peerspace_core::addr::{Va, VaRange};

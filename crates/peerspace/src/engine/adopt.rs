@@ -251,10 +251,10 @@ impl<K: Kernel> Engine<K> {
         if scan.is_err() {
             return (0, piece.end);
         }
-        if runs.first() == Some(&PageRange::block(piece.start.block())) {
-            if let Some(taken) = self.take_native_block(piece, work) {
-                return (taken, piece.end);
-            }
+        if runs.first() == Some(&PageRange::block(piece.start.block()))
+            && let Some(taken) = self.take_native_block(piece, work)
+        {
+            return (taken, piece.end);
         }
         for run in runs {
             let mut at = run.start;

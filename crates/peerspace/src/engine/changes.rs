@@ -238,9 +238,8 @@ impl<K: Kernel> Engine<K> {
         // The new range is no region yet, so faults there wait at the gate until all is in place.
         let mut moved: [Option<(PageRange, peerspace_core::regions::Attributes)>; 16] = [None; 16];
         let mut n = 0;
-        loop {
-            // A mapping is mostly one region, but may be several with different attributes.
-            let Some(r) = self.regions.next(old.start).filter(|r| r.range.start < old.end) else { break };
+        // A mapping is mostly one region, but may be several with different attributes.
+        while let Some(r) = self.regions.next(old.start).filter(|r| r.range.start < old.end) {
             let piece = r.range.intersect(old);
             if n == moved.len() || self.remove_region(piece, |_| {}).is_err() {
                 // Cannot be: data would be lost from sight.
@@ -259,7 +258,7 @@ impl<K: Kernel> Engine<K> {
                 self.insert_region(target, *attributes, new)
             });
             if let Err(e) = added {
-                crate::tell::warning(format_args!("a mapping that moved to {target:?} cannot be followed: {e:?}"));
+                crate::tell::warning(format_args!("a mapping that moved to {target:?} cannot be followed: {e}"));
             }
         }
         self.release_table(old);

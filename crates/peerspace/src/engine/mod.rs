@@ -358,11 +358,13 @@ impl Drop for Rest<'_> {
 }
 
 /// Why a range cannot be managed.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum AddError {
     /// The logical table has no room for it.
+    #[error("the table has no room for pages {0:?}")]
     TableFull(PageRange),
-    /// It collides with another region.
+    /// It collides with another region, or there are too many.
+    #[error("{0}")]
     Region(RegionError),
 }
 

@@ -148,10 +148,10 @@ impl<K: Kernel> Engine<K> {
             return Step::Freed(BLOCK_PAGES);
         }
         let (waiting, segments) = self.ring.waiting();
-        if waiting > segments / 2 {
-            if let Drained::Freed(n) = self.drain_oldest(work) {
-                return Step::Freed(n);
-            }
+        if waiting > segments / 2
+            && let Drained::Freed(n) = self.drain_oldest(work)
+        {
+            return Step::Freed(n);
         }
         if self.blocks.on_standby() > self.standby_blocks() && self.evict_oldest_block(work) {
             return Step::Moved; // the next step releases it

@@ -209,11 +209,6 @@ impl<W: Words> Ring<W> {
         self.state.lock().waiting.push(segment);
     }
 
-    /// Pages that are in a segment taken by [`oldest`](Ring::oldest), garbage included.
-    pub(crate) fn present(&self, segment: u32) -> Pages {
-        Pages(self.state.lock().present[segment as usize] as u64)
-    }
-
     /// The pages of a segment are gone; it is free. Returns how many there were.
     pub(crate) fn drained(&self, segment: u32) -> Pages {
         let mut s = self.state.lock();
@@ -363,7 +358,6 @@ mod tests {
         }
         assert!(ring.reserve(1).is_none());
         let first = ring.oldest().unwrap();
-        assert_eq!(ring.present(first), Pages(63));
         assert_eq!(ring.pages(), Pages(3 * 63));
         assert_eq!(ring.drained(first), Pages(63));
         assert_eq!(ring.reserve(1).unwrap().first / SEGMENT, first);

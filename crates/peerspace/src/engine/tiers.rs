@@ -225,6 +225,7 @@ impl<W: Words> Tier<W> {
     }
 
     /// RAM of this process that the device takes up.
+    #[cfg(feature = "process")]
     pub(crate) fn ram_bytes(&self) -> u64 {
         if self.info.in_ram { self.device.usage().map_or(0, |u| u.used_bytes) } else { 0 }
     }

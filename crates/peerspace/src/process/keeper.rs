@@ -122,7 +122,7 @@ pub fn start(options: Options, fixed: VaRange) -> Result<(), OsError> {
     if PROCESS.set(process).is_err() {
         return Err(OsError::plain("this process is managed already"));
     }
-    let forks = fork::register(Shared::new(ProcessForks::default()));
+    let forks = fork::register(Shared::new(ProcessForks));
     // For the life of the process.
     std::mem::forget(forks.map_err(|_| OsError::plain("there are too many spaces"))?);
     spawn_keeper(false)
