@@ -98,7 +98,8 @@ impl<K: Kernel> Engine<K> {
     /// Charges `pages`, making room first if there is none. To be called without any lock.
     ///
     /// # Errors
-    /// [`Hold::Busy`] if it takes a wait and there is no patience.
+    /// [`Hold::Busy`] if it takes a wait and there is no patience; [`Hold::Changing`] if nothing can leave before a
+    /// change that the program has made to its mappings was acted on: the caller may be the one to do that.
     pub(crate) fn charge(&self, pages: u64, work: &mut Working<'_>, patience: Patience) -> Result<(), Hold> {
         let mut stuck: Option<Instant> = None;
         while !self.budget.try_charge(pages) {
@@ -108,6 +109,7 @@ impl<K: Kernel> Engine<K> {
             count(&work.counters.direct_reclaims);
             match self.reclaim_step(work, false) {
                 Step::Freed(_) | Step::Moved => stuck = None,
+                Step::Stuck if self.kernel.is_changing() => return Err(Hold::Changing),
                 Step::Stuck if stuck.get_or_insert_with(Instant::now).elapsed() > STUCK => {
                     // Nothing can leave. To go beyond the limit loses nothing.
                     self.tell_full();
@@ -149,7 +151,7 @@ impl<K: Kernel> Engine<K> {
         }
         let (waiting, segments) = self.ring.waiting();
         if waiting > segments / 2
-            && let Drained::Freed(n) = self.drain_oldest(work)
+            && let Drained::Freed(n @ 1..) = self.drain_oldest(work)
         {
             return Step::Freed(n);
         }
@@ -168,12 +170,13 @@ impl<K: Kernel> Engine<K> {
             return Step::Moved;
         }
         match self.drain_oldest(work) {
-            Drained::Freed(n) => Step::Freed(n),
-            Drained::Kept => Step::Stuck,
+            Drained::Freed(n @ 1..) => Step::Freed(n),
+            // A segment in which there was nothing is no headway.
+            Drained::Freed(0) | Drained::Kept => Step::Stuck,
             Drained::Nothing => {
                 self.ring.close_filling();
                 match self.drain_oldest(work) {
-                    Drained::Freed(n) => Step::Freed(n),
+                    Drained::Freed(n @ 1..) => Step::Freed(n),
                     _ => Step::Stuck,
                 }
             }
