@@ -5,12 +5,17 @@
 //! locked by a device transfer are waited for.
 
 use super::stats::Counters;
-use super::{Engine, Entry};
-use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, VaRange, Vpn};
+use super::{AddError, Engine, Entry};
+use arrayvec::ArrayVec;
+use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::memmap::Frame;
+use peerspace_core::regions::RegionInfo;
 use peerspace_os::{Kernel, Message, Trouble};
 use std::time::Duration;
+
+/// Moves that wait for news of what was in their place; each is another thread's, so there are few.
+const POSTPONED: usize = 16;
 
 impl<K: Kernel> Engine<K> {
     /// Receives one message. A change of mappings is acted on here; a fault is returned.
@@ -31,16 +36,55 @@ impl<K: Kernel> Engine<K> {
         message
     }
 
-    fn apply(&self, change: Message, counters: &Counters) {
+    /// Acts on `first`, and on what has to be received before that can be done.
+    ///
+    /// Threads that change mappings at the same time announce it when the kernel has done it, in any order. So a
+    /// mapping may have moved to where, as far as we know, there is another one: news of that one's end is on the
+    /// way, and comes first. Nobody has to do anything for it to come, so it is waited for here.
+    fn apply(&self, first: Message, counters: &Counters) {
+        let mut postponed: ArrayVec<Message, POSTPONED> = ArrayVec::new();
+        self.act(first, &mut postponed, counters);
+        while !postponed.is_empty() {
+            match self.kernel.receive() {
+                // The thread faults again when all is done.
+                Some(Message::Fault { va, .. }) => self.send_back(va),
+                Some(change) => self.act(change, &mut postponed, counters),
+                // Nothing is on the way: what is in the way has gone without news.
+                None if !self.kernel.is_changing() => {
+                    for message in postponed.take() {
+                        if let Message::Move { to, len, .. } = message {
+                            self.forget_range(VaRange { start: to, end: Va(to.0 + len) }, counters);
+                        }
+                        self.act(message, &mut postponed, counters);
+                    }
+                }
+                None => std::thread::yield_now(),
+            }
+        }
+    }
+
+    /// Acts on `change` and on what was postponed because of it; or postpones it.
+    fn act(&self, change: Message, postponed: &mut ArrayVec<Message, POSTPONED>, counters: &Counters) {
         match change {
             Message::Discard(range) => self.discard(self.geometry.pages_inside(range), counters),
             Message::Unmap(range) => self.forget_range(range, counters),
             Message::Move { from, to, len } => {
+                let target = VaRange { start: to, end: Va(to.0 + len) };
+                let occupied = self.pieces(self.geometry.pages_inside(target)).next().is_some();
+                if occupied && postponed.try_push(change).is_ok() {
+                    return;
+                }
+                if occupied {
+                    self.forget_range(target, counters);
+                }
                 let pages = self.geometry.pages_in(len);
                 self.relocate(self.geometry.vpn(from), self.geometry.vpn(to), pages, counters);
             }
             Message::Fault { .. } | Message::Fork(_) => {}
         }
+        // In the order in which they came; each may make room for another.
+        let waiting = postponed.take();
+        waiting.into_iter().for_each(|message| self.act(message, postponed, counters));
     }
 
     /// Waits until the change that stopped an operation has been acted on. Not for threads that receive.
@@ -192,18 +236,30 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    /// `range` is mapped no longer: it is no region any more, and nothing in it is kept.
-    pub(crate) fn forget_range(&self, range: VaRange, counters: &Counters) {
-        let pages = self.geometry.pages_inside(range);
-        // First the regions, so that a fault that comes now finds nothing; then what they held. A failure means
-        // that there are more regions than a process can have mappings.
-        let removed = self.remove_region(pages, |_| {});
-        debug_assert!(removed.is_ok(), "{removed:?}");
-        self.discard(pages, counters);
-        self.release_table(pages);
+    /// The parts of regions that lie in `pages`, as they are when they are asked for.
+    fn pieces(&self, pages: PageRange) -> impl Iterator<Item = RegionInfo> + '_ {
+        let mut at = pages.start;
+        std::iter::from_fn(move || {
+            let region = self.regions.next(at).filter(|r| r.range.start < pages.end)?;
+            at = region.range.end;
+            Some(RegionInfo { range: region.range.intersect(pages), ..region })
+        })
     }
 
-    /// Joins the blocks of `pages` that no region touches any more, and takes back the promise of their leaves.
+    /// `range` is mapped no longer: it is no region any more, and nothing in it is kept.
+    pub(crate) fn forget_range(&self, range: VaRange, counters: &Counters) {
+        // First the region, so that a fault that comes now finds nothing; then what it held. A failure means that
+        // there are more regions than a process can have mappings.
+        for RegionInfo { range: piece, .. } in self.pieces(self.geometry.pages_inside(range)) {
+            let removed = self.remove_region(piece, |_| {});
+            debug_assert!(removed.is_ok(), "{removed:?}");
+            self.discard(piece, counters);
+            self.release_table(piece);
+        }
+    }
+
+    /// Joins the blocks of `pages`, all of which were regions, that no region touches any more, and takes back the
+    /// promise of their leaves.
     pub(crate) fn release_table(&self, pages: PageRange) {
         if pages.is_empty() {
             return;
@@ -232,36 +288,23 @@ impl<K: Kernel> Engine<K> {
         self.table.uncover(gone);
     }
 
-    /// A mapping of `pages` pages moved from `from` to `to`, with everything in it.
+    /// A mapping of `pages` pages moved from `from` to `to`, where no region is, with everything in it.
     fn relocate(&self, from: Vpn, to: Vpn, pages: Pages, counters: &Counters) {
-        let old = PageRange::new(from, pages);
-        // The new range is no region yet, so faults there wait at the gate until all is in place.
-        let mut moved: [Option<(PageRange, peerspace_core::regions::Attributes)>; 16] = [None; 16];
-        let mut n = 0;
-        // A mapping is mostly one region, but may be several with different attributes.
-        while let Some(r) = self.regions.next(old.start).filter(|r| r.range.start < old.end) {
-            let piece = r.range.intersect(old);
-            if n == moved.len() || self.remove_region(piece, |_| {}).is_err() {
-                // Cannot be: data would be lost from sight.
-                crate::tell::warning(format_args!("the move of {:?} is too complicated to follow", old));
-                break;
-            }
-            moved[n] = Some((piece, r.attributes));
-            n += 1;
-        }
         let shift = |vpn: Vpn| Vpn(vpn.0 - from.0 + to.0);
-        for (piece, attributes) in moved.iter().flatten() {
+        // The new range is no region yet, so faults there wait at the gate until all is in place.
+        for RegionInfo { range: piece, attributes } in self.pieces(PageRange::new(from, pages)) {
             let target = PageRange { start: shift(piece.start), end: shift(piece.end) };
-            let _changes = self.region_changes.lock();
-            let added = self.cover(target).and_then(|new| {
-                self.each_entry(*piece, counters, |entry| self.relocate_entry(entry, shift, counters));
-                self.insert_region(target, *attributes, new)
+            let moved = self.remove_region(piece, |_| {}).map_err(AddError::Region).and_then(|()| {
+                let _changes = self.region_changes.lock();
+                let new = self.cover(target)?;
+                self.each_entry(piece, counters, |entry| self.relocate_entry(entry, shift, counters));
+                self.insert_region(target, attributes, new)
             });
-            if let Err(e) = added {
+            if let Err(e) = moved {
                 crate::tell::warning(format_args!("a mapping that moved to {target:?} cannot be followed: {e}"));
             }
+            self.release_table(piece);
         }
-        self.release_table(old);
     }
 
     fn relocate_entry(&self, entry: Entry<'_, K>, shift: impl Fn(Vpn) -> Vpn + Copy, counters: &Counters) {

@@ -249,7 +249,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Lets a thread that waits for `va` fault again.
-    fn send_back(&self, va: Va) {
+    pub(crate) fn send_back(&self, va: Va) {
         let _ = self.kernel.wake(self.addresses(PageRange::new(self.geometry.vpn(va), Pages(1))));
     }
 }

@@ -18,13 +18,21 @@ const LEAST: u64 = 64 << 10;
 /// What is left out around the first thread's control block.
 const THREAD_CONTROL: u64 = 64 << 10;
 
+/// Something that can be managed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Candidate {
+    pub(super) range: VaRange,
+    /// The mapping it is in.
+    pub(super) mapping: VaRange,
+}
+
 /// Ranges to be left out: collected anew for each search.
 #[derive(Debug)]
 pub(super) struct Search {
     geometry: Geometry,
     memory: &'static OurFd,
     excluded: Vec<VaRange>,
-    found: Vec<VaRange>,
+    found: Vec<Candidate>,
     mappings: Vec<VaRange>,
 }
 
@@ -32,7 +40,7 @@ impl Search {
     /// `memory` is `/proc/self/mem`.
     pub(super) fn new(geometry: Geometry, memory: &'static OurFd) -> Search {
         let empty = || Vec::new_in(Own);
-        Search { geometry, memory, excluded: empty(), found: empty(), mappings: empty() }
+        Search { geometry, memory, excluded: empty(), found: Vec::new_in(Own), mappings: empty() }
     }
 
     /// What can be managed now and is not part of what `managed` says. `fixed` are ranges to be left out always.
@@ -41,7 +49,7 @@ impl Search {
         maps: &Maps,
         fixed: &[VaRange],
         mut managed: impl FnMut(VaRange, &mut dyn FnMut(VaRange)),
-    ) -> rustix::io::Result<&[VaRange]> {
+    ) -> rustix::io::Result<&[Candidate]> {
         self.excluded.clear();
         self.found.clear();
         self.mappings.clear();
@@ -74,7 +82,7 @@ impl Search {
                 let piece = VaRange { start: at, end: hole.start.min(vma.end).max(at) };
                 let piece = self.geometry.range(self.geometry.pages_inside(piece));
                 if piece.len() >= LEAST {
-                    self.found.push(piece);
+                    self.found.push(Candidate { range: piece, mapping: vma });
                 }
                 at = at.max(hole.end);
             }
@@ -145,6 +153,7 @@ mod tests {
                 }
             })
             .unwrap();
+        let found: Vec<_> = found.iter().map(|c| c.range).collect();
         let has = |p: *const u8| found.iter().any(|r| r.contains(Va(p as u64)));
         assert!(has(heap.as_ptr().wrapping_add(1 << 20)) && has(heap.as_ptr().wrapping_add(6 << 20)));
         assert!(!has(taken.start.0 as *const u8));
