@@ -26,6 +26,8 @@ const PUT_ASIDE: usize = 256;
 const REQUESTS: usize = 16;
 /// How often a thread that waits for messages looks whether it is to stop.
 const POLL: Duration = Duration::from_millis(200);
+/// How long faults that were put aside wait if no message comes.
+const ASIDE: Duration = Duration::from_micros(200);
 
 /// What the engine's threads share.
 #[derive(Debug)]
@@ -192,7 +194,13 @@ impl<K: Kernel> Engine<K> {
         let reader = &self.service.reader;
         reader.lock(&park);
         while !self.service.stopped() {
-            if !self.kernel.wait_message(Some(POLL)) {
+            let waiting = !self.service.aside.lock().is_empty();
+            if !self.kernel.wait_message(Some(if waiting { ASIDE } else { POLL })) {
+                // The kernel refuses operations until the thread that made the last change has run again, which
+                // nothing tells of.
+                if waiting {
+                    self.send_aside_back();
+                }
                 continue;
             }
             match self.receive() {
@@ -203,30 +211,42 @@ impl<K: Kernel> Engine<K> {
                         Err(Pause::Busy) => {
                             // Somebody else reads, while this thread waits for what the fault takes.
                             reader.unlock(&park);
-                            let outcome = self.fault(va, access, Wake::Yes, Patience::Locks);
-                            self.conclude(va, outcome);
+                            if !self.conclude(va, self.fault(va, access, Wake::Yes, Patience::Locks)) {
+                                std::thread::yield_now();
+                                self.send_back(va);
+                            }
                             reader.lock(&park);
                         }
-                        outcome => self.conclude(va, outcome),
+                        outcome => {
+                            if !self.conclude(va, outcome) && !self.put_aside(va) {
+                                self.send_back(va);
+                            }
+                        }
                     }
                 }
                 // A change has been acted on: what waited for it may try again.
-                Some(_) => {
-                    for va in self.take_aside() {
-                        self.send_back(va);
-                    }
-                }
+                Some(_) => self.send_aside_back(),
             }
         }
         reader.unlock(&park);
     }
 
-    fn take_aside(&self) -> ArrayVec<Va, PUT_ASIDE> {
+    /// For the reader: keeps a fault that met a change of mappings until that was acted on. False without room.
+    fn put_aside(&self, va: Va) -> bool {
         let _work = self.contexts.take();
-        std::mem::take(&mut *self.service.aside.lock())
+        self.service.aside.lock().try_push(va).is_ok()
     }
 
-    fn conclude(&self, va: Va, outcome: Result<Outcome, Pause>) {
+    fn send_aside_back(&self) {
+        let aside = {
+            let _work = self.contexts.take();
+            std::mem::take(&mut *self.service.aside.lock())
+        };
+        aside.into_iter().for_each(|va| self.send_back(va));
+    }
+
+    /// Ends a fault. False if it has to wait for a change of mappings to be acted on.
+    fn conclude(&self, va: Va, outcome: Result<Outcome, Pause>) -> bool {
         match outcome {
             Ok(Outcome::Resolved | Outcome::Poisoned) => {}
             // Registered with us but no region: nothing of it can ever have been evicted.
@@ -235,17 +255,9 @@ impl<K: Kernel> Engine<K> {
                 let _ = self.kernel.zero_in(self.addresses(page), Protect::No, Wake::Yes);
                 self.send_back(va);
             }
-            Err(_) => {
-                let full = {
-                    let _work = self.contexts.take();
-                    self.service.aside.lock().try_push(va).is_err()
-                };
-                // The message may have been acted on before the fault was put aside.
-                if full || !self.kernel.is_changing() {
-                    self.send_back(va);
-                }
-            }
+            Err(_) => return false,
         }
+        true
     }
 
     /// Lets a thread that waits for `va` fault again.
