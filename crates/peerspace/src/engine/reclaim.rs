@@ -33,6 +33,8 @@ use std::time::{Duration, Instant};
 const VICTIMS: usize = 32;
 /// How long there is no progress before room is made by exceeding the limit: every device is full.
 const STUCK: Duration = Duration::from_millis(50);
+/// The same while memory that is not managed yet takes up the budget: whoever adopts it is on the way.
+const STUCK_ON_NATIVE: Duration = Duration::from_millis(500);
 
 /// What one step of reclaim achieved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,7 +112,7 @@ impl<K: Kernel> Engine<K> {
             match self.reclaim_step(work, false) {
                 Step::Freed(_) | Step::Moved => stuck = None,
                 Step::Stuck if self.kernel.is_changing() => return Err(Hold::Changing),
-                Step::Stuck if stuck.get_or_insert_with(Instant::now).elapsed() > STUCK => {
+                Step::Stuck if stuck.get_or_insert_with(Instant::now).elapsed() > self.patience_when_stuck() => {
                     // Nothing can leave. To go beyond the limit loses nothing.
                     self.tell_full();
                     self.budget.force(pages);
@@ -132,6 +134,11 @@ impl<K: Kernel> Engine<K> {
         if self.budget.left() < self.budget.watermarks().low.0 as i64 {
             self.service.wake_reclaim(&self.kernel.park());
         }
+    }
+
+    fn patience_when_stuck(&self) -> Duration {
+        let unmanaged = self.native_missed.load(Relaxed) && self.budget.native() > 0;
+        if unmanaged { STUCK_ON_NATIVE } else { STUCK }
     }
 
     fn tell_full(&self) {
@@ -159,8 +166,12 @@ impl<K: Kernel> Engine<K> {
             return Step::Moved; // the next step releases it
         }
         // What nobody has looked at yet goes to standby first: that is how its use is found out.
-        if self.budget.native() > 0 && self.take_native(work) > 0 {
-            return Step::Moved;
+        if self.budget.native() > 0 {
+            if self.take_native(work) > 0 {
+                return Step::Moved;
+            }
+            // It must be in mappings that are not managed yet.
+            self.native_missed.store(true, Relaxed);
         }
         if self.unmap_victims(work, background) > 0 {
             return Step::Moved;

@@ -8,16 +8,13 @@
 use super::stacks;
 use peerspace_core::addr::{Geometry, Va, VaRange};
 use peerspace_os::linux::files::OurFd;
-use peerspace_os::linux::fork::is_arena_start;
-use peerspace_os::linux::map::ours_within;
+use peerspace_os::linux::fork::{is_arena_start, may_become_arena};
+use peerspace_os::linux::map::{ours_within, set_apart};
 use peerspace_os::linux::scan::{Maps, Vma, VmaName};
 use peerspace_os::own::{Own, Vec};
 
 /// Smaller pieces are left to the kernel: what they cost is more than what they hold.
 const LEAST: u64 = 64 << 10;
-/// What is left out around the first thread's control block.
-const THREAD_CONTROL: u64 = 64 << 10;
-
 /// Something that can be managed.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Candidate {
@@ -68,6 +65,9 @@ impl Search {
         stacks::for_each(|r| mappings.contains(&r), |r| excluded.push(r));
         for i in 0..self.mappings.len() {
             let vma = self.mappings[i];
+            if may_become_arena(vma.start, vma.len()) {
+                continue; // until the next search
+            }
             let mut inside: Vec<VaRange> = Vec::new_in(Own);
             inside.extend(self.excluded.iter().copied().filter(|e| e.overlaps(vma)));
             inside.extend(ours_within(vma));
@@ -91,9 +91,14 @@ impl Search {
     }
 }
 
-/// The memory around the calling thread's control block: to be called on the program's first thread.
+/// The mapping that holds the calling thread's control block, at `pointer`: to be called on the program's first thread,
+/// before the program maps anything. From then on the kernel makes no mapping of the program's part of it.
 pub fn first_thread_control(pointer: u64) -> VaRange {
-    VaRange { start: Va(pointer.saturating_sub(THREAD_CONTROL)), end: Va(pointer + THREAD_CONTROL) }
+    let around = |bytes: u64| VaRange { start: Va(pointer.saturating_sub(bytes)), end: Va(pointer + bytes) };
+    let mapping = Maps::open().and_then(|maps| maps.at(Va(pointer))).ok().flatten().map(|vma| vma.range);
+    let mapping = mapping.unwrap_or_else(|| around(64 << 10));
+    set_apart(mapping);
+    mapping
 }
 
 /// If an ELF object is mapped at `base`, calls `each` with the memory its segments take up, .bss included.

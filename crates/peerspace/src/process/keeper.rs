@@ -368,9 +368,11 @@ impl Process {
         self.peak.fetch_max(self.geometry.bytes(peerspace_core::addr::Pages(used)), Ordering::Relaxed);
         engine.watch_budget();
         let margin = self.margin() as i64;
-        // New mappings show as native pages that were not there at the last search.
-        if native - watch.searched_at > margin / 8 || watch.searched.elapsed() >= SECOND {
+        // New mappings show as native pages that were not there at the last search, or that cannot be found.
+        let missed = native > margin / 8 && engine.native_missed.load(Ordering::Relaxed);
+        if native - watch.searched_at > margin / 8 || missed || watch.searched.elapsed() >= SECOND {
             self.adopt_new(engine, watch);
+            engine.native_missed.store(false, Ordering::Relaxed);
             watch.searched_at = engine.budget.native();
             watch.searched = Instant::now();
         }
