@@ -14,8 +14,16 @@ use peerspace_core::regions::RegionInfo;
 use peerspace_os::{Kernel, Message, Trouble};
 use std::time::Duration;
 
-/// Moves that wait for news of what was in their place; each is another thread's, so there are few.
-const POSTPONED: usize = 16;
+/// Moves of mappings under way at once; each is another thread's, so there are few.
+const MOVES: usize = 64;
+
+/// What is known and cannot be acted on yet, while the gate is closed.
+struct News {
+    /// Moves (from, to, length) to where there still is a region.
+    postponed: ArrayVec<(Va, Va, u64), MOVES>,
+    /// What is going to be announced as unmapped because it has moved.
+    due: ArrayVec<VaRange, MOVES>,
+}
 
 impl<K: Kernel> Engine<K> {
     /// Receives one message. A change of mappings is acted on here; a fault is returned.
@@ -36,26 +44,26 @@ impl<K: Kernel> Engine<K> {
         message
     }
 
-    /// Acts on `first`, and on what has to be received before that can be done.
+    /// Acts on `first`, and on what has to be received before the gate may open.
     ///
     /// Threads that change mappings at the same time announce it when the kernel has done it, in any order. So a
     /// mapping may have moved to where, as far as we know, there is another one: news of that one's end is on the
-    /// way, and comes first. Nobody has to do anything for it to come, so it is waited for here.
+    /// way, and comes first. And a thread that moved a mapping announces next that the old place is unmapped: by then
+    /// there may be another one. Nobody has to do anything for these to come, so they are waited for here.
     fn apply(&self, first: Message, counters: &Counters) {
-        let mut postponed: ArrayVec<Message, POSTPONED> = ArrayVec::new();
-        self.act(first, &mut postponed, counters);
-        while !postponed.is_empty() {
+        let mut news = News { postponed: ArrayVec::new(), due: ArrayVec::new() };
+        self.note(first, &mut news, counters);
+        while !(news.postponed.is_empty() && news.due.is_empty()) {
             match self.kernel.receive() {
                 // The thread faults again when all is done.
                 Some(Message::Fault { va, .. }) => self.send_back(va),
-                Some(change) => self.act(change, &mut postponed, counters),
+                Some(change) => self.note(change, &mut news, counters),
                 // Nothing is on the way: what is in the way has gone without news.
                 None if !self.kernel.is_changing() => {
-                    for message in postponed.take() {
-                        if let Message::Move { to, len, .. } = message {
-                            self.forget_range(VaRange { start: to, end: Va(to.0 + len) }, counters);
-                        }
-                        self.act(message, &mut postponed, counters);
+                    news.due.clear();
+                    for (from, to, len) in news.postponed.take() {
+                        self.forget_range(VaRange { start: to, end: Va(to.0 + len) }, counters);
+                        self.relocate(self.geometry.vpn(from), self.geometry.vpn(to), self.geometry.pages_in(len), counters);
                     }
                 }
                 None => std::thread::yield_now(),
@@ -64,27 +72,30 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Acts on `change` and on what was postponed because of it; or postpones it.
-    fn act(&self, change: Message, postponed: &mut ArrayVec<Message, POSTPONED>, counters: &Counters) {
+    fn note(&self, change: Message, news: &mut News, counters: &Counters) {
         match change {
             Message::Discard(range) => self.discard(self.geometry.pages_inside(range), counters),
-            Message::Unmap(range) => self.forget_range(range, counters),
+            Message::Unmap(range) => match news.due.iter().position(|d| *d == range) {
+                Some(i) => drop(news.due.swap_remove(i)),
+                None => self.forget_range(range, counters),
+            },
             Message::Move { from, to, len } => {
-                let target = VaRange { start: to, end: Va(to.0 + len) };
-                let occupied = self.pieces(self.geometry.pages_inside(target)).next().is_some();
-                if occupied && postponed.try_push(change).is_ok() {
-                    return;
+                // As many threads as there is room for may be in the midst of that; more are beyond belief.
+                let _ = news.due.try_push(VaRange { start: from, end: Va(from.0 + len) });
+                if news.postponed.try_push((from, to, len)).is_err() {
+                    crate::tell::warning(format_args!("too many mappings move at once: {to} is lost from sight"));
                 }
-                if occupied {
-                    self.forget_range(target, counters);
-                }
-                let pages = self.geometry.pages_in(len);
-                self.relocate(self.geometry.vpn(from), self.geometry.vpn(to), pages, counters);
             }
             Message::Fault { .. } | Message::Fork(_) => {}
         }
-        // In the order in which they came; each may make room for another.
-        let waiting = postponed.take();
-        waiting.into_iter().for_each(|message| self.act(message, postponed, counters));
+        // What has moved to where there is nothing: each may make room for another.
+        while let Some(i) = news.postponed.iter().position(|(_, to, len)| {
+            let target = self.geometry.pages_inside(VaRange { start: *to, end: Va(to.0 + len) });
+            self.pieces(target).next().is_none()
+        }) {
+            let (from, to, len) = news.postponed.remove(i);
+            self.relocate(self.geometry.vpn(from), self.geometry.vpn(to), self.geometry.pages_in(len), counters);
+        }
     }
 
     /// Waits until the change that stopped an operation has been acted on. Not for threads that receive.

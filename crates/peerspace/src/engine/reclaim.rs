@@ -33,6 +33,8 @@ use std::time::{Duration, Instant};
 const VICTIMS: usize = 32;
 /// How long there is no progress before room is made by exceeding the limit: every device is full.
 const STUCK: Duration = Duration::from_millis(50);
+/// The same when it has just been so: then it probably still is.
+const STUCK_AGAIN: Duration = Duration::from_micros(100);
 /// The same while memory that is not managed yet takes up the budget: whoever adopts it is on the way.
 const STUCK_ON_NATIVE: Duration = Duration::from_millis(500);
 
@@ -55,6 +57,8 @@ pub(crate) struct Pace {
     direct: AtomicU64,
     /// The background leaves small pages alone until then (ns on the clock of `since`).
     leave_until: AtomicU64,
+    /// Until then there is little hope that a device has room (on the same clock).
+    stuck_until: AtomicU64,
     since: Instant,
 }
 
@@ -69,6 +73,7 @@ impl Pace {
             background: AtomicU64::new(0),
             direct: AtomicU64::new(0),
             leave_until: AtomicU64::new(0),
+            stuck_until: AtomicU64::new(0),
             since: Instant::now(),
         }
     }
@@ -87,6 +92,14 @@ impl Pace {
                 self.background.store(0, Relaxed);
             }
         }
+    }
+
+    fn note_stuck(&self) {
+        self.stuck_until.store((self.since.elapsed() + STUCK).as_nanos() as u64, Relaxed);
+    }
+
+    fn was_stuck(&self) -> bool {
+        (self.since.elapsed().as_nanos() as u64) < self.stuck_until.load(Relaxed)
     }
 
     /// Whether the background should unmap small pages now.
@@ -115,6 +128,7 @@ impl<K: Kernel> Engine<K> {
                 Step::Stuck if stuck.get_or_insert_with(Instant::now).elapsed() > self.patience_when_stuck() => {
                     // Nothing can leave. To go beyond the limit loses nothing.
                     self.tell_full();
+                    self.service.pace.note_stuck();
                     self.budget.force(pages);
                     return Ok(());
                 }
@@ -137,8 +151,13 @@ impl<K: Kernel> Engine<K> {
     }
 
     fn patience_when_stuck(&self) -> Duration {
-        let unmanaged = self.native_missed.load(Relaxed) && self.budget.native() > 0;
-        if unmanaged { STUCK_ON_NATIVE } else { STUCK }
+        if self.native_missed.load(Relaxed) && self.budget.native() > 0 {
+            STUCK_ON_NATIVE
+        } else if self.service.pace.was_stuck() {
+            STUCK_AGAIN
+        } else {
+            STUCK
+        }
     }
 
     fn tell_full(&self) {
