@@ -259,6 +259,19 @@ impl<W: Words> Regions<W> {
             });
             at += n;
         }
+        // What has become the same joins again.
+        let mut at = self.search(range.start, self.len()).saturating_sub(1);
+        while at + 1 < self.len() && self.entry(at).range.start < range.end {
+            let (a, b) = (self.entry(at), self.entry(at + 1));
+            if a.range.end == b.range.start && a.attributes == b.attributes {
+                self.change(|| {
+                    self.close(at + 1, 1);
+                    self.put(at, RegionInfo { range: PageRange { start: a.range.start, end: b.range.end }, ..a });
+                });
+            } else {
+                at += 1;
+            }
+        }
         Ok(())
     }
 

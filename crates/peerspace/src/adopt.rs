@@ -84,6 +84,7 @@ impl Space {
                 what: format!("{range}: {e}"),
                 why: "it is managed already, or there is no room",
             }),
+            Err(AdoptError::Changed) => Err(bad("its mappings are being changed")),
             Err(AdoptError::Kernel(why)) => Err(Error::Kernel { what: format!("adopt {range}"), why }),
         }
     }

@@ -195,9 +195,30 @@ pub fn early_child_memory(touch: &mut dyn FnMut(VaRange)) {
     }
 }
 
-/// Whether a heap of glibc's malloc may begin at `va`. Its first page holds the arena, which a forked child touches
-/// before it calls anybody: that page is not to be managed.
+/// Whether an arena of glibc's malloc lies at `va`, the start of a mapping: its page is touched in a forked child before
+/// anybody is called, so it is not to be managed. Where that cannot be found out, it is assumed.
+///
+/// A heap is so aligned, and says at its start where its arena is: behind that, if it is the arena's first heap.
 pub fn is_arena_start(va: Va) -> bool {
-    const HEAP_MAX: usize = 64 << 20;
-    va.is_aligned(HEAP_MAX)
+    va.is_aligned(HEAP_MAX) && word_at(va).is_none_or(|arena| (va.0..va.0 + 4096).contains(&arena))
+}
+
+/// Whether a mapping from `va` on, of `len` bytes, may become an arena's at any moment: the C library has mapped it, and
+/// not written to it yet.
+pub fn may_become_arena(va: Va, len: u64) -> bool {
+    const FIRST: u64 = 1 << 20;
+    va.is_aligned(HEAP_MAX) && len <= FIRST && word_at(va).is_none_or(|word| word == 0)
+}
+
+/// Heaps of glibc's malloc are so aligned.
+const HEAP_MAX: usize = 64 << 20;
+
+/// A word of this process's memory, if it can be read.
+fn word_at(va: Va) -> Option<u64> {
+    let mut word = 0u64;
+    let to = libc::iovec { iov_base: (&raw mut word).cast(), iov_len: 8 };
+    let from = libc::iovec { iov_base: va.0 as *mut libc::c_void, iov_len: 8 };
+    // SAFETY: writes to the word alone; an address that is not mapped is an error.
+    let n = unsafe { libc::process_vm_readv(libc::getpid(), &to, 1, &from, 1, 0) };
+    (n == 8).then_some(word)
 }

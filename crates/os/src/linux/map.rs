@@ -172,6 +172,14 @@ pub fn unclaim(range: VaRange) {
     forget(range);
 }
 
+/// Has the kernel keep `range` a mapping of its own: one that comes beside it does not become part of it.
+pub fn set_apart(range: VaRange) {
+    // SAFETY: changes how the memory is backed and nothing it holds. A kernel without huge pages refuses, and then
+    // mappings may be joined as before.
+    let _ =
+        unsafe { rustix::mm::madvise(range.start.0 as *mut c_void, range.len() as usize, Advice::LinuxNoHugepage) };
+}
+
 /// Our own ranges that overlap `range`.
 pub fn ours_within(range: VaRange) -> impl Iterator<Item = VaRange> {
     OWN.iter()

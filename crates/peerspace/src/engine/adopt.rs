@@ -31,6 +31,8 @@ pub(crate) enum AdoptError {
     Table(AddError),
     /// The kernel refused to register it.
     Kernel(Trouble),
+    /// The program is changing its mappings, or has since somebody looked at them.
+    Changed,
 }
 
 /// A page was lost and cannot be held.
@@ -68,19 +70,46 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The same, where somebody else keeps account of native pages.
-    pub(crate) fn adopt_uncounted(&self, range: VaRange) -> Result<(), AdoptError> {
+    fn adopt_uncounted(&self, range: VaRange) -> Result<(), AdoptError> {
+        loop {
+            // News of an older mapping at the same place must not hit the new one.
+            self.settle_changes();
+            match self.adopt_settled(range, None) {
+                Err(AdoptError::Changed) => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// A number that stays the same as long as no change of mappings is announced; none while one is under way.
+    pub(crate) fn settled(&self) -> Option<u64> {
+        (!self.kernel.is_changing()).then(|| self.gate.turn_if_open()).flatten()
+    }
+
+    /// Adopts `range` if all changes so far have been acted on. `seen` is what somebody saw who looked at the
+    /// program's mappings: the number from [`settled`](Engine::settled), and the mapping that `range` begins in.
+    pub(crate) fn adopt_settled(&self, range: VaRange, seen: Option<(u64, VaRange)>) -> Result<(), AdoptError> {
         let pages = self.geometry.pages_inside(range);
-        // News of an older mapping at the same place must not hit the new one.
-        self.settle_changes();
         let _work = self.contexts.take();
-        // The region first: from the moment of registration on, faults in it come.
-        self.add_region(pages, Attributes::ADOPTED).map_err(AdoptError::Table)?;
-        self.kernel.adopt(range).map_err(|t| {
-            // Nothing was taken in hand yet, so nothing is lost.
-            let _ = self.remove_region(pages, |_| {});
+        let _changes = self.region_changes.lock();
+        let turn = self.settled().ok_or(AdoptError::Changed)?;
+        if let Some((then, mapping)) = seen
+            && (turn != then || self.kernel.mapping_at(range.start) != Ok(Some(mapping)))
+        {
+            return Err(AdoptError::Changed);
+        }
+        // The region first: from the moment of registration on, faults in it come. Until that moment no page may
+        // leave, since the kernel would put zeros in its place.
+        let new = self.cover(pages).map_err(AdoptError::Table)?;
+        self.insert_region(pages, Attributes::ADOPTED.with(Attributes::KEPT), new).map_err(AdoptError::Table)?;
+        if let Err(t) = self.kernel.adopt(range) {
+            let _ = self.regions.remove(pages, |_| {});
             self.table.uncover(self.lonely_blocks(pages));
-            AdoptError::Kernel(t)
-        })
+            return Err(AdoptError::Kernel(t));
+        }
+        // Without room for that, the region stays as it is: right, if of little use.
+        let _ = self.regions.update(pages, |a| a.without(Attributes::KEPT));
+        Ok(())
     }
 
     /// Stops managing `range`: brings everything home, even beyond the limit, and leaves it to the kernel. What is

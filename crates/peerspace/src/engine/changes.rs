@@ -5,12 +5,25 @@
 //! locked by a device transfer are waited for.
 
 use super::stats::Counters;
-use super::{Engine, Entry};
-use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, VaRange, Vpn};
+use super::{AddError, Engine, Entry};
+use arrayvec::ArrayVec;
+use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::memmap::Frame;
+use peerspace_core::regions::RegionInfo;
 use peerspace_os::{Kernel, Message, Trouble};
 use std::time::Duration;
+
+/// Moves of mappings under way at once; each is another thread's, so there are few.
+const MOVES: usize = 64;
+
+/// What is known and cannot be acted on yet, while the gate is closed.
+struct News {
+    /// Moves (from, to, length) to where there still is a region.
+    postponed: ArrayVec<(Va, Va, u64), MOVES>,
+    /// What is going to be announced as unmapped because it has moved.
+    due: ArrayVec<VaRange, MOVES>,
+}
 
 impl<K: Kernel> Engine<K> {
     /// Receives one message. A change of mappings is acted on here; a fault is returned.
@@ -31,15 +44,62 @@ impl<K: Kernel> Engine<K> {
         message
     }
 
-    fn apply(&self, change: Message, counters: &Counters) {
+    /// Acts on `first`, and on what has to be received before the gate may open.
+    ///
+    /// Threads that change mappings at the same time announce it when the kernel has done it, in any order. So a
+    /// mapping may have moved to where, as far as we know, there is another one: news of that one's end is on the
+    /// way, and comes first. And a thread that moved a mapping announces next that the old place is unmapped: by then
+    /// there may be another one. Nobody has to do anything for these to come, so they are waited for here.
+    fn apply(&self, first: Message, counters: &Counters) {
+        let mut news = News { postponed: ArrayVec::new(), due: ArrayVec::new() };
+        self.note(first, &mut news, counters);
+        while !(news.postponed.is_empty() && news.due.is_empty()) {
+            match self.kernel.receive() {
+                // The thread faults again when all is done.
+                Some(Message::Fault { va, .. }) => self.send_back(va),
+                Some(change) => self.note(change, &mut news, counters),
+                // Nothing is on the way: what is in the way has gone without news.
+                None if !self.kernel.is_changing() => {
+                    news.due.clear();
+                    for (from, to, len) in news.postponed.take() {
+                        self.forget_range(VaRange { start: to, end: Va(to.0 + len) }, counters);
+                        self.relocate(
+                            self.geometry.vpn(from),
+                            self.geometry.vpn(to),
+                            self.geometry.pages_in(len),
+                            counters,
+                        );
+                    }
+                }
+                None => std::thread::yield_now(),
+            }
+        }
+    }
+
+    /// Acts on `change` and on what was postponed because of it; or postpones it.
+    fn note(&self, change: Message, news: &mut News, counters: &Counters) {
         match change {
             Message::Discard(range) => self.discard(self.geometry.pages_inside(range), counters),
-            Message::Unmap(range) => self.forget_range(range, counters),
+            Message::Unmap(range) => match news.due.iter().position(|d| *d == range) {
+                Some(i) => drop(news.due.swap_remove(i)),
+                None => self.forget_range(range, counters),
+            },
             Message::Move { from, to, len } => {
-                let pages = self.geometry.pages_in(len);
-                self.relocate(self.geometry.vpn(from), self.geometry.vpn(to), pages, counters);
+                // As many threads as there is room for may be in the midst of that; more are beyond belief.
+                let _ = news.due.try_push(VaRange { start: from, end: Va(from.0 + len) });
+                if news.postponed.try_push((from, to, len)).is_err() {
+                    crate::tell::warning(format_args!("too many mappings move at once: {to} is lost from sight"));
+                }
             }
             Message::Fault { .. } | Message::Fork(_) => {}
+        }
+        // What has moved to where there is nothing: each may make room for another.
+        while let Some(i) = news.postponed.iter().position(|(_, to, len)| {
+            let target = self.geometry.pages_inside(VaRange { start: *to, end: Va(to.0 + len) });
+            self.pieces(target).next().is_none()
+        }) {
+            let (from, to, len) = news.postponed.remove(i);
+            self.relocate(self.geometry.vpn(from), self.geometry.vpn(to), self.geometry.pages_in(len), counters);
         }
     }
 
@@ -192,18 +252,30 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    /// `range` is mapped no longer: it is no region any more, and nothing in it is kept.
-    pub(crate) fn forget_range(&self, range: VaRange, counters: &Counters) {
-        let pages = self.geometry.pages_inside(range);
-        // First the regions, so that a fault that comes now finds nothing; then what they held. A failure means
-        // that there are more regions than a process can have mappings.
-        let removed = self.remove_region(pages, |_| {});
-        debug_assert!(removed.is_ok(), "{removed:?}");
-        self.discard(pages, counters);
-        self.release_table(pages);
+    /// The parts of regions that lie in `pages`, as they are when they are asked for.
+    fn pieces(&self, pages: PageRange) -> impl Iterator<Item = RegionInfo> + '_ {
+        let mut at = pages.start;
+        std::iter::from_fn(move || {
+            let region = self.regions.next(at).filter(|r| r.range.start < pages.end)?;
+            at = region.range.end;
+            Some(RegionInfo { range: region.range.intersect(pages), ..region })
+        })
     }
 
-    /// Joins the blocks of `pages` that no region touches any more, and takes back the promise of their leaves.
+    /// `range` is mapped no longer: it is no region any more, and nothing in it is kept.
+    pub(crate) fn forget_range(&self, range: VaRange, counters: &Counters) {
+        // First the region, so that a fault that comes now finds nothing; then what it held. A failure means that
+        // there are more regions than a process can have mappings.
+        for RegionInfo { range: piece, .. } in self.pieces(self.geometry.pages_inside(range)) {
+            let removed = self.remove_region(piece, |_| {});
+            debug_assert!(removed.is_ok(), "{removed:?}");
+            self.discard(piece, counters);
+            self.release_table(piece);
+        }
+    }
+
+    /// Joins the blocks of `pages`, all of which were regions, that no region touches any more, and takes back the
+    /// promise of their leaves.
     pub(crate) fn release_table(&self, pages: PageRange) {
         if pages.is_empty() {
             return;
@@ -232,36 +304,23 @@ impl<K: Kernel> Engine<K> {
         self.table.uncover(gone);
     }
 
-    /// A mapping of `pages` pages moved from `from` to `to`, with everything in it.
+    /// A mapping of `pages` pages moved from `from` to `to`, where no region is, with everything in it.
     fn relocate(&self, from: Vpn, to: Vpn, pages: Pages, counters: &Counters) {
-        let old = PageRange::new(from, pages);
-        // The new range is no region yet, so faults there wait at the gate until all is in place.
-        let mut moved: [Option<(PageRange, peerspace_core::regions::Attributes)>; 16] = [None; 16];
-        let mut n = 0;
-        // A mapping is mostly one region, but may be several with different attributes.
-        while let Some(r) = self.regions.next(old.start).filter(|r| r.range.start < old.end) {
-            let piece = r.range.intersect(old);
-            if n == moved.len() || self.remove_region(piece, |_| {}).is_err() {
-                // Cannot be: data would be lost from sight.
-                crate::tell::warning(format_args!("the move of {:?} is too complicated to follow", old));
-                break;
-            }
-            moved[n] = Some((piece, r.attributes));
-            n += 1;
-        }
         let shift = |vpn: Vpn| Vpn(vpn.0 - from.0 + to.0);
-        for (piece, attributes) in moved.iter().flatten() {
+        // The new range is no region yet, so faults there wait at the gate until all is in place.
+        for RegionInfo { range: piece, attributes } in self.pieces(PageRange::new(from, pages)) {
             let target = PageRange { start: shift(piece.start), end: shift(piece.end) };
-            let _changes = self.region_changes.lock();
-            let added = self.cover(target).and_then(|new| {
-                self.each_entry(*piece, counters, |entry| self.relocate_entry(entry, shift, counters));
-                self.insert_region(target, *attributes, new)
+            let moved = self.remove_region(piece, |_| {}).map_err(AddError::Region).and_then(|()| {
+                let _changes = self.region_changes.lock();
+                let new = self.cover(target)?;
+                self.each_entry(piece, counters, |entry| self.relocate_entry(entry, shift, counters));
+                self.insert_region(target, attributes, new)
             });
-            if let Err(e) = added {
+            if let Err(e) = moved {
                 crate::tell::warning(format_args!("a mapping that moved to {target:?} cannot be followed: {e}"));
             }
+            self.release_table(piece);
         }
-        self.release_table(old);
     }
 
     fn relocate_entry(&self, entry: Entry<'_, K>, shift: impl Fn(Vpn) -> Vpn + Copy, counters: &Counters) {

@@ -113,6 +113,18 @@ impl Gate {
         self.word.load(Ordering::Acquire) / TURN
     }
 
+    /// The [turn](Gate::turn), unless a change is being acted on; waits for a receiver to find out what it receives.
+    pub(crate) fn turn_if_open(&self) -> Option<u64> {
+        loop {
+            let word = self.word.load(Ordering::Acquire);
+            match word & STATE {
+                0 => return Some(word / TURN),
+                PEEKING => std::thread::yield_now(),
+                _ => return None,
+            }
+        }
+    }
+
     /// Waits until no change is being acted on.
     pub(crate) fn wait_open(&self, park: &impl Park) {
         loop {

@@ -105,6 +105,8 @@ pub(crate) struct Engine<K: Kernel> {
     pub(crate) huge: AtomicBool,
     /// Where the search for native pages goes on.
     pub(crate) native_hand: AtomicU64,
+    /// There are native pages, but no managed region has one: somebody should look for new mappings.
+    pub(crate) native_missed: AtomicBool,
 }
 
 /// The lock of a table entry.
@@ -181,6 +183,7 @@ impl<K: Kernel> Engine<K> {
             protected: AtomicU64::new(0),
             huge: AtomicBool::new(huge),
             native_hand: AtomicU64::new(0),
+            native_missed: AtomicBool::new(false),
             geometry,
             kernel,
         })

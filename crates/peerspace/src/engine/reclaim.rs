@@ -33,6 +33,10 @@ use std::time::{Duration, Instant};
 const VICTIMS: usize = 32;
 /// How long there is no progress before room is made by exceeding the limit: every device is full.
 const STUCK: Duration = Duration::from_millis(50);
+/// The same when it has just been so: then it probably still is.
+const STUCK_AGAIN: Duration = Duration::from_micros(100);
+/// The same while memory that is not managed yet takes up the budget: whoever adopts it is on the way.
+const STUCK_ON_NATIVE: Duration = Duration::from_millis(500);
 
 /// What one step of reclaim achieved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +59,8 @@ pub(crate) struct Pace {
     direct: AtomicU64,
     /// The background leaves small pages alone until then (ns on the clock of `since`).
     leave_until: AtomicU64,
+    /// Until then there is little hope that a device has room (on the same clock).
+    stuck_until: AtomicU64,
     since: Instant,
 }
 
@@ -69,6 +75,7 @@ impl Pace {
             background: AtomicU64::new(0),
             direct: AtomicU64::new(0),
             leave_until: AtomicU64::new(0),
+            stuck_until: AtomicU64::new(0),
             since: Instant::now(),
         }
     }
@@ -87,6 +94,14 @@ impl Pace {
                 self.background.store(0, Relaxed);
             }
         }
+    }
+
+    fn note_stuck(&self) {
+        self.stuck_until.store((self.since.elapsed() + STUCK).as_nanos() as u64, Relaxed);
+    }
+
+    fn was_stuck(&self) -> bool {
+        (self.since.elapsed().as_nanos() as u64) < self.stuck_until.load(Relaxed)
     }
 
     /// Whether the background should unmap small pages now.
@@ -112,9 +127,10 @@ impl<K: Kernel> Engine<K> {
             match self.reclaim_step(work, false) {
                 Step::Freed(_) | Step::Moved => stuck = None,
                 Step::Changing => return Err(Hold::Changing),
-                Step::Stuck if stuck.get_or_insert_with(Instant::now).elapsed() > STUCK => {
+                Step::Stuck if stuck.get_or_insert_with(Instant::now).elapsed() > self.patience_when_stuck() => {
                     // Nothing can leave. To go beyond the limit loses nothing.
                     self.tell_full();
+                    self.service.pace.note_stuck();
                     self.budget.force(pages);
                     return Ok(());
                 }
@@ -136,6 +152,16 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
+    fn patience_when_stuck(&self) -> Duration {
+        if self.native_missed.load(Relaxed) && self.budget.native() > 0 {
+            STUCK_ON_NATIVE
+        } else if self.service.pace.was_stuck() {
+            STUCK_AGAIN
+        } else {
+            STUCK
+        }
+    }
+
     fn tell_full(&self) {
         if self.service.say_once_full() {
             crate::tell::warning(format_args!(
@@ -153,7 +179,7 @@ impl<K: Kernel> Engine<K> {
         }
         let (waiting, segments) = self.ring.waiting();
         if waiting > segments / 2
-            && let Drained::Freed(n) = self.drain_oldest(work)
+            && let Drained::Freed(n @ 1..) = self.drain_oldest(work)
         {
             return Step::Freed(n);
         }
@@ -161,8 +187,12 @@ impl<K: Kernel> Engine<K> {
             return Step::Moved; // the next step releases it
         }
         // What nobody has looked at yet goes to standby first: that is how its use is found out.
-        if self.budget.native() > 0 && self.take_native(work) > 0 {
-            return Step::Moved;
+        if self.budget.native() > 0 {
+            if self.take_native(work) > 0 {
+                return Step::Moved;
+            }
+            // It must be in mappings that are not managed yet.
+            self.native_missed.store(true, Relaxed);
         }
         if self.unmap_victims(work, background) > 0 {
             return Step::Moved;
@@ -179,9 +209,8 @@ impl<K: Kernel> Engine<K> {
         match drained {
             Drained::Freed(n @ 1..) => Step::Freed(n),
             _ if self.kernel.is_changing() => Step::Changing,
-            // Nothing was left in it; now it can be filled again.
-            Drained::Freed(_) => Step::Moved,
-            Drained::Kept | Drained::Nothing => Step::Stuck,
+            // A segment in which there was nothing is no headway.
+            Drained::Freed(_) | Drained::Kept | Drained::Nothing => Step::Stuck,
         }
     }
 

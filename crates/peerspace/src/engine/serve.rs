@@ -272,6 +272,7 @@ impl<K: Kernel> Engine<K> {
         std::mem::take(&mut *aside)
     }
 
+    /// Ends a fault, or puts it aside if it has to wait for a change of mappings to be over.
     fn conclude(&self, va: Va, outcome: Result<Outcome, Pause>) {
         match outcome {
             Ok(Outcome::Resolved | Outcome::Poisoned) => {}
@@ -300,7 +301,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Lets a thread that waits for `va` fault again.
-    fn send_back(&self, va: Va) {
+    pub(crate) fn send_back(&self, va: Va) {
         let _ = self.kernel.wake(self.addresses(PageRange::new(self.geometry.vpn(va), Pages(1))));
     }
 }

@@ -156,14 +156,18 @@ impl<W: Words> Ring<W> {
         Some(Slots { first, count })
     }
 
-    /// Says that `present` of the slots handed out have a page now, the others will stay empty. When that was
-    /// the last news of a full segment, the segment joins those that wait.
+    /// Says that the first `present` of the slots handed out have a page now; the others stay empty, and are handed
+    /// out again if nobody was given any behind them. When that was the last news of a full segment, the segment joins
+    /// those that wait.
     pub(crate) fn settle(&self, slots: Slots, present: u32) {
         let mut s = self.state.lock();
         let segment = slots.first / SEGMENT;
         let i = segment as usize;
         s.pending[i] -= slots.count;
         s.present[i] += present;
+        if s.filling == Some(segment) && slots.first + slots.count == segment * SEGMENT + s.used {
+            s.used -= slots.count - present;
+        }
         if s.full[i] && s.pending[i] == 0 {
             s.waiting.push(segment);
         }

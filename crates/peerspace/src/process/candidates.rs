@@ -8,15 +8,20 @@
 use super::stacks;
 use peerspace_core::addr::{Geometry, Va, VaRange};
 use peerspace_os::linux::files::OurFd;
-use peerspace_os::linux::fork::is_arena_start;
-use peerspace_os::linux::map::ours_within;
+use peerspace_os::linux::fork::{is_arena_start, may_become_arena};
+use peerspace_os::linux::map::{ours_within, set_apart};
 use peerspace_os::linux::scan::{Maps, Vma, VmaName};
 use peerspace_os::own::{Own, Vec};
 
 /// Smaller pieces are left to the kernel: what they cost is more than what they hold.
 const LEAST: u64 = 64 << 10;
-/// What is left out around the first thread's control block.
-const THREAD_CONTROL: u64 = 64 << 10;
+/// Something that can be managed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Candidate {
+    pub(super) range: VaRange,
+    /// The mapping it is in.
+    pub(super) mapping: VaRange,
+}
 
 /// Ranges to be left out: collected anew for each search.
 #[derive(Debug)]
@@ -24,7 +29,7 @@ pub(super) struct Search {
     geometry: Geometry,
     memory: &'static OurFd,
     excluded: Vec<VaRange>,
-    found: Vec<VaRange>,
+    found: Vec<Candidate>,
     mappings: Vec<VaRange>,
 }
 
@@ -32,7 +37,7 @@ impl Search {
     /// `memory` is `/proc/self/mem`.
     pub(super) fn new(geometry: Geometry, memory: &'static OurFd) -> Search {
         let empty = || Vec::new_in(Own);
-        Search { geometry, memory, excluded: empty(), found: empty(), mappings: empty() }
+        Search { geometry, memory, excluded: empty(), found: Vec::new_in(Own), mappings: empty() }
     }
 
     /// What can be managed now and is not part of what `managed` says. `fixed` are ranges to be left out always.
@@ -41,7 +46,7 @@ impl Search {
         maps: &Maps,
         fixed: &[VaRange],
         mut managed: impl FnMut(VaRange, &mut dyn FnMut(VaRange)),
-    ) -> rustix::io::Result<&[VaRange]> {
+    ) -> rustix::io::Result<&[Candidate]> {
         self.excluded.clear();
         self.found.clear();
         self.mappings.clear();
@@ -60,6 +65,9 @@ impl Search {
         stacks::for_each(|r| mappings.contains(&r), |r| excluded.push(r));
         for i in 0..self.mappings.len() {
             let vma = self.mappings[i];
+            if may_become_arena(vma.start, vma.len()) {
+                continue; // until the next search
+            }
             let mut inside: Vec<VaRange> = Vec::new_in(Own);
             inside.extend(self.excluded.iter().copied().filter(|e| e.overlaps(vma)));
             inside.extend(ours_within(vma));
@@ -74,7 +82,7 @@ impl Search {
                 let piece = VaRange { start: at, end: hole.start.min(vma.end).max(at) };
                 let piece = self.geometry.range(self.geometry.pages_inside(piece));
                 if piece.len() >= LEAST {
-                    self.found.push(piece);
+                    self.found.push(Candidate { range: piece, mapping: vma });
                 }
                 at = at.max(hole.end);
             }
@@ -83,9 +91,14 @@ impl Search {
     }
 }
 
-/// The memory around the calling thread's control block: to be called on the program's first thread.
+/// The mapping that holds the calling thread's control block, at `pointer`: to be called on the program's first thread,
+/// before the program maps anything. From then on the kernel makes no mapping of the program's part of it.
 pub fn first_thread_control(pointer: u64) -> VaRange {
-    VaRange { start: Va(pointer.saturating_sub(THREAD_CONTROL)), end: Va(pointer + THREAD_CONTROL) }
+    let around = |bytes: u64| VaRange { start: Va(pointer.saturating_sub(bytes)), end: Va(pointer + bytes) };
+    let mapping = Maps::open().and_then(|maps| maps.at(Va(pointer))).ok().flatten().map(|vma| vma.range);
+    let mapping = mapping.unwrap_or_else(|| around(64 << 10));
+    set_apart(mapping);
+    mapping
 }
 
 /// If an ELF object is mapped at `base`, calls `each` with the memory its segments take up, .bss included.
@@ -145,6 +158,7 @@ mod tests {
                 }
             })
             .unwrap();
+        let found: std::vec::Vec<_> = found.iter().map(|c| c.range).collect();
         let has = |p: *const u8| found.iter().any(|r| r.contains(Va(p as u64)));
         assert!(has(heap.as_ptr().wrapping_add(1 << 20)) && has(heap.as_ptr().wrapping_add(6 << 20)));
         assert!(!has(taken.start.0 as *const u8));

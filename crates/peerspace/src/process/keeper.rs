@@ -16,6 +16,7 @@
 use super::candidates::Search;
 use super::forks::ProcessForks;
 use super::records::{Options, Record};
+use crate::engine::adopt::AdoptError;
 use crate::engine::{self, Config, Engine, MIN_LIMIT};
 use crate::report::Statistics;
 use crate::space::Real;
@@ -40,6 +41,8 @@ const FILL_RATE: u64 = 2 << 30;
 /// The longest and the shortest time between two looks.
 const SLOWEST: Duration = Duration::from_millis(20);
 const FASTEST: Duration = Duration::from_millis(1);
+/// Searches for new mappings in one look.
+const SEARCHES: u32 = 8;
 /// How often what cannot change fast is looked at.
 const SECOND: Duration = Duration::from_secs(1);
 /// How often the record is written while the process runs.
@@ -364,31 +367,12 @@ impl Process {
         let used = engine.budget.used().max(0) as u64;
         self.peak.fetch_max(self.geometry.bytes(peerspace_core::addr::Pages(used)), Ordering::Relaxed);
         engine.watch_budget();
-        if std::env::var_os("PEERSPACE_DEBUG").is_some() && watch.recorded.elapsed() >= RECORD {
-            let sums = engine.sums();
-            crate::tell::warning(format_args!(
-                "anon {anonymous} own {own} dev {devices} native {native} charged {} limit {} regions {} ring {:?} blocks {} ready {} policy {:?} busy {} taken {} unmapped {} faults {} direct {}",
-                engine.budget.charged(),
-                engine.budget.limit(),
-                engine.regions.len(),
-                engine.ring.waiting(),
-                engine.blocks.queued(),
-                engine.blocks.ready(),
-                {
-                    let p = engine.policy.lock();
-                    p.pages()
-                },
-                sums.busy,
-                sums.taken_in_hand,
-                sums.unmapped,
-                sums.faults,
-                sums.direct_reclaims
-            ));
-        }
         let margin = self.margin() as i64;
-        // New mappings show as native pages that were not there at the last search.
-        if native - watch.searched_at > margin / 8 || watch.searched.elapsed() >= SECOND {
+        // New mappings show as native pages that were not there at the last search, or that cannot be found.
+        let missed = native > margin / 8 && engine.native_missed.load(Ordering::Relaxed);
+        if native - watch.searched_at > margin / 8 || missed || watch.searched.elapsed() >= SECOND {
             self.adopt_new(engine, watch);
+            engine.native_missed.store(false, Ordering::Relaxed);
             watch.searched_at = engine.budget.native();
             watch.searched = Instant::now();
         }
@@ -450,11 +434,23 @@ impl Process {
         Engine::new(kernel, config).map(Shared::new).map_err(|e| OsError::plain(format!("set up tables: {e:?}")))
     }
 
-    /// Takes everything under management that can be and is not.
+    /// Takes everything under management that can be and is not. Where the program changes its mappings all the
+    /// time, that may take several attempts; what is left is found in the next look.
     fn adopt_new(&self, engine: &Real, watch: &mut Watch) {
-        if super::stacks::any_starting() {
-            return; // one of the new mappings is a stack, and we do not know which
+        for _ in 0..SEARCHES {
+            if self.adopt_found(engine, watch) {
+                return;
+            }
         }
+    }
+
+    /// One search. False if the program changed its mappings meanwhile.
+    fn adopt_found(&self, engine: &Real, watch: &mut Watch) -> bool {
+        if super::stacks::any_starting() {
+            return true; // one of the new mappings is a stack, and we do not know which
+        }
+        engine.settle_changes();
+        let Some(turn) = engine.settled() else { return false };
         let managed = |vma: VaRange, each: &mut dyn FnMut(VaRange)| {
             let pages = engine.geometry.pages_inside(vma);
             let mut at = pages.start;
@@ -463,14 +459,18 @@ impl Process {
                 at = r.range.end;
             }
         };
-        let Ok(found) = watch.search.candidates(engine.kernel.maps(), &[self.fixed], managed) else { return };
-        for range in found {
+        let found = watch.search.candidates(engine.kernel.maps(), &[self.fixed], managed);
+        for candidate in found.into_iter().flatten() {
             if super::stacks::any_starting() {
-                return;
+                return true;
             }
-            // A mapping may be gone again by now, or of a kind that cannot be registered.
-            let _ = engine.adopt_uncounted(*range);
+            let adopted = engine.adopt_settled(candidate.range, Some((turn, candidate.mapping)));
+            // It may also be of a kind that cannot be registered.
+            if matches!(adopted, Err(AdoptError::Changed)) {
+                return false;
+            }
         }
+        true
     }
 
     /// The record of this process as it is now.
