@@ -143,6 +143,9 @@ impl Builder {
         let engine = Engine::new(kernel, config).map_err(|e| match e {
             EngineError::Memory(why) => Error::Kernel { what: "reserve memory for tables".into(), why },
             EngineError::Device(name, why) => Error::Device { name, why: why.to_string() },
+            EngineError::Panicked(i) => {
+                Error::Device { name: format!("number {}", i + 1), why: "it panicked in `describe`".into() }
+            }
         })?;
         let handlers = if self.handlers == 0 { (cpus / 2).clamp(2, 8) } else { self.handlers };
         Space::start(Shared::new(engine), handlers)

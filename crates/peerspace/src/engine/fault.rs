@@ -182,7 +182,7 @@ impl<K: Kernel> Engine<K> {
             return Err(Hold::Again);
         }
         match plan::on_fault(entry.state(), fault.access) {
-            FaultPlan::Poison => self.poisoned(entry, fault),
+            FaultPlan::Poison => self.poisoned(entry, fault, work),
             FaultPlan::Present => self.present(entry, fault, work),
             FaultPlan::Upgrade => self.upgrade(entry, region, fault, work),
             FaultPlan::TakeBack if whole => self.take_back_block(entry, fault, work),
@@ -292,7 +292,12 @@ impl<K: Kernel> Engine<K> {
         Err(Hold::Again)
     }
 
-    fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault) -> Result<Outcome, Hold> {
+    fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault, work: &Working<'_>) -> Result<Outcome, Hold> {
+        // The program may have discarded the page: then it is good again as soon as that has been acted on.
+        let Some(_section) = self.gate.enter(work.context()) else { return Err(Hold::Changing) };
+        if self.kernel.is_changing() {
+            return Err(Hold::Changing);
+        }
         // In case the marker that makes accesses fail got lost with a change of mappings.
         let _ = self.kernel.poison(self.geometry.va(fault.vpn));
         let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));

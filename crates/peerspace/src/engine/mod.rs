@@ -125,6 +125,8 @@ pub(crate) enum EngineError {
     Memory(Trouble),
     /// A device cannot be used.
     Device(String, PagemapError),
+    /// The device of this number panicked.
+    Panicked(usize),
 }
 
 /// How a staging area for `limit` pages is laid out: block frames, then slots.
@@ -151,6 +153,7 @@ impl<K: Kernel> Engine<K> {
         let memmap = Memmap::new(words(Memmap::<K::Words>::words_for(blocks as u32, small))?, blocks as u32, small);
         let tiers = Tiers::new(geometry, memmap.end(), config.devices, words).map_err(|e| match e {
             TierError::Refused(name, e) => EngineError::Device(name, e),
+            TierError::Panicked(i) => EngineError::Panicked(i),
             TierError::Memory(e) => e,
         })?;
         let staging = kernel.staging();
@@ -232,6 +235,17 @@ impl<K: Kernel> Engine<K> {
             self.table.uncover(new);
             AddError::Region(e)
         })
+    }
+
+    /// Changes what is known about `range`.
+    pub(crate) fn advise(
+        &self,
+        range: PageRange,
+        change: impl Fn(Attributes) -> Attributes,
+    ) -> Result<(), RegionError> {
+        let _work = self.contexts.take();
+        let _changes = self.region_changes.lock();
+        self.regions.update(range, change)
     }
 
     /// Takes `range` out of all regions; calls `removed` with each piece. The pages keep their entries.

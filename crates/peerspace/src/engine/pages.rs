@@ -243,7 +243,6 @@ impl<K: Kernel> Engine<K> {
         let (context, buffer) = work.parts();
         let bytes = self.geometry.bytes(run.pages()) as usize;
         if let Err(e) = self.transfer(&locks, &mut buffer[..bytes]) {
-            count(&context.counters.device_errors);
             for f in frames {
                 self.memmap.give_back(f);
             }
@@ -309,16 +308,12 @@ impl<K: Kernel> Engine<K> {
         let State::Device { pfn, .. } = entry.state() else { unreachable!("the page is on a device") };
         let va = self.geometry.va(entry.vpn());
         let tier = self.tiers.of(pfn);
-        crate::tell::warning(format_args!(
-            "page {va} is lost: device {}, page {}: {error}",
-            tier.info.name,
-            pfn - tier.range.base,
-        ));
+        tier.tell_lost(va, pfn, error);
         count(&context.counters.poisoned);
         // Refusal is no harm: an access faults again and finds the entry poisoned.
         let _ = self.kernel.poison(va);
         let range = self.addresses(entry.range());
-        entry.commit(State::Poisoned);
+        entry.commit(State::Poisoned { pfn });
         let _ = self.kernel.wake(range);
         self.tiers.free(pfn, Order::BASE);
     }

@@ -9,7 +9,7 @@
 use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store};
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{BLOCK_PAGES, Geometry, Order, Pages, Pfn};
+use peerspace_core::addr::{BLOCK_PAGES, Geometry, Order, Pages, Pfn, Va};
 use peerspace_core::buddy::Buddy;
 use peerspace_core::pagemap::{Pagemaps, PfnRange};
 use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -20,6 +20,8 @@ use peerspace_os::own::{Box, Own, Vec};
 pub(crate) const BATCH: usize = 64;
 /// Stores that fail in a row (for another reason than want of space) before a device is not asked any more.
 const STRIKES: u64 = 16;
+/// Lost pages that are reported one by one.
+const LOUD: u64 = 16;
 /// A full device is asked again after this many of its pages were freed.
 const ROOM_AGAIN: u64 = 16;
 
@@ -34,10 +36,14 @@ pub(crate) struct Tier<W> {
     full: AtomicU64,
     strikes: AtomicU64,
     told_failing: AtomicBool,
+    /// Pages lost so far.
+    lost: AtomicU64,
     /// The most pages that were in use.
     pub(crate) most_used: AtomicU64,
     pub(crate) loads: AtomicU64,
     pub(crate) stores: AtomicU64,
+    /// Transfers that failed, other than for want of space.
+    pub(crate) errors: AtomicU64,
 }
 
 /// All devices.
@@ -68,7 +74,7 @@ impl<W: Words> Tiers<W> {
         let mut all = Vec::with_capacity_in(devices.len(), Own);
         let mut base = first;
         for device in devices {
-            let info = device.describe();
+            let info = unwinding(|| device.describe()).ok_or(TierError::Panicked(all.len()))?;
             base = Pfn(base.0.next_multiple_of(BLOCK_PAGES));
             let range = PfnRange { base, pages: info.pages };
             maps.register(range).map_err(|e| TierError::Refused(info.name.clone(), e))?;
@@ -83,9 +89,11 @@ impl<W: Words> Tiers<W> {
                 full: AtomicU64::new(0),
                 strikes: AtomicU64::new(0),
                 told_failing: AtomicBool::new(false),
+                lost: AtomicU64::new(0),
                 most_used: AtomicU64::new(0),
                 loads: AtomicU64::new(0),
                 stores: AtomicU64::new(0),
+                errors: AtomicU64::new(0),
             });
         }
         Ok(Tiers { all, maps, geometry })
@@ -113,7 +121,9 @@ impl<W: Words> Tiers<W> {
     /// Whether the device page `pfn` holds exactly `bytes`; false where that cannot be said.
     pub(crate) fn holds(&self, pfn: Pfn, bytes: &[u8]) -> bool {
         let tier = self.of(pfn);
-        tier.info.compares && tier.device.holds(pfn - tier.range.base, bytes) == Ok(true)
+        let page = pfn - tier.range.base;
+        // A panic counts as not knowing.
+        tier.info.compares && unwinding(|| tier.device.holds(page, bytes)) == Some(Ok(true))
     }
 
     /// Writes folios to the first device that takes each. Those for which `at` stays empty fit nowhere.
@@ -138,9 +148,9 @@ impl<W: Words> Tiers<W> {
             if batch.is_empty() {
                 continue;
             }
-            tier.device.store(&mut batch);
-            for ((i, page), store) in which.into_iter().zip(batch) {
-                if tier.judge(store.result) {
+            tier.store(&mut batch);
+            for (k, (i, page)) in which.into_iter().enumerate() {
+                if tier.judge(answer(&batch, k, page)) {
                     folios[i].at = Some(tier.range.base + page);
                     tier.stores.fetch_add(folios[i].order.pages().0, Relaxed);
                 } else {
@@ -154,10 +164,10 @@ impl<W: Words> Tiers<W> {
     /// then holds nothing to rely on.
     pub(crate) fn rewrite(&self, pfn: Pfn, bytes: &[u8]) -> bool {
         let tier = self.of(pfn);
-        let mut batch = [Store::new(pfn - tier.range.base, bytes)];
-        tier.device.store(&mut batch);
-        let [store] = batch;
-        let ok = tier.judge(store.result);
+        let page = pfn - tier.range.base;
+        let mut batch = [Store::new(page, bytes)];
+        tier.store(&mut batch);
+        let ok = tier.judge(answer(&batch, 0, page));
         if ok {
             tier.stores.fetch_add(self.geometry.pages_in(bytes.len() as u64).0, Relaxed);
         }
@@ -179,12 +189,27 @@ impl<W: Words> Tier<W> {
     /// Reads device pages. Several loads may be in one batch; each gets its own result.
     pub(crate) fn load(&self, batch: &mut [Load<'_>], geometry: Geometry) {
         let pages: u64 = batch.iter().map(|l| geometry.pages_in(l.bytes.len() as u64).0).sum();
-        self.device.load(batch);
+        if unwinding(|| self.device.load(batch)).is_none() {
+            batch.iter_mut().for_each(|l| l.result = Err(DeviceError::Panicked));
+        }
         self.loads.fetch_add(pages, Relaxed);
+        let failed = batch.iter().filter(|l| l.result.is_err()).count() as u64;
+        if failed > 0 {
+            self.errors.fetch_add(failed, Relaxed);
+        }
+    }
+
+    fn store(&self, batch: &mut [Store<'_>]) {
+        if unwinding(|| self.device.store(batch)).is_none() {
+            batch.iter_mut().for_each(|s| s.result = Err(DeviceError::Panicked));
+        }
     }
 
     fn free(&self, page: u64, order: Order) {
-        self.device.freed(DevicePages { first: page, count: order.pages().0 });
+        if unwinding(|| self.device.freed(DevicePages { first: page, count: order.pages().0 })).is_none() {
+            // The pages are free nevertheless: nobody will ask for what is in them.
+            self.errors.fetch_add(1, Relaxed);
+        }
         self.buddy.lock().free(page, order);
         self.freed.fetch_add(order.pages().0, Relaxed);
     }
@@ -194,6 +219,18 @@ impl<W: Words> Tier<W> {
         let full = self.full.load(Relaxed);
         let room = full == 0 || self.freed.load(Relaxed) >= full - 1 + ROOM_AGAIN;
         room && self.strikes.load(Relaxed) < STRIKES
+    }
+
+    /// Says that the page at `va` cannot be had back from here; where there are many, not of each.
+    pub(crate) fn tell_lost(&self, va: Va, pfn: Pfn, error: DeviceError) {
+        let name = &self.info.name;
+        let before = self.lost.fetch_add(1, Relaxed);
+        if before < LOUD {
+            let page = pfn - self.range.base;
+            crate::tell::warning(format_args!("page {va} is lost: device {name}, page {page}: {error}"));
+        } else if before == LOUD {
+            crate::tell::warning(format_args!("device {name} goes on losing pages; the others are only counted"));
+        }
     }
 
     /// Notes what a store says about the device. True if it went well.
@@ -213,6 +250,7 @@ impl<W: Words> Tier<W> {
                 false
             }
             Err(e) => {
+                self.errors.fetch_add(1, Relaxed);
                 if self.strikes.fetch_add(1, Relaxed) + 1 >= STRIKES && !self.told_failing.swap(true, Relaxed) {
                     crate::tell::warning(format_args!(
                         "device {}: {STRIKES} writes failed in a row ({e}); nothing more is written to it",
@@ -240,11 +278,26 @@ impl<W: Words> Tier<W> {
     }
 }
 
+/// Calls a device. `None` if it panicked, which must not reach the program's own code: it is in the middle of an
+/// access, and knows nothing of devices.
+fn unwinding<T>(call: impl FnOnce() -> T) -> Option<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).ok()
+}
+
+/// What a device said about the store of `page`, which was number `i` of the batch. A device may have put its batch
+/// into another order: an answer never counts for another page.
+fn answer(batch: &[Store<'_>], i: usize, page: u64) -> Result<(), DeviceError> {
+    let mut found = batch.get(i).into_iter().chain(batch).filter(|s| s.page == page);
+    found.next().map_or(Err(DeviceError::NoAnswer), |s| s.result.clone())
+}
+
 /// A device that cannot be used.
 #[derive(Debug)]
 pub(crate) enum TierError<E> {
     /// Its pages do not fit into the pfn space.
     Refused(String, peerspace_core::pagemap::PagemapError),
+    /// It panicked when it was to describe itself; this many others were good.
+    Panicked(usize),
     /// There is no memory for its allocator.
     Memory(E),
 }
