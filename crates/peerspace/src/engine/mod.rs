@@ -56,7 +56,6 @@ use gate::Gate;
 use peerspace_core::addr::{BLOCK_PAGES, Geometry, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::STAMPS;
 use peerspace_core::memmap::{Arrival, Frame, Memmap};
-use peerspace_core::pagemap::PagemapError;
 use peerspace_core::plan::CLUSTER;
 use peerspace_core::reclaim::{Incoming, Policy};
 use peerspace_core::regions::{Attributes, RegionError, RegionInfo, Regions};
@@ -92,6 +91,8 @@ pub(crate) struct Engine<K: Kernel> {
     pub(crate) incoming: Incoming,
     pub(crate) streams: Streams,
     pub(crate) service: serve::Service,
+    /// How often the limit had to be exceeded since something last left RAM: no device has room.
+    pub(crate) no_room: AtomicU64,
     /// Which life of the process this is (rule G12): write protection set up in another one is void.
     pub(crate) epoch: AtomicU32,
     /// Pages evicted so far: the clock that refault distances are measured by.
@@ -108,8 +109,10 @@ pub(crate) type Entry<'t, K> = Locked<'t, <K as Kernel>::Words, <K as Kernel>::P
 
 /// What an engine is made from.
 pub(crate) struct Config<W> {
-    /// Pages of RAM.
+    /// Pages of RAM to make do with.
     pub(crate) limit: Pages,
+    /// Pages of RAM that the machine has.
+    pub(crate) ram: Pages,
     /// The devices, in the order in which they are tried.
     pub(crate) devices: Vec<Box<dyn Device>>,
     /// Chooses victims.
@@ -123,10 +126,8 @@ pub(crate) struct Config<W> {
 pub(crate) enum EngineError {
     /// The kernel refused memory for tables.
     Memory(Trouble),
-    /// A device cannot be used.
-    Device(String, PagemapError),
-    /// The device of this number panicked.
-    Panicked(usize),
+    /// The device of this name cannot be used, for this reason.
+    Device(String, String),
 }
 
 /// How a staging area for `limit` pages is laid out: block frames, then slots.
@@ -148,12 +149,19 @@ impl<K: Kernel> Engine<K> {
         let huge = kernel.capabilities().huge;
         let (blocks, slots) = staging_layout(config.limit, huge);
         let words = |n: usize| kernel.words(n, n).map_err(EngineError::Memory);
+        // Twice the limit is what it takes as long as it is kept. Where no device has room it is exceeded, by as much
+        // as there is RAM. Descriptors that are never used cost nothing but addresses.
+        let least = config.limit.0 * 2 + slots;
+        let most = (u32::MAX as u64 / 2).saturating_sub(blocks * (BLOCK_PAGES + 1)).max(least);
+        let wanted = (config.ram.0 + slots).clamp(least, most);
+        let (small, memmap) = [wanted, least]
+            .into_iter()
+            .find_map(|n| Some((n as u32, words(Memmap::<K::Words>::words_for(blocks as u32, n as u32)).ok()?)))
+            .ok_or(EngineError::Memory(Trouble::NoMemory))?;
         let memory = Self::reserve_table(&kernel, geometry).map_err(EngineError::Memory)?;
-        let small = (config.limit.0 * 2 + slots) as u32;
-        let memmap = Memmap::new(words(Memmap::<K::Words>::words_for(blocks as u32, small))?, blocks as u32, small);
+        let memmap = Memmap::new(memmap, blocks as u32, small);
         let tiers = Tiers::new(geometry, memmap.end(), config.devices, words).map_err(|e| match e {
-            TierError::Refused(name, e) => EngineError::Device(name, e),
-            TierError::Panicked(i) => EngineError::Panicked(i),
+            TierError::Refused(name, why) => EngineError::Device(name, why),
             TierError::Memory(e) => e,
         })?;
         let staging = kernel.staging();
@@ -174,6 +182,7 @@ impl<K: Kernel> Engine<K> {
             incoming: Incoming::new(),
             streams: Streams::new(),
             service: serve::Service::new(),
+            no_room: AtomicU64::new(0),
             epoch: AtomicU32::new(0),
             evictions: AtomicU64::new(0),
             protected: AtomicU64::new(0),

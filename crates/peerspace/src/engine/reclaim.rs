@@ -34,6 +34,9 @@ const VICTIMS: usize = 32;
 /// How long there is no progress before room is made by exceeding the limit: every device is full.
 const STUCK: Duration = Duration::from_millis(50);
 
+/// While no device has room, only one of so many faults tries to make some.
+const HOPE: u64 = 32;
+
 /// What one step of reclaim achieved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
@@ -105,14 +108,16 @@ impl<K: Kernel> Engine<K> {
             if patience == Patience::Never && self.has_slow_device() {
                 return Err(Hold::Busy);
             }
+            let forced = self.no_room.load(Relaxed);
+            if forced % HOPE != 0 {
+                return Ok(self.exceed(pages));
+            }
             count(&work.counters.direct_reclaims);
             match self.reclaim_step(work, false) {
                 Step::Freed(_) | Step::Moved => stuck = None,
-                Step::Stuck if stuck.get_or_insert_with(Instant::now).elapsed() > STUCK => {
-                    // Nothing can leave. To go beyond the limit loses nothing.
+                Step::Stuck if forced > 0 || stuck.get_or_insert_with(Instant::now).elapsed() > STUCK => {
                     self.tell_full();
-                    self.budget.force(pages);
-                    return Ok(());
+                    return Ok(self.exceed(pages));
                 }
                 // Other threads may have all of it in hand, or it is shared with a forked process.
                 Step::Stuck => {
@@ -123,6 +128,13 @@ impl<K: Kernel> Engine<K> {
         }
         self.watch_budget();
         Ok(())
+    }
+
+    /// Goes beyond the limit: nothing can leave, and to go beyond loses nothing.
+    fn exceed(&self, pages: u64) {
+        self.no_room.fetch_add(1, Relaxed);
+        self.budget.force(pages);
+        self.watch_budget();
     }
 
     /// Wakes the background reclaimer when room becomes scarce.
@@ -143,6 +155,14 @@ impl<K: Kernel> Engine<K> {
 
     /// One step towards more room: frees what is free already, evicts from a long standby, or unmaps.
     pub(crate) fn reclaim_step(&self, work: &mut Working<'_>, background: bool) -> Step {
+        let step = self.try_step(work, background);
+        if matches!(step, Step::Freed(_)) && self.no_room.load(Relaxed) != 0 {
+            self.no_room.store(0, Relaxed);
+        }
+        step
+    }
+
+    fn try_step(&self, work: &mut Working<'_>, background: bool) -> Step {
         // In the background, ready frames are left for the next huge fault.
         if !background && self.release_ready() {
             return Step::Freed(BLOCK_PAGES);

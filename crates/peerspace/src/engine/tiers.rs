@@ -30,7 +30,7 @@ pub(crate) struct Tier<W> {
     device: Box<dyn Device>,
     pub(crate) info: Descriptor,
     pub(crate) range: PfnRange,
-    buddy: Mutex<Buddy<W>>,
+    room: Mutex<Room<W>>,
     /// Pages freed so far; and the count at which the device last said it was full, plus one.
     freed: AtomicU64,
     full: AtomicU64,
@@ -44,6 +44,41 @@ pub(crate) struct Tier<W> {
     pub(crate) stores: AtomicU64,
     /// Transfers that failed, other than for want of space.
     pub(crate) errors: AtomicU64,
+}
+
+/// The pages of a device that are free.
+struct Room<W> {
+    buddy: Buddy<W>,
+    /// Pages that could not be stored to: free, but the last to be tried again. A few bad ones would otherwise be
+    /// what is always tried first.
+    aside: ArrayVec<(u64, Order), BATCH>,
+}
+
+impl<W: Words> Room<W> {
+    fn alloc(&mut self, order: Order) -> Option<u64> {
+        self.buddy.alloc(order).or_else(|| {
+            let Room { buddy, aside } = self;
+            aside.drain(..).for_each(|(page, order)| buddy.free(page, order));
+            buddy.alloc(order)
+        })
+    }
+
+    fn free(&mut self, page: u64, order: Order, bad: bool) {
+        let (mut page, mut order) = (page, order);
+        if bad {
+            if !self.aside.is_full() {
+                return self.aside.push((page, order));
+            }
+            let oldest = self.aside.remove(0);
+            self.aside.push((page, order));
+            (page, order) = oldest;
+        }
+        self.buddy.free(page, order);
+    }
+
+    fn available(&self) -> Pages {
+        self.aside.iter().fold(self.buddy.available(), |n, (_, order)| n + order.pages())
+    }
 }
 
 /// All devices.
@@ -74,16 +109,23 @@ impl<W: Words> Tiers<W> {
         let mut all = Vec::with_capacity_in(devices.len(), Own);
         let mut base = first;
         for device in devices {
-            let info = unwinding(|| device.describe()).ok_or(TierError::Panicked(all.len()))?;
+            let info = unwinding(|| device.describe()).ok_or_else(|| {
+                TierError::Refused(format!("number {}", all.len() + 1), "it panicked in `describe`".into())
+            })?;
             base = Pfn(base.0.next_multiple_of(BLOCK_PAGES));
             let range = PfnRange { base, pages: info.pages };
-            maps.register(range).map_err(|e| TierError::Refused(info.name.clone(), e))?;
+            maps.register(range).map_err(|e| TierError::Refused(info.name.clone(), e.to_string()))?;
+            let most = Buddy::<W>::MAX_PAGES;
+            if info.pages.0 > most {
+                let why = format!("it has {} pages; up to {most} can be managed", info.pages.0);
+                return Err(TierError::Refused(info.name, why));
+            }
             base = range.end();
             let memory = words(Buddy::<W>::words_for(info.pages)).map_err(TierError::Memory)?;
             all.push(Tier {
                 device,
                 range,
-                buddy: Mutex::new(Buddy::new(memory, info.pages)),
+                room: Mutex::new(Room { buddy: Buddy::new(memory, info.pages), aside: ArrayVec::new() }),
                 info,
                 freed: AtomicU64::new(0),
                 full: AtomicU64::new(0),
@@ -137,24 +179,26 @@ impl<W: Words> Tiers<W> {
             let mut which: ArrayVec<(usize, u64), BATCH> = ArrayVec::new();
             let mut batch: ArrayVec<Store<'_>, BATCH> = ArrayVec::new();
             {
-                let mut buddy = tier.buddy.lock();
+                let mut room = tier.room.lock();
                 for (i, f) in folios.iter().enumerate().filter(|(_, f)| f.at.is_none()) {
-                    let Some(page) = buddy.alloc(f.order) else { continue };
+                    let Some(page) = room.alloc(f.order) else { continue };
                     which.push((i, page));
                     batch.push(Store::new(page, f.bytes));
                 }
-                tier.most_used.fetch_max((tier.range.pages - buddy.available()).0, Relaxed);
+                tier.most_used.fetch_max((tier.range.pages - room.available()).0, Relaxed);
             }
             if batch.is_empty() {
                 continue;
             }
             tier.store(&mut batch);
             for (k, (i, page)) in which.into_iter().enumerate() {
-                if tier.judge(answer(&batch, k, page)) {
+                let result = answer(&batch, k, page);
+                let bad = !matches!(result, Ok(()) | Err(DeviceError::NoSpace));
+                if tier.judge(result) {
                     folios[i].at = Some(tier.range.base + page);
                     tier.stores.fetch_add(folios[i].order.pages().0, Relaxed);
                 } else {
-                    tier.free(page, folios[i].order);
+                    tier.give_up(page, folios[i].order, bad);
                 }
             }
         }
@@ -206,11 +250,16 @@ impl<W: Words> Tier<W> {
     }
 
     fn free(&self, page: u64, order: Order) {
+        self.give_up(page, order, false);
+    }
+
+    /// Frees pages; if they are bad, others are to be tried first from now on.
+    fn give_up(&self, page: u64, order: Order, bad: bool) {
         if unwinding(|| self.device.freed(DevicePages { first: page, count: order.pages().0 })).is_none() {
             // The pages are free nevertheless: nobody will ask for what is in them.
             self.errors.fetch_add(1, Relaxed);
         }
-        self.buddy.lock().free(page, order);
+        self.room.lock().free(page, order, bad);
         self.freed.fetch_add(order.pages().0, Relaxed);
     }
 
@@ -274,7 +323,7 @@ impl<W: Words> Tier<W> {
 
     /// Pages that are free by number.
     pub(crate) fn available(&self) -> Pages {
-        self.buddy.lock().available()
+        self.room.lock().available()
     }
 }
 
@@ -294,10 +343,8 @@ fn answer(batch: &[Store<'_>], i: usize, page: u64) -> Result<(), DeviceError> {
 /// A device that cannot be used.
 #[derive(Debug)]
 pub(crate) enum TierError<E> {
-    /// Its pages do not fit into the pfn space.
-    Refused(String, peerspace_core::pagemap::PagemapError),
-    /// It panicked when it was to describe itself; this many others were good.
-    Panicked(usize),
+    /// The one of this name cannot be used, for this reason.
+    Refused(String, String),
     /// There is no memory for its allocator.
     Memory(E),
 }

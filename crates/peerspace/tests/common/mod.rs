@@ -6,47 +6,82 @@ use peerspace::{Faults, Space};
 use std::collections::HashMap;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-pub const MIB: usize = 1 << 20;
+pub(crate) const MIB: usize = 1 << 20;
 
-pub fn page() -> usize {
+pub(crate) fn page() -> usize {
     rustix::param::page_size()
 }
 
 /// What a device does about a transfer.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Answer {
+#[derive(Clone)]
+pub(crate) enum Answer {
     Good,
     /// Says this, and leaves something else in the place of the bytes.
     Fails(DeviceError),
     /// Says nothing.
     Silent,
-    /// Says good after a while.
-    Slow(Duration),
+    /// Says good when it is let through.
+    Waits(Arc<Gate>),
     Panics,
 }
 
+/// Where a transfer waits.
+#[derive(Default)]
+pub(crate) struct Gate {
+    /// Somebody has arrived; it is open.
+    state: Mutex<(bool, bool)>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn set(&self, change: impl FnOnce(&mut (bool, bool))) {
+        change(&mut lock(&self.state));
+        self.changed.notify_all();
+    }
+
+    fn wait_for(&self, what: &str, is_so: impl Fn(&(bool, bool)) -> bool) {
+        let limit = Duration::from_secs(40);
+        let guard = lock(&self.state);
+        let (_guard, waited) = self.changed.wait_timeout_while(guard, limit, |s| !is_so(s)).unwrap();
+        assert!(!waited.timed_out(), "nobody {what}");
+    }
+
+    fn pass(&self) {
+        self.set(|s| s.0 = true);
+        self.wait_for("opens the gate", |s| s.1);
+    }
+
+    pub(crate) fn open(&self) {
+        self.set(|s| s.1 = true);
+    }
+
+    pub(crate) fn await_arrival(&self) {
+        self.wait_for("has arrived", |s| s.0);
+    }
+}
+
 /// A transfer: how many there were before it, the page, and the first word of its content.
-pub struct Asked {
-    pub nth: u64,
-    pub page: u64,
-    pub word: u64,
+pub(crate) struct Asked {
+    pub(crate) nth: u64,
+    pub(crate) page: u64,
+    pub(crate) word: u64,
 }
 
 type Rule = Box<dyn FnMut(&Asked) -> Answer + Send>;
 
 /// The pages of a device, which outlives the space, and its orders.
-pub struct Orders {
+pub(crate) struct Orders {
     pages: Mutex<HashMap<u64, Box<[u8]>>>,
     loads: Mutex<Rule>,
     stores: Mutex<Rule>,
     asked: [AtomicU64; 2],
     /// Does its batches from the last to the first, and leaves them so.
-    pub reversed: AtomicBool,
+    pub(crate) reversed: AtomicBool,
     /// Panics in calls that cannot fail.
-    pub panics_always: AtomicBool,
+    pub(crate) panics_always: AtomicBool,
     /// What the engine did that it must not.
     wrong: Mutex<Vec<String>>,
 }
@@ -56,7 +91,7 @@ fn lock<T: ?Sized>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Orders {
-    pub fn new() -> Arc<Orders> {
+    pub(crate) fn new() -> Arc<Orders> {
         Arc::new(Orders {
             pages: Mutex::default(),
             loads: Mutex::new(Box::new(|_| Answer::Good)),
@@ -68,26 +103,26 @@ impl Orders {
         })
     }
 
-    pub fn on_load(&self, rule: impl FnMut(&Asked) -> Answer + Send + 'static) {
+    pub(crate) fn on_load(&self, rule: impl FnMut(&Asked) -> Answer + Send + 'static) {
         *lock(&self.loads) = Box::new(rule);
     }
 
-    pub fn on_store(&self, rule: impl FnMut(&Asked) -> Answer + Send + 'static) {
+    pub(crate) fn on_store(&self, rule: impl FnMut(&Asked) -> Answer + Send + 'static) {
         *lock(&self.stores) = Box::new(rule);
     }
 
     /// Pages held now.
-    pub fn held(&self) -> usize {
+    pub(crate) fn held(&self) -> usize {
         lock(&self.pages).len()
     }
 
     /// Stores and loads asked for so far.
-    pub fn asked(&self) -> (u64, u64) {
+    pub(crate) fn asked(&self) -> (u64, u64) {
         (self.asked[0].load(SeqCst), self.asked[1].load(SeqCst))
     }
 
     /// Fails if the engine asked for something that a device need not expect.
-    pub fn check(&self) {
+    pub(crate) fn check(&self) {
         let wrong = lock(&self.wrong);
         assert!(wrong.is_empty(), "{wrong:#?}");
     }
@@ -102,7 +137,7 @@ impl Orders {
         let answer = lock(rule)(&Asked { nth, page, word });
         match answer {
             Answer::Panics => panic!("on purpose, at page {page}"),
-            Answer::Slow(time) => std::thread::sleep(time),
+            Answer::Waits(ref gate) => gate.pass(),
             _ => {}
         }
         answer
@@ -118,13 +153,13 @@ fn result_of(answer: &Answer) -> Result<(), DeviceError> {
 }
 
 /// Memory of the program's heap, and orders to follow.
-pub struct Obedient {
-    pub orders: Arc<Orders>,
-    pub descriptor: Descriptor,
+pub(crate) struct Obedient {
+    pub(crate) orders: Arc<Orders>,
+    pub(crate) descriptor: Descriptor,
 }
 
 impl Obedient {
-    pub fn new(orders: &Arc<Orders>, bytes: usize) -> Obedient {
+    pub(crate) fn new(orders: &Arc<Orders>, bytes: usize) -> Obedient {
         let descriptor = Descriptor::private("obedient", (bytes / page()) as u64);
         Obedient { orders: orders.clone(), descriptor }
     }
@@ -143,16 +178,21 @@ impl Device for Obedient {
         if self.orders.reversed.load(SeqCst) {
             batch.reverse();
         }
+        // Until it went well nothing good is there: what was there before is gone too.
+        for s in batch.iter() {
+            for i in 0..(s.bytes.len() / page()) as u64 {
+                lock(&self.orders.pages).insert(s.page + i, vec![0xee; page()].into());
+            }
+        }
         for s in batch {
             let answer = self.orders.decide(&self.orders.stores, 0, s.page, first_word(s.bytes));
-            if answer != Answer::Silent {
+            if !matches!(answer, Answer::Silent) {
                 s.result = result_of(&answer);
             }
-            let mut pages = lock(&self.orders.pages);
-            for (i, bytes) in s.bytes.chunks_exact(page()).enumerate() {
-                // After a failure nothing good is there: what was there before is gone too.
-                let bytes = if s.result.is_ok() { bytes.into() } else { vec![0xee; page()].into() };
-                pages.insert(s.page + i as u64, bytes);
+            if s.result.is_ok() {
+                for (i, bytes) in s.bytes.chunks_exact(page()).enumerate() {
+                    lock(&self.orders.pages).insert(s.page + i as u64, bytes.into());
+                }
             }
         }
     }
@@ -173,7 +213,7 @@ impl Device for Obedient {
                 if result_of(&answer).is_err() {
                     to.fill(0xdd);
                     word = word.min(i as u64);
-                    if answer != Answer::Silent {
+                    if !matches!(answer, Answer::Silent) {
                         l.result = result_of(&answer);
                     }
                 }
@@ -201,29 +241,29 @@ impl Device for Obedient {
 }
 
 /// A space over one obedient device.
-pub fn space(faults: Faults, host: usize, device: impl Device + 'static) -> Space {
+pub(crate) fn space(faults: Faults, host: usize, device: impl Device + 'static) -> Space {
     catch_lost_accesses();
     Space::builder().host(host as u64).device(device).faults(faults).build().expect("a space")
 }
 
 /// What page `i` begins with, and is full of.
-pub fn word(i: usize) -> u64 {
+pub(crate) fn word(i: usize) -> u64 {
     (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) << 8 | (i as u64 & 0xff)
 }
 
-pub fn words_per_page() -> usize {
+pub(crate) fn words_per_page() -> usize {
     page() / 8
 }
 
 /// Fills each page with its word.
-pub fn fill(words: &mut [u64]) {
+pub(crate) fn fill(words: &mut [u64]) {
     for (i, p) in words.chunks_exact_mut(words_per_page()).enumerate() {
         p.fill(word(i));
     }
 }
 
 /// Makes what is mapped leave, by using as much of another region.
-pub fn push_out(space: &Space, bytes: usize) {
+pub(crate) fn push_out(space: &Space, bytes: usize) {
     let mut other = space.region(bytes as u64).unwrap();
     for (i, p) in other.bytes_mut().chunks_exact_mut(page()).enumerate() {
         p[i % 4096] = 1;
@@ -233,7 +273,7 @@ pub fn push_out(space: &Space, bytes: usize) {
 static CATCHING: AtomicBool = AtomicBool::new(false);
 
 /// Has accesses that are made by [`read_byte`] fail, instead of the process. To be called before the first space.
-pub fn catch_lost_accesses() {
+pub(crate) fn catch_lost_accesses() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
         // SAFETY: a zeroed sigaction is valid, and the handler has the right type.
@@ -268,7 +308,7 @@ extern "C" fn on_lost(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_voi
 
 /// Reads a byte by a plain access; `None` if that raises SIGBUS.
 #[cfg(target_arch = "x86_64")]
-pub fn read_byte(at: *const u8) -> Option<u8> {
+pub(crate) fn read_byte(at: *const u8) -> Option<u8> {
     assert!(CATCHING.load(SeqCst));
     let (value, ok): (u64, u64);
     // SAFETY: the caller's pointer is to memory that is mapped; if the access raises a signal, it is left out.
@@ -293,15 +333,15 @@ pub fn read_byte(at: *const u8) -> Option<u8> {
 
 /// Elsewhere the typed access has to do.
 #[cfg(not(target_arch = "x86_64"))]
-pub fn read_byte(_: *const u8) -> Option<u8> {
+pub(crate) fn read_byte(_: *const u8) -> Option<u8> {
     None
 }
 
 /// Whether plain accesses can be tried here.
-pub const CAN_TRY: bool = cfg!(target_arch = "x86_64");
+pub(crate) const CAN_TRY: bool = cfg!(target_arch = "x86_64");
 
 /// Runs the ignored test `name` of this program in a process of its own, which must end within a minute.
-pub fn in_process(name: &str, environment: &[(&str, &str)]) -> Output {
+pub(crate) fn in_process(name: &str, environment: &[(&str, &str)]) -> Output {
     let mut program = Command::new(std::env::current_exe().unwrap());
     program.args(["--exact", name, "--ignored", "--nocapture", "--test-threads=1"]);
     program.envs(environment.iter().copied());
@@ -320,6 +360,6 @@ pub fn in_process(name: &str, environment: &[(&str, &str)]) -> Output {
 }
 
 /// What a process has said.
-pub fn said(output: &Output) -> String {
+pub(crate) fn said(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout))
 }
