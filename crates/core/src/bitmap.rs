@@ -4,6 +4,8 @@ use crate::sync::Ordering::Relaxed;
 use crate::words::Words;
 
 const MAX_LEVELS: usize = 6;
+/// The most bits a bitmap can have.
+pub const MAX_BITS: u64 = 1 << (6 * MAX_LEVELS);
 
 /// A bitmap over words that belong to somebody else, from a given offset. Not synchronised: the owner locks.
 #[derive(Debug, Clone)]
@@ -29,7 +31,7 @@ impl Bitmap {
     /// A bitmap of `bits` bits whose words, all zero, begin at `offset`; and the offset behind them.
     ///
     /// # Panics
-    /// For more than 2^36 bits.
+    /// For more than [`MAX_BITS`].
     pub fn at(offset: usize, bits: u64) -> (Bitmap, usize) {
         let mut levels = [0; MAX_LEVELS];
         let mut depth = 0;

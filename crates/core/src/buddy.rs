@@ -26,6 +26,9 @@ pub struct Buddy<W> {
 }
 
 impl<W: Words> Buddy<W> {
+    /// The most pages an allocator can have.
+    pub const MAX_PAGES: u64 = crate::bitmap::MAX_BITS;
+
     /// Words an allocator of `pages` pages needs.
     pub fn words_for(pages: Pages) -> usize {
         (0..ORDERS).map(|k| Bitmap::words_for(pages.0 >> k)).sum()

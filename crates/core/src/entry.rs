@@ -82,7 +82,11 @@ pub enum State {
     /// A block that is split: its 512 pages have words of their own in this leaf.
     Leaf(u32),
     /// The data is lost; accesses get SIGBUS or a typed error (rule Z9).
-    Poisoned,
+    Poisoned {
+        /// The page of the device that could not be read. It is not ours any more: the number says which device
+        /// it was.
+        pfn: Pfn,
+    },
 }
 
 /// A table word without its lock bits.
@@ -133,7 +137,7 @@ impl Entry {
                     | if rewritten { REWRITTEN } else { 0 }
             }
             State::Leaf(leaf) => Self::build(tag::LEAF, Pfn(leaf as u64)),
-            State::Poisoned => tag::POISONED << TAG_SHIFT,
+            State::Poisoned { pfn } => Self::build(tag::POISONED, pfn),
         })
     }
 
@@ -152,7 +156,7 @@ impl Entry {
                 State::Device { pfn, stamp: (self.0 >> STAMP_SHIFT) as u16, rewritten: self.0 & REWRITTEN != 0 }
             }
             tag::LEAF => State::Leaf(pfn.0 as u32),
-            tag::POISONED => State::Poisoned,
+            tag::POISONED => State::Poisoned { pfn },
             other => panic!("logical table word {:#x} has the unknown tag {other}: memory is corrupt", self.0),
         }
     }
@@ -187,7 +191,8 @@ impl Entry {
             State::Host { pfn, writable, dirt } => Entry::new(State::Host { pfn: pfn + i, writable, dirt }),
             State::Standby { pfn, dirt } => Entry::new(State::Standby { pfn: pfn + i, dirt }),
             State::Device { pfn, stamp, rewritten } => Entry::new(State::Device { pfn: pfn + i, stamp, rewritten }),
-            State::Empty | State::Poisoned => self,
+            State::Poisoned { pfn } => Entry::new(State::Poisoned { pfn: pfn + i }),
+            State::Empty => self,
             State::Leaf(_) => unreachable!("a leaf has no pages of its own"),
         }
     }
@@ -212,7 +217,6 @@ mod tests {
         let pfn = (0..=MAX_PFN).prop_map(Pfn);
         prop_oneof![
             Just(State::Empty),
-            Just(State::Poisoned),
             (pfn.clone(), any::<bool>(), dirt()).prop_map(|(pfn, writable, dirt)| State::Host {
                 pfn,
                 writable,
@@ -224,6 +228,7 @@ mod tests {
                 stamp,
                 rewritten
             }),
+            (0..=MAX_PFN).prop_map(|pfn| State::Poisoned { pfn: Pfn(pfn) }),
             any::<u32>().prop_map(State::Leaf),
         ]
     }

@@ -38,7 +38,7 @@ pub fn on_fault(state: State, access: Access) -> FaultPlan {
         State::Host { .. } => FaultPlan::Present,
         State::Standby { .. } => FaultPlan::TakeBack,
         State::Device { pfn, .. } => FaultPlan::Load(pfn),
-        State::Poisoned => FaultPlan::Poison,
+        State::Poisoned { .. } => FaultPlan::Poison,
         State::Leaf(_) => unreachable!("a page is no leaf"),
     }
 }
@@ -173,7 +173,7 @@ mod tests {
         assert_eq!(on_fault(standby, Access::Read), FaultPlan::TakeBack);
         let device = State::Device { pfn: Pfn(7), stamp: 0, rewritten: false };
         assert_eq!(on_fault(device, Access::Write), FaultPlan::Load(Pfn(7)));
-        assert_eq!(on_fault(State::Poisoned, Access::Read), FaultPlan::Poison);
+        assert_eq!(on_fault(State::Poisoned { pfn: Pfn(7) }, Access::Read), FaultPlan::Poison);
     }
 
     #[test]

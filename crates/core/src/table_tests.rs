@@ -62,8 +62,8 @@ fn a_split_block_goes_on_as_it_was() {
     }
     let l = t.lock(Vpn(5)).unwrap();
     assert!(!l.is_whole());
-    l.commit(State::Poisoned);
-    assert_eq!(t.look(Vpn(5)).unwrap().0.state(), State::Poisoned);
+    l.commit(State::Poisoned { pfn: Pfn(9) });
+    assert_eq!(t.look(Vpn(5)).unwrap().0.state(), State::Poisoned { pfn: Pfn(9) });
     assert_eq!(t.look(Vpn(6)).unwrap().0.state(), host(1030));
 }
 

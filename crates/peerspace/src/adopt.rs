@@ -127,13 +127,29 @@ impl Space {
         let bad = |why| Error::BadRange { what: format!("{len} bytes at {start:p}"), why };
         let range = VaRange::new(Va(start as u64), len as u64).ok_or_else(|| bad("the range wraps"))?;
         let pages = engine.geometry.pages_out(range);
-        match engine.hold_pages(pages, how.into()) {
-            Ok(()) => Ok(Resident { space: self.clone(), pages }),
-            Err(HoldError::Lost(vpn)) => {
-                Err(Error::Lost(engine.geometry.range(PageRange { start: vpn, end: vpn + 1 })))
+        // What is held already is let go of again if the rest cannot be.
+        let mut held = Resident { space: self.clone(), pages: PageRange { start: pages.start, end: pages.start } };
+        for piece in pages.by_block() {
+            without_signals(|| engine.hold_pages(piece, how.into())).map_err(|e| self.cannot_hold(e, &bad))?;
+            held.pages.end = piece.end;
+        }
+        Ok(held)
+    }
+
+    /// What to tell the program of pages that could not be held.
+    pub(crate) fn cannot_hold(&self, e: HoldError, bad: &dyn Fn(&'static str) -> Error) -> Error {
+        let engine = self.engine();
+        match e {
+            HoldError::Lost(vpn, pfn) => {
+                let tier = engine.tiers.of(pfn);
+                Error::Lost {
+                    range: engine.geometry.range(PageRange { start: vpn, end: vpn + 1 }),
+                    device: tier.info.name.clone(),
+                    page: pfn - tier.range.base,
+                }
             }
-            Err(HoldError::Foreign(_)) => Err(bad("part of it is not managed by this space")),
-            Err(HoldError::TooMany(_)) => Err(bad("a page of it is kept resident too many times")),
+            HoldError::Foreign(_) => bad("part of it is not managed by this space"),
+            HoldError::TooMany(_) => bad("a page of it is kept resident too many times"),
         }
     }
 }
@@ -181,7 +197,9 @@ impl fmt::Debug for Adopted {
 
 impl Drop for Resident {
     fn drop(&mut self) {
-        self.space.engine().let_go(self.pages);
+        for piece in self.pages.by_block() {
+            without_signals(|| self.space.engine().let_go(piece));
+        }
     }
 }
 

@@ -54,8 +54,18 @@ pub enum Error {
         why: Trouble,
     },
     /// The data of a page is lost (rule Z9).
-    #[error("the page at {0} is lost: its device could not give it back")]
-    Lost(VaRange),
+    #[error(
+        "the page at {range} is lost: device {device} could not give its page {page} back. Everything else is as it \
+         was; once discarded, the page is usable again, and zero"
+    )]
+    Lost {
+        /// The addresses that are lost.
+        range: VaRange,
+        /// The device that had the data.
+        device: String,
+        /// The page of the device that could not be read.
+        page: u64,
+    },
     /// A thread could not be started.
     #[error("cannot start a thread of the engine: {0}")]
     Thread(String),

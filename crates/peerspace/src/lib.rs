@@ -18,7 +18,7 @@ pub use adopt::{Adopted, Resident, Use};
 pub use error::Error;
 pub use heap::{Heap, Pool};
 pub use peerspace_os::linux::thread::unmanaged;
-pub use region::Region;
+pub use region::{Hint, Region};
 pub use report::{DeviceStatistics, FaultStatistics, Statistics};
 pub use space::{Builder, Faults, Space};
 pub use spec::{DeviceSpec, KINDS as DEVICE_KINDS, Size, SizeError, SpecError};

@@ -2,15 +2,37 @@
 
 use crate::error::Error;
 use crate::space::Space;
-use peerspace_core::addr::{Va, VaRange};
+use peerspace_core::addr::{Access, Va, VaRange};
 use peerspace_core::regions::Attributes;
 use peerspace_os::linux::memory::Memory;
+use peerspace_os::linux::signal::without_signals;
 use std::fmt;
 use std::ops::Range;
+
+/// How a region is going to be used: see [`Region::advise`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Hint {
+    /// Nothing is known: small pages at first, and huge folios where faults show a stream.
+    #[default]
+    Normal,
+    /// Most of it will be used, and neighbours together: huge folios from the first fault on. The first byte used of
+    /// two mebibytes brings all of them in.
+    Dense,
+    /// Single pages here and there: never huge folios, so that what is not used takes up no RAM.
+    Sparse,
+}
 
 /// Memory of a [`Space`]. It begins as zeros, and takes up RAM only where it is used.
 ///
 /// Everything that works on a slice works on a region. Dropping it gives everything back.
+///
+/// # When a device fails
+///
+/// A page that its device cannot give back is lost (rule Z9), and only that page. A plain access to it raises SIGBUS,
+/// which ends a program that does not handle it; [`try_read`](Region::try_read) and [`try_write`](Region::try_write)
+/// return an error instead that says which address and which device. After [`discard`](Region::discard) the page is
+/// usable again.
 pub struct Region {
     /// Taken out when dropped.
     memory: Option<Memory>,
@@ -34,7 +56,7 @@ impl Region {
             .map_err(|why| Error::Kernel { what: format!("map a region of {bytes} bytes"), why })?;
         let range = memory.range();
         // Without signals: a handler of the program that touched managed memory now could wait for this thread.
-        let added = peerspace_os::linux::signal::without_signals(|| {
+        let added = without_signals(|| {
             let _work = engine.contexts.take();
             engine.add_region(engine.geometry.pages_inside(range), attributes)
         });
@@ -63,12 +85,23 @@ impl Region {
         self.memory.as_mut().expect("a region has memory until it is dropped").bytes_mut()
     }
 
-    /// The region as a slice of plain values.
+    /// The region as a slice of plain values: as many as fit.
+    ///
+    /// ```
+    /// # use peerspace::{Space, device::soft::Soft};
+    /// # let space = Space::builder().host(16 << 20).device(Soft::new(64 << 20)?).build()?;
+    /// let mut region = space.region(1 << 20)?;
+    /// let words: &mut [u64] = region.typed_mut();
+    /// words[77] = 7;
+    /// assert_eq!(region.typed::<[u32; 2]>()[77], [7, 0]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Panics
-    /// Never for types whose size divides a block: a region is aligned to a block and whole blocks long.
+    /// For a type of no bytes, or one that is aligned to more than a block (2 MiB where pages have 4 KiB).
     pub fn typed<T: bytemuck::Pod>(&self) -> &[T] {
-        bytemuck::cast_slice(self.bytes())
+        let whole = self.len() / size_of::<T>() * size_of::<T>();
+        bytemuck::cast_slice(&self.bytes()[..whole])
     }
 
     /// The region as a slice of plain values, to write.
@@ -76,7 +109,57 @@ impl Region {
     /// # Panics
     /// As [`typed`](Region::typed).
     pub fn typed_mut<T: bytemuck::Pod>(&mut self) -> &mut [T] {
-        bytemuck::cast_slice_mut(self.bytes_mut())
+        let whole = self.len() / size_of::<T>() * size_of::<T>();
+        bytemuck::cast_slice_mut(&mut self.bytes_mut()[..whole])
+    }
+
+    /// Copies the bytes from `at` on to `to`.
+    ///
+    /// What a plain access says by SIGBUS, this says by an error.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if one of the pages cannot be had back from its device: `to` then has the bytes before that
+    /// page. [`Error::BadRange`] if the bytes do not lie inside the region.
+    pub fn try_read(&self, at: usize, to: &mut [u8]) -> Result<(), Error> {
+        let bytes = self.bytes();
+        held_in_pieces(&self.space, self.range, at, to.len(), Access::Read, |from| {
+            to[from.start - at..from.end - at].copy_from_slice(&bytes[from]);
+        })
+    }
+
+    /// Copies `from` to the bytes from `at` on.
+    ///
+    /// What a plain access says by SIGBUS, this says by an error.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if one of the pages, of which other bytes may be needed, cannot be had back from its device:
+    /// what comes before that page is written. To write over all of a page that is lost,
+    /// [`discard`](Region::discard) it first. [`Error::BadRange`] if the bytes do not lie inside the region.
+    pub fn try_write(&mut self, at: usize, from: &[u8]) -> Result<(), Error> {
+        let Region { memory, range, space } = self;
+        let bytes = memory.as_mut().expect("a region has memory until it is dropped").bytes_mut();
+        held_in_pieces(space, *range, at, from.len(), Access::Write, |to| {
+            bytes[to.clone()].copy_from_slice(&from[to.start - at..to.end - at]);
+        })
+    }
+
+    /// Says how the region is going to be used. What is in RAM already stays as it is.
+    ///
+    /// # Errors
+    /// When the space has as many regions as it can have.
+    pub fn advise(&self, hint: Hint) -> Result<(), Error> {
+        let engine = self.space.engine();
+        let both = Attributes::HUGE.with(Attributes::NO_HUGE);
+        let set = match hint {
+            Hint::Normal => Attributes::default(),
+            Hint::Dense => Attributes::HUGE,
+            Hint::Sparse => Attributes::NO_HUGE,
+        };
+        without_signals(|| engine.advise(engine.geometry.pages_inside(self.range), |old| old.without(both).with(set)))
+            .map_err(|_| Error::BadRange {
+                what: format!("{hint:?} for the region at {}", self.range),
+                why: "the space has as many regions as it can have",
+            })
     }
 
     /// The first byte, for raw use.
@@ -101,14 +184,7 @@ impl Region {
 
     /// The addresses of a part of the region.
     pub(crate) fn part(&self, part: Range<usize>) -> Result<VaRange, Error> {
-        let all = self.range;
-        if part.start > part.end || part.end as u64 > all.len() {
-            return Err(Error::BadRange {
-                what: format!("bytes {}..{} of a region of {} bytes", part.start, part.end, all.len()),
-                why: "the range does not lie inside",
-            });
-        }
-        Ok(VaRange { start: Va(all.start.0 + part.start as u64), end: Va(all.start.0 + part.end as u64) })
+        part_of(self.range, part)
     }
 
     /// Forgets the content of every page that lies wholly inside `part` (rule G8: rounded inwards); it reads as
@@ -131,6 +207,44 @@ impl Region {
     }
 }
 
+/// The addresses of a part of the region at `all`.
+fn part_of(all: VaRange, part: Range<usize>) -> Result<VaRange, Error> {
+    if part.start > part.end || part.end as u64 > all.len() {
+        return Err(Error::BadRange {
+            what: format!("bytes {}..{} of a region of {} bytes", part.start, part.end, all.len()),
+            why: "the range does not lie inside",
+        });
+    }
+    Ok(VaRange { start: Va(all.start.0 + part.start as u64), end: Va(all.start.0 + part.end as u64) })
+}
+
+/// Calls `copy` with pieces of the `len` bytes at `at` of the region at `all`, one after the other, while their pages
+/// are kept from leaving.
+fn held_in_pieces(
+    space: &Space,
+    all: VaRange,
+    at: usize,
+    len: usize,
+    access: Access,
+    mut copy: impl FnMut(Range<usize>),
+) -> Result<(), Error> {
+    let engine = space.engine();
+    let wanted = part_of(all, at..at.saturating_add(len))?;
+    let mut next = wanted.start;
+    while next < wanted.end {
+        let rest = VaRange { start: next, end: wanted.end };
+        // Without signals: a handler of the program that touched managed memory now could wait for this thread.
+        let held = without_signals(|| engine.hold_some(engine.geometry.pages_out(rest), access));
+        let bad = |why| Error::BadRange { what: format!("{rest}"), why };
+        let held = held.map_err(|e| space.cannot_hold(e, &bad))?;
+        let end = engine.addresses(held).end.min(wanted.end);
+        copy((next.0 - all.start.0) as usize..(end.0 - all.start.0) as usize);
+        without_signals(|| engine.let_go(held));
+        next = end;
+    }
+    Ok(())
+}
+
 impl Drop for Region {
     fn drop(&mut self) {
         let Some(memory) = self.memory.take() else { return };
@@ -138,7 +252,7 @@ impl Drop for Region {
         // Nobody refers to the memory any more, so nobody faults in it. What the table knows of a piece goes first.
         let mut rest = Some(memory);
         let range = self.range;
-        peerspace_os::linux::signal::without_signals(|| {
+        without_signals(|| {
             engine.release_region(range, |piece| {
                 // Refusal leaks address space and nothing else.
                 rest = rest.take().and_then(|memory| engine.kernel.unmap_front(memory, piece.len()).ok().flatten());

@@ -6,28 +6,35 @@ use crate::space::Real;
 use peerspace_core::sync::Ordering::Relaxed;
 use std::time::Duration;
 
-/// Numbers of a space, from its start to now. Pages are base pages.
+/// Numbers of a space, from its start to now; in a forked process, from the fork on. Bytes are bytes, pages are base
+/// pages, durations carry their unit.
+///
+/// Numbers are read one after the other while the space goes on: they are each right, but need not add up.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Statistics {
     /// The budget, in bytes.
     pub limit_bytes: u64,
-    /// RAM in use by managed memory: mapped, on standby, staged.
+    /// Bytes of RAM in use by managed memory: mapped, on standby, staged.
     pub used_bytes: u64,
-    /// The most that was in use.
+    /// The most bytes that were in use.
     pub peak_bytes: u64,
-    /// What was charged beyond the budget because no device had room.
+    /// Bytes that were charged beyond the budget because no device had room.
     pub forced_bytes: u64,
-    /// Of the memory in use, what is on standby.
+    /// Of the bytes in use, those on standby: they can be had back without any transfer.
     pub standby_bytes: u64,
+    /// Of the bytes in use, those in adopted memory that nobody has looked at yet: the kernel populated them.
+    pub native_bytes: u64,
     /// Faults.
     pub faults: FaultStatistics,
-    /// Pages brought in from devices.
+    /// Pages brought in from devices, those read ahead included.
     pub pages_in: u64,
     /// Pages written to devices.
     pub pages_out: u64,
     /// Pages dropped without being written, because their device still had them.
     pub clean_dropped: u64,
+    /// Of those, the ones that were compared with the device's copy first.
+    pub compared_equal: u64,
     /// Pages that were all zeros when they left, and took no place on a device.
     pub zero_dropped: u64,
     /// Pages read ahead of streams.
@@ -36,15 +43,24 @@ pub struct Statistics {
     pub huge_mapped: u64,
     /// Huge mappings broken into small ones.
     pub splits: u64,
-    /// Small pages put together into huge ones.
+    /// Small pages put together into huge ones, in huge mappings.
     pub collapses: u64,
     /// Pages unmapped to standby.
     pub unmapped: u64,
+    /// Pages of adopted memory that were looked at for the first time.
+    pub taken_in_hand: u64,
+    /// Pages that were to be unmapped and could not be: pinned, or shared with a forked process.
+    pub busy: u64,
     /// Rounds of reclaim that a faulting thread had to do itself.
     pub direct_reclaims: u64,
+    /// Times the background reclaimer was woken.
+    pub background_reclaims: u64,
+    /// Attempts that had to wait for the program's own changes of its mappings.
+    pub waits_for_changes: u64,
     /// Pages lost (rule Z9).
     pub poisoned: u64,
-    /// Transfers that a device failed.
+    /// Transfers that devices failed, other than for want of space. Most cost nothing but time: a failed load is
+    /// tried again, a page that could not be stored stays in RAM.
     pub device_errors: u64,
     /// The devices, in the order in which they are tried.
     pub devices: Vec<DeviceStatistics>,
@@ -54,7 +70,7 @@ pub struct Statistics {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FaultStatistics {
-    /// All of them.
+    /// All that were served, whatever became of them.
     pub total: u64,
     /// On memory never touched.
     pub zero_fill: u64,
@@ -64,8 +80,10 @@ pub struct FaultStatistics {
     pub device: u64,
     /// Resolved by a huge folio.
     pub huge: u64,
-    /// First writes to clean pages.
+    /// Pages made writable by a first write to one of them.
     pub upgrades: u64,
+    /// On pages that were there already when the fault was looked at.
+    pub spurious: u64,
     /// Half of all faults took no longer than this, from delivery to the resumption of the thread.
     pub p50: Duration,
     /// 99 % of all faults took no longer than this.
@@ -90,6 +108,8 @@ pub struct DeviceStatistics {
     pub loads: u64,
     /// Pages written to it.
     pub stores: u64,
+    /// Transfers it failed, other than for want of space.
+    pub errors: u64,
 }
 
 impl Statistics {
@@ -104,6 +124,7 @@ impl Statistics {
             peak_bytes: g.bytes(engine.budget.peak()),
             forced_bytes: g.bytes(engine.budget.forced()),
             standby_bytes: g.bytes(engine.standby_pages()),
+            native_bytes: (engine.budget.native().max(0) as u64) << g.page_shift(),
             faults: FaultStatistics {
                 total: s.faults,
                 zero_fill: s.zero_fill,
@@ -111,21 +132,27 @@ impl Statistics {
                 device: s.device_loads,
                 huge: s.huge_faults,
                 upgrades: s.upgrades,
+                spurious: s.spurious,
                 p50,
                 p99,
             },
             pages_in: s.pages_in,
             pages_out: s.pages_out,
             clean_dropped: s.clean_dropped,
+            compared_equal: s.compared_equal,
             zero_dropped: s.zero_dropped,
             read_ahead: s.read_ahead,
             huge_mapped: s.huge_mapped,
             splits: s.splits,
             collapses: s.collapses,
             unmapped: s.unmapped,
+            taken_in_hand: s.taken_in_hand,
+            busy: s.busy,
             direct_reclaims: s.direct_reclaims,
+            background_reclaims: s.background_reclaims,
+            waits_for_changes: s.changes,
             poisoned: s.poisoned,
-            device_errors: s.device_errors,
+            device_errors: engine.tiers.iter().map(|t| t.errors.load(Relaxed)).sum(),
             devices: engine
                 .tiers
                 .iter()
@@ -146,6 +173,7 @@ impl Statistics {
                         peak_bytes: usage.peak_bytes,
                         loads: t.loads.load(Relaxed),
                         stores: t.stores.load(Relaxed),
+                        errors: t.errors.load(Relaxed),
                     }
                 })
                 .collect(),

@@ -139,10 +139,11 @@ impl Builder {
         };
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let policy = self.policy.unwrap_or_else(|| allocator_api2::unsize_box!(OwnBox::new_in(S3Fifo::new(), Own)));
-        let config = Config { limit, devices: self.devices, policy, contexts: (2 * cpus + 6).min(128) };
+        let ram = geometry.pages_in(peerspace_os::linux::probe::ram_bytes());
+        let config = Config { limit, ram, devices: self.devices, policy, contexts: (2 * cpus + 6).min(128) };
         let engine = Engine::new(kernel, config).map_err(|e| match e {
             EngineError::Memory(why) => Error::Kernel { what: "reserve memory for tables".into(), why },
-            EngineError::Device(name, why) => Error::Device { name, why: why.to_string() },
+            EngineError::Device(name, why) => Error::Device { name, why },
         })?;
         let handlers = if self.handlers == 0 { (cpus / 2).clamp(2, 8) } else { self.handlers };
         Space::start(Shared::new(engine), handlers)

@@ -158,6 +158,8 @@ pub enum DeviceError {
     Unsupported,
     /// The device is gone.
     Gone,
+    /// The device's own code panicked.
+    Panicked,
 }
 
 impl fmt::Display for DeviceError {
@@ -170,6 +172,7 @@ impl fmt::Display for DeviceError {
             DeviceError::NoAnswer => f.write_str("the device did not say what became of the transfer"),
             DeviceError::Unsupported => f.write_str("the device cannot do this"),
             DeviceError::Gone => f.write_str("the device is gone"),
+            DeviceError::Panicked => f.write_str("the device's own code panicked"),
         }
     }
 }

@@ -12,9 +12,10 @@ use super::stats::{count, count_n};
 use super::{AddError, Engine, Entry};
 use crate::device::Load;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Pfn, Va, VaRange, Vpn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Arrival, Frame};
+use peerspace_core::plan::CLUSTER;
 use peerspace_core::regions::Attributes;
 use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
@@ -38,8 +39,8 @@ pub(crate) enum AdoptError {
 /// A page was lost and cannot be held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HoldError {
-    /// Its data is gone (rule Z9).
-    Lost(Vpn),
+    /// Its data is gone (rule Z9), with this page of a device.
+    Lost(Vpn, Pfn),
     /// It lies in no region of the space.
     Foreign(Vpn),
     /// As many users rely on it as can be counted.
@@ -120,12 +121,10 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn disown(&self, range: VaRange) -> Result<(), Trouble> {
         let pages = self.geometry.pages_inside(range);
         let keep = |kept: bool| {
-            let _work = self.contexts.take();
-            let _changes = self.region_changes.lock();
             let change = |a: Attributes| {
                 if kept { a.with(Attributes::KEPT) } else { a.without(Attributes::KEPT) }
             };
-            self.regions.update(pages, change).map_err(|_| Trouble::NoMemory)
+            self.advise(pages, change).map_err(|_| Trouble::NoMemory)
         };
         keep(true)?;
         loop {
@@ -199,10 +198,14 @@ impl<K: Kernel> Engine<K> {
             State::Standby { pfn, .. } => Some(self.memmap.page(pfn)),
             State::Device { pfn, .. } => {
                 let tier = self.tiers.of(pfn);
-                let mut batch = [Load::new(pfn - tier.range.base, bytes)];
-                tier.load(&mut batch, self.geometry);
-                let [load] = batch;
-                if let Err(e) = load.result {
+                let mut load = || {
+                    let mut batch = [Load::new(pfn - tier.range.base, &mut *bytes)];
+                    tier.load(&mut batch, self.geometry);
+                    let [load] = batch;
+                    load.result
+                };
+                // Once more: it may be a passing fault.
+                if let Err(e) = load().or_else(|_| load()) {
                     let vpn = entry.vpn();
                     self.lose(entry, e, context);
                     if !self.kernel.capabilities().poison {
@@ -465,7 +468,7 @@ impl<K: Kernel> Engine<K> {
             match self.fault(va, access, Wake::Yes, super::fault::Patience::Waits) {
                 Ok(Outcome::Resolved) => {}
                 Ok(Outcome::Foreign) => return Err(HoldError::Foreign(vpn)),
-                _ => return Err(HoldError::Lost(vpn)),
+                _ => {}
             }
             let work = self.contexts.take();
             let Ok(entry) = self.table.lock(vpn) else { return Err(HoldError::Foreign(vpn)) };
@@ -489,10 +492,52 @@ impl<K: Kernel> Engine<K> {
                         return Ok(1);
                     }
                 }
+                State::Poisoned { pfn } => return Err(HoldError::Lost(vpn, pfn)),
                 // Gone again, before it could be held.
                 _ => {}
             }
         }
+    }
+
+    /// Holds some pages at the start of `pages`, to be copied and [let go](Engine::let_go): the block of the first if
+    /// that is mapped whole, else a few single pages. Returns what is held. Pages that are mapped already take no fault.
+    ///
+    /// # Errors
+    /// [`HoldError`] for the first page; nothing is held then.
+    pub(crate) fn hold_some(&self, pages: PageRange, access: Access) -> Result<PageRange, HoldError> {
+        if let Some(held) = self.hold_mapped(pages, access) {
+            return Ok(held);
+        }
+        // What became of it is found out below.
+        let _ = self.fault(self.geometry.va(pages.start), access, Wake::Yes, super::fault::Patience::Waits);
+        if let Some(held) = self.hold_mapped(pages, access) {
+            return Ok(held);
+        }
+        let first = PageRange::new(pages.start, Pages(1));
+        self.hold_at(first.start, first, access)?;
+        Ok(first)
+    }
+
+    /// The same for what is mapped already; `None` if the first page is not, or may not be accessed so.
+    fn hold_mapped(&self, pages: PageRange, access: Access) -> Option<PageRange> {
+        let _work = self.contexts.take();
+        let mut held = PageRange { start: pages.start, end: pages.start };
+        while held.end < pages.end && held.pages() < CLUSTER {
+            let Ok(entry) = self.table.lock(held.end) else { break };
+            let State::Host { pfn, writable, .. } = entry.state() else { break };
+            if !writable && access == Access::Write {
+                break;
+            }
+            if entry.is_whole() {
+                let alone = held.is_empty() && self.memmap.pin(self.memmap.block(pfn));
+                return if alone { Some(entry.range()) } else { (!held.is_empty()).then_some(held) };
+            }
+            if !self.memmap.pin(self.memmap.page(pfn)) {
+                break;
+            }
+            held.end = held.end + 1;
+        }
+        (!held.is_empty()).then_some(held)
     }
 
     /// Takes a native page into the table where it is.

@@ -118,7 +118,6 @@ impl<K: Kernel> Engine<K> {
         let state = entry.state();
         let staged = self.fill_block(frame, state, entry.vpn(), work);
         if !staged {
-            count(&work.counters.device_errors);
             self.blocks.give_ready(frame);
             // Some page cannot be read: in small pages, exactly that one is lost.
             entry.split_evenly();

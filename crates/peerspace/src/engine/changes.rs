@@ -213,7 +213,7 @@ impl<K: Kernel> Engine<K> {
         let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
         match entry.state() {
             State::Empty => {}
-            State::Poisoned => entry.commit(State::Empty),
+            State::Poisoned { .. } => entry.commit(State::Empty),
             State::Device { pfn, .. } => {
                 entry.commit(State::Empty);
                 self.tiers.free(pfn, order);

@@ -64,7 +64,7 @@ impl<K: Kernel> Engine<K> {
                 let who = format!("{range:?}");
                 match entry.state() {
                     State::Empty => {}
-                    State::Poisoned => census.poisoned += n,
+                    State::Poisoned { .. } => census.poisoned += n,
                     State::Device { pfn, .. } => {
                         assert!(!self.memmap.contains(pfn), "{who}: {pfn} is no device page");
                         own(pfn, n, who);

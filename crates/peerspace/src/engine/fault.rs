@@ -322,6 +322,11 @@ impl<K: Kernel> Engine<K> {
     }
 
     fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault, work: &Working<'_>) -> Result<Outcome, Hold> {
+        // The program may have discarded the page: then it is good again as soon as that has been acted on.
+        let Some(_section) = self.gate.enter(work.context()) else { return Err(Hold::Changing) };
+        if self.kernel.is_changing() {
+            return Err(Hold::Changing);
+        }
         // In case the marker that makes accesses fail got lost with a change of mappings.
         if self.mark_lost(&entry, work.context()) {
             let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));

@@ -41,7 +41,8 @@ impl Rig {
         let mut devices: OwnVec<OwnBox<dyn Device>> = OwnVec::new_in(Own);
         devices.push(allocator_api2::unsize_box!(OwnBox::new_in(device, Own)));
         let policy: OwnBox<dyn Policy<Arena>> = allocator_api2::unsize_box!(OwnBox::new_in(S3Fifo::new(), Own));
-        let engine = Shared::new(Engine::new(kernel, Config { limit: LIMIT, devices, policy, contexts: 8 }).unwrap());
+        let config = Config { limit: LIMIT, ram: Pages(1 << 20), devices, policy, contexts: 8 };
+        let engine = Shared::new(Engine::new(kernel, config).unwrap());
         let signal = delivery == Delivery::Signal;
         let registration = signal.then(|| register(engine.clone()).unwrap());
         let threads = start_threads(&engine, delivery, 2).unwrap();

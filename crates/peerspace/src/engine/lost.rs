@@ -118,7 +118,7 @@ impl<K: Kernel> Engine<K> {
             let work = self.contexts.take();
             let Ok(entry) = self.table.lock(vpn) else { return true };
             // Look again: the program may have unmapped or discarded it.
-            if entry.state() != State::Poisoned || self.region(vpn).is_none() {
+            if !matches!(entry.state(), State::Poisoned { .. }) || self.region(vpn).is_none() {
                 let _ = self.kernel.wake(self.addresses(entry.range()));
                 return true;
             }

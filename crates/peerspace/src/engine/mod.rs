@@ -60,7 +60,6 @@ use gate::Gate;
 use peerspace_core::addr::{BLOCK_PAGES, Geometry, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::STAMPS;
 use peerspace_core::memmap::{Arrival, Frame, Memmap};
-use peerspace_core::pagemap::PagemapError;
 use peerspace_core::plan::CLUSTER;
 use peerspace_core::reclaim::{Incoming, Policy};
 use peerspace_core::regions::{Attributes, RegionError, RegionInfo, Regions};
@@ -114,8 +113,10 @@ pub(crate) type Entry<'t, K> = Locked<'t, <K as Kernel>::Words, <K as Kernel>::P
 
 /// What an engine is made from.
 pub(crate) struct Config<W> {
-    /// Pages of RAM.
+    /// Pages of RAM to make do with.
     pub(crate) limit: Pages,
+    /// Pages of RAM that the machine has.
+    pub(crate) ram: Pages,
     /// The devices, in the order in which they are tried.
     pub(crate) devices: Vec<Box<dyn Device>>,
     /// Chooses victims.
@@ -129,8 +130,8 @@ pub(crate) struct Config<W> {
 pub(crate) enum EngineError {
     /// The kernel refused memory for tables.
     Memory(Trouble),
-    /// A device cannot be used.
-    Device(String, PagemapError),
+    /// The device of this name cannot be used, for this reason.
+    Device(String, String),
 }
 
 /// How a staging area for `limit` pages is laid out: block frames, then slots.
@@ -152,11 +153,19 @@ impl<K: Kernel> Engine<K> {
         let huge = kernel.capabilities().huge;
         let (blocks, slots) = staging_layout(config.limit, huge);
         let words = |n: usize| kernel.words(n, n).map_err(EngineError::Memory);
+        // Twice the limit is what it takes as long as it is kept. Where no device has room it is exceeded, by as much
+        // as there is RAM. Descriptors that are never used cost nothing but addresses.
+        let least = config.limit.0 * 2 + slots;
+        let most = (u32::MAX as u64 / 2).saturating_sub(blocks * (BLOCK_PAGES + 1)).max(least);
+        let wanted = (config.ram.0 + slots).clamp(least, most);
+        let (small, memmap) = [wanted, least]
+            .into_iter()
+            .find_map(|n| Some((n as u32, words(Memmap::<K::Words>::words_for(blocks as u32, n as u32)).ok()?)))
+            .ok_or(EngineError::Memory(Trouble::NoMemory))?;
         let memory = Self::reserve_table(&kernel, geometry).map_err(EngineError::Memory)?;
-        let small = (config.limit.0 * 2 + slots) as u32;
-        let memmap = Memmap::new(words(Memmap::<K::Words>::words_for(blocks as u32, small))?, blocks as u32, small);
+        let memmap = Memmap::new(memmap, blocks as u32, small);
         let tiers = Tiers::new(geometry, memmap.end(), config.devices, words).map_err(|e| match e {
-            TierError::Refused(name, e) => EngineError::Device(name, e),
+            TierError::Refused(name, why) => EngineError::Device(name, why),
             TierError::Memory(e) => e,
         })?;
         let staging = kernel.staging();
@@ -240,6 +249,17 @@ impl<K: Kernel> Engine<K> {
             self.table.uncover(new);
             AddError::Region(e)
         })
+    }
+
+    /// Changes what is known about `range`.
+    pub(crate) fn advise(
+        &self,
+        range: PageRange,
+        change: impl Fn(Attributes) -> Attributes,
+    ) -> Result<(), RegionError> {
+        let _work = self.contexts.take();
+        let _changes = self.region_changes.lock();
+        self.regions.update(range, change)
     }
 
     /// Takes `range` out of all regions; calls `removed` with each piece. The pages keep their entries.

@@ -255,7 +255,6 @@ impl<K: Kernel> Engine<K> {
         let (context, buffer) = work.parts();
         let bytes = self.geometry.bytes(run.pages()) as usize;
         if let Err(e) = self.transfer(&locks, &mut buffer[..bytes]) {
-            count(&context.counters.device_errors);
             for f in frames {
                 self.memmap.give_back(f);
             }
@@ -328,15 +327,11 @@ impl<K: Kernel> Engine<K> {
         let State::Device { pfn, .. } = entry.state() else { unreachable!("the page is on a device") };
         let va = self.geometry.va(entry.vpn());
         let tier = self.tiers.of(pfn);
-        crate::tell::warning(format_args!(
-            "page {va} is lost: device {}, page {}: {error}",
-            tier.info.name,
-            pfn - tier.range.base,
-        ));
+        tier.tell_lost(va, pfn, error);
         count(&context.counters.poisoned);
         let marked = self.mark_lost(&entry, context);
         let range = self.addresses(entry.range());
-        entry.commit(State::Poisoned);
+        entry.commit(State::Poisoned { pfn });
         if marked {
             let _ = self.kernel.wake(range);
         }

@@ -35,6 +35,8 @@ const VICTIMS: usize = 32;
 const STUCK: Duration = Duration::from_millis(50);
 /// The same when it has just been so: then it probably still is.
 const STUCK_AGAIN: Duration = Duration::from_micros(100);
+/// And then only one of so many faults tries at all.
+const HOPE: u64 = 32;
 /// The same while memory that is not managed yet takes up the budget: whoever adopts it is on the way.
 const STUCK_ON_NATIVE: Duration = Duration::from_millis(500);
 
@@ -61,6 +63,8 @@ pub(crate) struct Pace {
     leave_until: AtomicU64,
     /// Until then there is little hope that a device has room (on the same clock).
     stuck_until: AtomicU64,
+    /// Faults since then.
+    hopeful: AtomicU64,
     since: Instant,
 }
 
@@ -76,6 +80,7 @@ impl Pace {
             direct: AtomicU64::new(0),
             leave_until: AtomicU64::new(0),
             stuck_until: AtomicU64::new(0),
+            hopeful: AtomicU64::new(0),
             since: Instant::now(),
         }
     }
@@ -98,6 +103,11 @@ impl Pace {
 
     fn note_stuck(&self) {
         self.stuck_until.store((self.since.elapsed() + STUCK).as_nanos() as u64, Relaxed);
+    }
+
+    /// True for one in [`HOPE`] of those who ask.
+    fn hopes(&self) -> bool {
+        self.hopeful.fetch_add(1, Relaxed).is_multiple_of(HOPE)
     }
 
     fn was_stuck(&self) -> bool {
@@ -123,6 +133,10 @@ impl<K: Kernel> Engine<K> {
             if patience == Patience::Never && self.has_slow_device() {
                 return Err(Hold::Busy);
             }
+            if self.is_hopeless() {
+                self.budget.force(pages);
+                break;
+            }
             count(&work.counters.direct_reclaims);
             match self.reclaim_step(work, false) {
                 Step::Freed(_) | Step::Moved => stuck = None,
@@ -132,7 +146,7 @@ impl<K: Kernel> Engine<K> {
                     self.tell_full();
                     self.service.pace.note_stuck();
                     self.budget.force(pages);
-                    return Ok(());
+                    break;
                 }
                 // Other threads may have all of it in hand, or it is shared with a forked process.
                 Step::Stuck => {
@@ -152,8 +166,18 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
+    /// Whether adopting memory will make room.
+    fn waits_for_native(&self) -> bool {
+        self.native_missed.load(Relaxed) && self.budget.native() > 0
+    }
+
+    /// While no device has room, only some faults try to make any.
+    fn is_hopeless(&self) -> bool {
+        self.service.pace.was_stuck() && !self.waits_for_native() && !self.service.pace.hopes()
+    }
+
     fn patience_when_stuck(&self) -> Duration {
-        if self.native_missed.load(Relaxed) && self.budget.native() > 0 {
+        if self.waits_for_native() {
             STUCK_ON_NATIVE
         } else if self.service.pace.was_stuck() {
             STUCK_AGAIN

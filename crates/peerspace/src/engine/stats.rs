@@ -81,8 +81,6 @@ counters! {
     poisoned,
     /// Operations that had to wait for a change of mappings.
     changes,
-    /// Transfers a device failed.
-    device_errors,
 }
 
 /// Adds one to `counter`.

@@ -9,7 +9,7 @@
 use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store};
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{BLOCK_PAGES, Geometry, Order, Pages, Pfn};
+use peerspace_core::addr::{BLOCK_PAGES, Geometry, Order, Pages, Pfn, Va};
 use peerspace_core::buddy::Buddy;
 use peerspace_core::pagemap::{Pagemaps, PfnRange};
 use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -20,6 +20,8 @@ use peerspace_os::own::{Box, Own, Vec};
 pub(crate) const BATCH: usize = 64;
 /// Stores that fail in a row (for another reason than want of space) before a device is not asked any more.
 const STRIKES: u64 = 16;
+/// Lost pages that are reported one by one.
+const LOUD: u64 = 16;
 /// A full device is asked again after this many of its pages were freed.
 const ROOM_AGAIN: u64 = 16;
 
@@ -28,16 +30,55 @@ pub(crate) struct Tier<W> {
     device: Box<dyn Device>,
     pub(crate) info: Descriptor,
     pub(crate) range: PfnRange,
-    buddy: Mutex<Buddy<W>>,
+    room: Mutex<Room<W>>,
     /// Pages freed so far; and the count at which the device last said it was full, plus one.
     freed: AtomicU64,
     full: AtomicU64,
     strikes: AtomicU64,
     told_failing: AtomicBool,
+    /// Pages lost so far.
+    lost: AtomicU64,
     /// The most pages that were in use.
     pub(crate) most_used: AtomicU64,
     pub(crate) loads: AtomicU64,
     pub(crate) stores: AtomicU64,
+    /// Transfers that failed, other than for want of space.
+    pub(crate) errors: AtomicU64,
+}
+
+/// The pages of a device that are free.
+struct Room<W> {
+    buddy: Buddy<W>,
+    /// Pages that could not be stored to: free, but the last to be tried again. A few bad ones would otherwise be
+    /// what is always tried first.
+    aside: ArrayVec<(u64, Order), BATCH>,
+}
+
+impl<W: Words> Room<W> {
+    fn alloc(&mut self, order: Order) -> Option<u64> {
+        self.buddy.alloc(order).or_else(|| {
+            let Room { buddy, aside } = self;
+            aside.drain(..).for_each(|(page, order)| buddy.free(page, order));
+            buddy.alloc(order)
+        })
+    }
+
+    fn free(&mut self, page: u64, order: Order, bad: bool) {
+        let (mut page, mut order) = (page, order);
+        if bad {
+            if !self.aside.is_full() {
+                return self.aside.push((page, order));
+            }
+            let oldest = self.aside.remove(0);
+            self.aside.push((page, order));
+            (page, order) = oldest;
+        }
+        self.buddy.free(page, order);
+    }
+
+    fn available(&self) -> Pages {
+        self.aside.iter().fold(self.buddy.available(), |n, (_, order)| n + order.pages())
+    }
 }
 
 /// All devices.
@@ -68,24 +109,33 @@ impl<W: Words> Tiers<W> {
         let mut all = Vec::with_capacity_in(devices.len(), Own);
         let mut base = first;
         for device in devices {
-            let info = device.describe();
+            let info = unwinding(|| device.describe()).ok_or_else(|| {
+                TierError::Refused(format!("number {}", all.len() + 1), "it panicked in `describe`".into())
+            })?;
             base = Pfn(base.0.next_multiple_of(BLOCK_PAGES));
             let range = PfnRange { base, pages: info.pages };
-            maps.register(range).map_err(|e| TierError::Refused(info.name.clone(), e))?;
+            maps.register(range).map_err(|e| TierError::Refused(info.name.clone(), e.to_string()))?;
+            let most = Buddy::<W>::MAX_PAGES;
+            if info.pages.0 > most {
+                let why = format!("it has {} pages; up to {most} can be managed", info.pages.0);
+                return Err(TierError::Refused(info.name, why));
+            }
             base = range.end();
             let memory = words(Buddy::<W>::words_for(info.pages)).map_err(TierError::Memory)?;
             all.push(Tier {
                 device,
                 range,
-                buddy: Mutex::new(Buddy::new(memory, info.pages)),
+                room: Mutex::new(Room { buddy: Buddy::new(memory, info.pages), aside: ArrayVec::new() }),
                 info,
                 freed: AtomicU64::new(0),
                 full: AtomicU64::new(0),
                 strikes: AtomicU64::new(0),
                 told_failing: AtomicBool::new(false),
+                lost: AtomicU64::new(0),
                 most_used: AtomicU64::new(0),
                 loads: AtomicU64::new(0),
                 stores: AtomicU64::new(0),
+                errors: AtomicU64::new(0),
             });
         }
         Ok(Tiers { all, maps, geometry })
@@ -113,7 +163,9 @@ impl<W: Words> Tiers<W> {
     /// Whether the device page `pfn` holds exactly `bytes`; false where that cannot be said.
     pub(crate) fn holds(&self, pfn: Pfn, bytes: &[u8]) -> bool {
         let tier = self.of(pfn);
-        tier.info.compares && tier.device.holds(pfn - tier.range.base, bytes) == Ok(true)
+        let page = pfn - tier.range.base;
+        // A panic counts as not knowing.
+        tier.info.compares && unwinding(|| tier.device.holds(page, bytes)) == Some(Ok(true))
     }
 
     /// Writes folios to the first device that takes each. Those for which `at` stays empty fit nowhere.
@@ -127,24 +179,26 @@ impl<W: Words> Tiers<W> {
             let mut which: ArrayVec<(usize, u64), BATCH> = ArrayVec::new();
             let mut batch: ArrayVec<Store<'_>, BATCH> = ArrayVec::new();
             {
-                let mut buddy = tier.buddy.lock();
+                let mut room = tier.room.lock();
                 for (i, f) in folios.iter().enumerate().filter(|(_, f)| f.at.is_none()) {
-                    let Some(page) = buddy.alloc(f.order) else { continue };
+                    let Some(page) = room.alloc(f.order) else { continue };
                     which.push((i, page));
                     batch.push(Store::new(page, f.bytes));
                 }
-                tier.most_used.fetch_max((tier.range.pages - buddy.available()).0, Relaxed);
+                tier.most_used.fetch_max((tier.range.pages - room.available()).0, Relaxed);
             }
             if batch.is_empty() {
                 continue;
             }
-            tier.device.store(&mut batch);
-            for ((i, page), store) in which.into_iter().zip(batch) {
-                if tier.judge(store.result) {
+            tier.store(&mut batch);
+            for (k, (i, page)) in which.into_iter().enumerate() {
+                let result = answer(&batch, k, page);
+                let bad = !matches!(result, Ok(()) | Err(DeviceError::NoSpace));
+                if tier.judge(result) {
                     folios[i].at = Some(tier.range.base + page);
                     tier.stores.fetch_add(folios[i].order.pages().0, Relaxed);
                 } else {
-                    tier.free(page, folios[i].order);
+                    tier.give_up(page, folios[i].order, bad);
                 }
             }
         }
@@ -154,10 +208,10 @@ impl<W: Words> Tiers<W> {
     /// then holds nothing to rely on.
     pub(crate) fn rewrite(&self, pfn: Pfn, bytes: &[u8]) -> bool {
         let tier = self.of(pfn);
-        let mut batch = [Store::new(pfn - tier.range.base, bytes)];
-        tier.device.store(&mut batch);
-        let [store] = batch;
-        let ok = tier.judge(store.result);
+        let page = pfn - tier.range.base;
+        let mut batch = [Store::new(page, bytes)];
+        tier.store(&mut batch);
+        let ok = tier.judge(answer(&batch, 0, page));
         if ok {
             tier.stores.fetch_add(self.geometry.pages_in(bytes.len() as u64).0, Relaxed);
         }
@@ -179,13 +233,33 @@ impl<W: Words> Tier<W> {
     /// Reads device pages. Several loads may be in one batch; each gets its own result.
     pub(crate) fn load(&self, batch: &mut [Load<'_>], geometry: Geometry) {
         let pages: u64 = batch.iter().map(|l| geometry.pages_in(l.bytes.len() as u64).0).sum();
-        self.device.load(batch);
+        if unwinding(|| self.device.load(batch)).is_none() {
+            batch.iter_mut().for_each(|l| l.result = Err(DeviceError::Panicked));
+        }
         self.loads.fetch_add(pages, Relaxed);
+        let failed = batch.iter().filter(|l| l.result.is_err()).count() as u64;
+        if failed > 0 {
+            self.errors.fetch_add(failed, Relaxed);
+        }
+    }
+
+    fn store(&self, batch: &mut [Store<'_>]) {
+        if unwinding(|| self.device.store(batch)).is_none() {
+            batch.iter_mut().for_each(|s| s.result = Err(DeviceError::Panicked));
+        }
     }
 
     fn free(&self, page: u64, order: Order) {
-        self.device.freed(DevicePages { first: page, count: order.pages().0 });
-        self.buddy.lock().free(page, order);
+        self.give_up(page, order, false);
+    }
+
+    /// Frees pages; if they are bad, others are to be tried first from now on.
+    fn give_up(&self, page: u64, order: Order, bad: bool) {
+        if unwinding(|| self.device.freed(DevicePages { first: page, count: order.pages().0 })).is_none() {
+            // The pages are free nevertheless: nobody will ask for what is in them.
+            self.errors.fetch_add(1, Relaxed);
+        }
+        self.room.lock().free(page, order, bad);
         self.freed.fetch_add(order.pages().0, Relaxed);
     }
 
@@ -199,6 +273,18 @@ impl<W: Words> Tier<W> {
     /// Whether the device has not said that it is full.
     pub(crate) fn has_room(&self) -> bool {
         self.full.load(Relaxed) == 0
+    }
+
+    /// Says that the page at `va` cannot be had back from here; where there are many, not of each.
+    pub(crate) fn tell_lost(&self, va: Va, pfn: Pfn, error: DeviceError) {
+        let name = &self.info.name;
+        let before = self.lost.fetch_add(1, Relaxed);
+        if before < LOUD {
+            let page = pfn - self.range.base;
+            crate::tell::warning(format_args!("page {va} is lost: device {name}, page {page}: {error}"));
+        } else if before == LOUD {
+            crate::tell::warning(format_args!("device {name} goes on losing pages; the others are only counted"));
+        }
     }
 
     /// Notes what a store says about the device. True if it went well.
@@ -218,6 +304,7 @@ impl<W: Words> Tier<W> {
                 false
             }
             Err(e) => {
+                self.errors.fetch_add(1, Relaxed);
                 if self.strikes.fetch_add(1, Relaxed) + 1 >= STRIKES && !self.told_failing.swap(true, Relaxed) {
                     crate::tell::warning(format_args!(
                         "device {}: {STRIKES} writes failed in a row ({e}); nothing more is written to it",
@@ -241,15 +328,28 @@ impl<W: Words> Tier<W> {
 
     /// Pages that are free by number.
     pub(crate) fn available(&self) -> Pages {
-        self.buddy.lock().available()
+        self.room.lock().available()
     }
+}
+
+/// Calls a device. `None` if it panicked, which must not reach the program's own code: it is in the middle of an
+/// access, and knows nothing of devices.
+fn unwinding<T>(call: impl FnOnce() -> T) -> Option<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).ok()
+}
+
+/// What a device said about the store of `page`, which was number `i` of the batch. A device may have put its batch
+/// into another order: an answer never counts for another page.
+fn answer(batch: &[Store<'_>], i: usize, page: u64) -> Result<(), DeviceError> {
+    let mut found = batch.get(i).into_iter().chain(batch).filter(|s| s.page == page);
+    found.next().map_or(Err(DeviceError::NoAnswer), |s| s.result.clone())
 }
 
 /// A device that cannot be used.
 #[derive(Debug)]
 pub(crate) enum TierError<E> {
-    /// Its pages do not fit into the pfn space.
-    Refused(String, peerspace_core::pagemap::PagemapError),
+    /// The one of this name cannot be used, for this reason.
+    Refused(String, String),
     /// There is no memory for its allocator.
     Memory(E),
 }

@@ -430,7 +430,8 @@ impl Process {
         let kernel = Linux::open(Setup { delivery, blocks, slots, without: 0 })?;
         let policy: Box<dyn Policy<Arena>> = allocator_api2::unsize_box!(Box::new_in(S3Fifo::new(), Own));
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let config = Config { limit, devices, policy, contexts: (2 * cpus + 6).min(128) };
+        let ram = self.geometry.pages_in(peerspace_os::linux::probe::ram_bytes());
+        let config = Config { limit, ram, devices, policy, contexts: (2 * cpus + 6).min(128) };
         Engine::new(kernel, config).map(Shared::new).map_err(|e| OsError::plain(format!("set up tables: {e:?}")))
     }
 

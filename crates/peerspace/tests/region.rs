@@ -1,0 +1,179 @@
+//! Regions: copying with errors instead of signals, slices of values, hints, and numbers that add up.
+
+mod common;
+
+use common::*;
+use peerspace::device::DeviceError;
+use peerspace::device::soft::Soft;
+use peerspace::{Error, Faults, Hint, Space};
+
+const HOST: usize = 4 * MIB;
+
+fn lost_pages(faults: Faults) {
+    let orders = Orders::new();
+    let space = space(faults, HOST, Obedient::new(&orders, 64 * MIB));
+    let mut region = space.region(8 * MIB as u64).unwrap();
+    fill(region.typed_mut());
+    push_out(&space, 2 * HOST);
+    let bad = |i: usize| i % 7 == 3;
+    let words: Vec<u64> = (0..region.len() / page()).filter(|i| bad(*i)).map(word).collect();
+    orders.on_load(move |a| if words.contains(&a.word) { Answer::Fails(DeviceError::Io(5)) } else { Answer::Good });
+
+    let mut lost = Vec::new();
+    let mut copy = vec![0u8; page()];
+    for i in 0..region.len() / page() {
+        match region.try_read(i * page(), &mut copy) {
+            Ok(()) => assert!(copy.chunks_exact(8).all(|w| w == word(i).to_le_bytes()), "page {i}"),
+            Err(Error::Lost { range, device, .. }) => {
+                assert!(bad(i), "page {i} should not be lost");
+                assert_eq!(range.start.0 as usize, region.as_ptr() as usize + i * page());
+                assert_eq!((range.len() as usize, device.as_str()), (page(), "obedient"));
+                lost.push(i);
+            }
+            Err(e) => panic!("page {i}: {e}"),
+        }
+    }
+    // What was still in RAM is not lost.
+    let all = (0..region.len() / page()).filter(|i| bad(*i)).count();
+    assert!(lost.len() > all / 2, "only {} pages of {all} were lost", lost.len());
+    let s = space.statistics();
+    assert_eq!(s.poisoned, lost.len() as u64);
+    assert_eq!(s.device_errors, s.devices[0].errors);
+    assert!(s.device_errors >= 2 * s.poisoned, "each was tried again: {} errors", s.device_errors);
+
+    // It stays lost, for every kind of access; what is beside it is not.
+    orders.on_load(|_| Answer::Good);
+    let i = lost[lost.len() / 2];
+    let mut three = vec![7u8; 3 * page()];
+    let e = region.try_read((i - 1) * page(), &mut three).unwrap_err();
+    assert!(three[..page()].chunks_exact(8).all(|w| w == word(i - 1).to_le_bytes()), "what comes before is copied");
+    assert!(three[page()..].iter().all(|b| *b == 7), "what is lost is not made up");
+    let said = e.to_string();
+    let address = format!("{:#x}", region.as_ptr() as usize + i * page());
+    assert!(said.contains(&address) && said.contains("obedient"), "{said}");
+    let e = region.try_write((i - 1) * page(), &vec![9; 3 * page()]).unwrap_err();
+    assert!(matches!(e, Error::Lost { .. }), "{e}");
+    region.try_read((i - 1) * page(), &mut three[..page()]).unwrap();
+    assert!(three[..page()].iter().all(|b| *b == 9), "what comes before is written");
+    let e = space.make_resident(region.as_ptr(), region.len(), peerspace::Use::Read).unwrap_err();
+    assert!(matches!(e, Error::Lost { .. }), "{e}");
+    if CAN_TRY {
+        let first = |i: usize| read_byte(region.as_ptr().wrapping_add(i * page()));
+        assert_eq!((first(i - 1), first(i), first(i)), (Some(9), None, None));
+        assert_eq!(first(i + 1), Some(word(i + 1) as u8));
+    }
+    // Discarded, it is as good as new.
+    for i in lost {
+        region.discard(i * page()..(i + 1) * page()).unwrap();
+        assert!(region.bytes()[i * page()..][..page()].iter().all(|b| *b == 0));
+        region.try_write(i * page(), &[5; 100]).unwrap();
+        assert_eq!(region.bytes()[i * page()..][99..101], [5, 0]);
+    }
+    space.check();
+    drop(region);
+    space.check();
+    drop(space);
+    orders.check();
+    assert_eq!(orders.held(), 0, "pages were not freed");
+}
+
+#[test]
+fn what_is_lost_is_said_by_signal() {
+    lost_pages(Faults::Signal);
+}
+
+#[test]
+fn what_is_lost_is_said_by_threads() {
+    lost_pages(Faults::Threads);
+}
+
+#[test]
+fn copies_of_any_size_are_right_while_memory_is_scarce() {
+    for faults in [Faults::Signal, Faults::Threads] {
+        let space = space(faults, HOST, Soft::new(64 * MIB as u64).unwrap());
+        let mut region = space.region(16 * MIB as u64).unwrap();
+        let mut model = vec![0u8; region.len()];
+        let mut x = 88172645463325252u64;
+        let mut random = move |n: usize| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            (x >> 11) as usize % n
+        };
+        for round in 0..400 {
+            let at = random(model.len());
+            let len = random(if round % 40 == 0 { 5 * MIB } else { 20_000 }).min(model.len() - at);
+            if round % 3 == 0 {
+                let bytes: Vec<u8> = (0..len).map(|i| (i * 7 + round) as u8).collect();
+                region.try_write(at, &bytes).unwrap();
+                model[at..at + len].copy_from_slice(&bytes);
+            } else {
+                let mut bytes = vec![1; len];
+                region.try_read(at, &mut bytes).unwrap();
+                assert!(bytes == model[at..at + len], "round {round}: {len} bytes at {at}");
+            }
+        }
+        assert!(region.bytes() == model);
+        // From one region to another.
+        let mut other = space.region(16 * MIB as u64).unwrap();
+        region.try_read(0, other.bytes_mut()).unwrap();
+        assert!(other.bytes() == model);
+        // Nothing is left held.
+        space.check();
+        push_out(&space, 2 * HOST);
+        let s = space.statistics();
+        assert_eq!((s.forced_bytes, s.poisoned, s.device_errors), (0, 0, 0));
+        assert!(s.peak_bytes <= s.limit_bytes);
+    }
+}
+
+#[test]
+fn bounds_are_kept() {
+    let space = space(Faults::Auto, HOST, Soft::new(64 * MIB as u64).unwrap());
+    let mut region = space.region(1).unwrap();
+    let len = region.len();
+    region.try_write(len - 3, &[1, 2, 3]).unwrap();
+    region.try_read(len, &mut []).unwrap();
+    for (at, n) in [(len - 3, 4), (len, 1), (len + 1, 0), (usize::MAX, 1), (usize::MAX - 1, 3)] {
+        let e = region.try_read(at, &mut vec![0; n]).unwrap_err();
+        assert!(matches!(e, Error::BadRange { .. }), "{at}, {n}: {e}");
+        let e = region.try_write(at, &vec![0; n]).unwrap_err();
+        assert!(matches!(e, Error::BadRange { .. }), "{at}, {n}: {e}");
+    }
+    // Values of an odd size: as many as fit.
+    assert_eq!(region.typed::<[u8; 3]>().len(), len / 3);
+    region.typed_mut::<[u8; 3]>()[1] = [7, 8, 9];
+    assert_eq!(region.bytes()[3..6], [7, 8, 9]);
+}
+
+fn huge_pages(space: &Space) -> bool {
+    let mode = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+    let any = mode.contains('[') && !mode.contains("[never]") && page() == 4096;
+    if !any {
+        eprintln!("skipped: no huge pages here, in {space:?}");
+    }
+    any
+}
+
+#[test]
+fn hints_choose_the_size_of_folios() {
+    let space = space(Faults::Signal, 32 * MIB, Soft::new(64 * MIB as u64).unwrap());
+    if !huge_pages(&space) {
+        return;
+    }
+    let now = || (space.statistics().faults.huge, space.statistics().used_bytes as usize);
+    let dense = space.region(8 * MIB as u64).unwrap();
+    dense.advise(Hint::Dense).unwrap();
+    assert_eq!(dense.bytes()[5 * MIB], 0);
+    assert!(now().0 == 1 && now().1 >= 2 * MIB, "a single access brings in a block: {:?}", now());
+    let (huge, used) = now();
+    // A stream of faults would be served in huge folios otherwise.
+    let mut sparse = space.region(8 * MIB as u64).unwrap();
+    sparse.advise(Hint::Sparse).unwrap();
+    sparse.bytes_mut()[..4 * MIB].fill(1);
+    assert_eq!(now().0, huge);
+    assert!(now().1 - used <= 4 * MIB + 16 * page());
+    sparse.advise(Hint::Normal).unwrap();
+    sparse.bytes_mut()[4 * MIB..].fill(1);
+    assert!(now().0 > huge, "streams are served in huge folios again");
+}
