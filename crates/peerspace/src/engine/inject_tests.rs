@@ -59,8 +59,16 @@ impl Rig {
     /// Moves everything that is mapped out to the devices.
     fn evict_all(&self) {
         let mut work = self.engine.contexts.take();
+        // Whoever resolved the last fault may still hold its page, so it is asked more than once.
+        let mut stuck = 0;
         for _ in 0..10_000 {
             if self.engine.reclaim_step(&mut work, false) == super::reclaim::Step::Stuck {
+                stuck += 1;
+                std::thread::sleep(Duration::from_millis(1));
+            } else {
+                stuck = 0;
+            }
+            if stuck == 10 {
                 return;
             }
         }
