@@ -37,7 +37,9 @@ pub(crate) struct Service {
     go: AtomicU64,
     /// Held by whoever waits for messages.
     reader: Latch,
+    /// Locked with a context in hand only, so that it is free when the process forks.
     aside: Mutex<ArrayVec<Va, PUT_ASIDE>>,
+    any_aside: AtomicBool,
     reclaim: AtomicU64,
     ahead: AtomicU64,
     requests: Mutex<ArrayVec<Ahead, REQUESTS>>,
@@ -52,6 +54,7 @@ impl Service {
             go: AtomicU64::new(1),
             reader: Latch::new(),
             aside: Mutex::new(ArrayVec::new_const()),
+            any_aside: AtomicBool::new(false),
             reclaim: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             requests: Mutex::new(ArrayVec::new_const()),
@@ -77,6 +80,7 @@ impl Service {
         self.ahead.store(0, Ordering::Relaxed);
         self.requests.lock().clear();
         self.aside.lock().clear();
+        self.any_aside.store(false, Ordering::Relaxed);
     }
 
     /// Lets threads that were started after [`renew`](Service::renew) begin.
@@ -194,7 +198,7 @@ impl<K: Kernel> Engine<K> {
         let reader = &self.service.reader;
         reader.lock(&park);
         while !self.service.stopped() {
-            let waiting = !self.service.aside.lock().is_empty();
+            let waiting = self.service.any_aside.load(Ordering::Relaxed);
             if !self.kernel.wait_message(Some(if waiting { ASIDE } else { POLL })) {
                 // The kernel refuses operations until the thread that made the last change has run again, which
                 // nothing tells of.
@@ -234,12 +238,14 @@ impl<K: Kernel> Engine<K> {
     /// For the reader: keeps a fault that met a change of mappings until that was acted on. False without room.
     fn put_aside(&self, va: Va) -> bool {
         let _work = self.contexts.take();
+        self.service.any_aside.store(true, Ordering::Relaxed);
         self.service.aside.lock().try_push(va).is_ok()
     }
 
     fn send_aside_back(&self) {
         let aside = {
             let _work = self.contexts.take();
+            self.service.any_aside.store(false, Ordering::Relaxed);
             std::mem::take(&mut *self.service.aside.lock())
         };
         aside.into_iter().for_each(|va| self.send_back(va));
