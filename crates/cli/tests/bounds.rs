@@ -151,9 +151,8 @@ fn nothing_is_left_of_a_process_that_is_killed() {
         }
         let deadline = Instant::now() + Duration::from_secs(10);
         // A process of that number that still is what it was.
-        let alive = |pid: u32| {
-            fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("hold"))
-        };
+        let alive =
+            |pid: u32| fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("hold"));
         while below.iter().any(|pid| alive(*pid)) {
             assert!(Instant::now() < deadline, "the program outlives the command: {below:?}");
             std::thread::sleep(Duration::from_millis(10));

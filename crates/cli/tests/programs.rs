@@ -55,7 +55,12 @@ fn write_text(path: &Path, bytes: usize) {
         x ^= x << 13;
         x ^= x >> 7;
         x ^= x << 17;
-        let line = format!("{:016x} {:.*}\n", x, (x % 60) as usize, "a line of text that is as long as chance has it, or so");
+        let line = format!(
+            "{:016x} {:.*}\n",
+            x,
+            (x % 60) as usize,
+            "a line of text that is as long as chance has it, or so"
+        );
         out.write_all(line.as_bytes()).unwrap();
         written += line.len();
     }

@@ -3,13 +3,13 @@
 //! ```text
 //!  63      52 51                               12 11 10 9 8   7 6 5    2  1    0
 //! +----------+----------------------------------+-----+-----+---+------+----+----+
-//! |  stamp   |                pfn               |  -  | pin |W|D D| tag |wait|lock|
+//! |  stamp   |                pfn               |  -  |  R  |W|D D| tag |wait|lock|
 //! +----------+----------------------------------+-----+-----+---+------+----+----+
 //! ```
 //!
 //! *tag* is the state; *pfn* says which frame, of the host or of a device (or which leaf); *stamp* remembers
 //! when a page was evicted, for the refault distance. `W`: the CPU can write without anyone noticing. `D`: how
-//! the frame compares with what the device still holds ([`Dirt`]). *lock* and *wait* belong to
+//! the frame compares with what the device still holds ([`Dirt`]). `R`: the page was written when it was last home. *lock* and *wait* belong to
 //! [`Table`](crate::table::Table) and are no part of an [`Entry`].
 
 use crate::addr::Pfn;
@@ -25,6 +25,7 @@ const TAG_MASK: u64 = 0xf << TAG_SHIFT;
 const DIRT_SHIFT: u32 = 6;
 const DIRT_MASK: u64 = 0x3 << DIRT_SHIFT;
 const WRITABLE: u64 = 1 << 8;
+const REWRITTEN: u64 = 1 << 9;
 const PFN_SHIFT: u32 = 12;
 const PFN_BITS: u32 = 40;
 const PFN_MASK: u64 = ((1 << PFN_BITS) - 1) << PFN_SHIFT;
@@ -75,6 +76,8 @@ pub enum State {
         pfn: Pfn,
         /// When it was evicted, modulo [`STAMPS`].
         stamp: u16,
+        /// It came from a device the last time, too, and was written before it left: it will be written again.
+        rewritten: bool,
     },
     /// A block that is split: its 512 pages have words of their own in this leaf.
     Leaf(u32),
@@ -124,8 +127,10 @@ impl Entry {
                 Self::build(tag::HOST, pfn) | ((dirt as u64) << DIRT_SHIFT) | if writable { WRITABLE } else { 0 }
             }
             State::Standby { pfn, dirt } => Self::build(tag::STANDBY, pfn) | ((dirt as u64) << DIRT_SHIFT),
-            State::Device { pfn, stamp } => {
-                Self::build(tag::DEVICE, pfn) | ((stamp as u64 & (STAMPS as u64 - 1)) << STAMP_SHIFT)
+            State::Device { pfn, stamp, rewritten } => {
+                Self::build(tag::DEVICE, pfn)
+                    | ((stamp as u64 & (STAMPS as u64 - 1)) << STAMP_SHIFT)
+                    | if rewritten { REWRITTEN } else { 0 }
             }
             State::Leaf(leaf) => Self::build(tag::LEAF, Pfn(leaf as u64)),
             State::Poisoned => tag::POISONED << TAG_SHIFT,
@@ -143,7 +148,9 @@ impl Entry {
             tag::EMPTY => State::Empty,
             tag::HOST => State::Host { pfn, writable: self.0 & WRITABLE != 0, dirt: self.dirt() },
             tag::STANDBY => State::Standby { pfn, dirt: self.dirt() },
-            tag::DEVICE => State::Device { pfn, stamp: (self.0 >> STAMP_SHIFT) as u16 },
+            tag::DEVICE => {
+                State::Device { pfn, stamp: (self.0 >> STAMP_SHIFT) as u16, rewritten: self.0 & REWRITTEN != 0 }
+            }
             tag::LEAF => State::Leaf(pfn.0 as u32),
             tag::POISONED => State::Poisoned,
             other => panic!("logical table word {:#x} has the unknown tag {other}: memory is corrupt", self.0),
@@ -179,7 +186,7 @@ impl Entry {
         match self.state() {
             State::Host { pfn, writable, dirt } => Entry::new(State::Host { pfn: pfn + i, writable, dirt }),
             State::Standby { pfn, dirt } => Entry::new(State::Standby { pfn: pfn + i, dirt }),
-            State::Device { pfn, stamp } => Entry::new(State::Device { pfn: pfn + i, stamp }),
+            State::Device { pfn, stamp, rewritten } => Entry::new(State::Device { pfn: pfn + i, stamp, rewritten }),
             State::Empty | State::Poisoned => self,
             State::Leaf(_) => unreachable!("a leaf has no pages of its own"),
         }
@@ -212,7 +219,11 @@ mod tests {
                 dirt
             }),
             (pfn.clone(), dirt()).prop_map(|(pfn, dirt)| State::Standby { pfn, dirt }),
-            (pfn, 0..STAMPS as u16).prop_map(|(pfn, stamp)| State::Device { pfn, stamp }),
+            (pfn, 0..STAMPS as u16, any::<bool>()).prop_map(|(pfn, stamp, rewritten)| State::Device {
+                pfn,
+                stamp,
+                rewritten
+            }),
             any::<u32>().prop_map(State::Leaf),
         ]
     }

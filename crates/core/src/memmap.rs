@@ -8,7 +8,7 @@
 //! ```text
 //!  word   bits
 //!   0     47..32  pins       31..16 / 15..0  of the head of a split block: parts left in staging, parts left
-//!   1     63..12  vpn it is mapped at (the reverse map)     7..0 epoch
+//!   1     63..12  vpn it is mapped at (the reverse map)     8 rewritten     7..0 epoch
 //!   2     63..32  previous in its list      31..0 next in its list, or the staging slot while on standby
 //!   3     39..0   backing: the page of a device with the same content    42..40 list    45..43 frequency   47..46 arrival
 //! ```
@@ -44,6 +44,9 @@ const STAGED_MASK: u64 = 0xffff;
 /// Word 0 of any frame: pins, above what the head of a split block keeps there. They change under the lock of the
 /// entry that maps the frame.
 const PINS_SHIFT: u32 = 32;
+
+/// Word 1: the page has been written since it last came from a device.
+const REWRITTEN: u64 = 1 << 8;
 
 /// In the place of a slot: the page lies in its block frame's staging.
 const IN_BLOCK: u32 = u32::MAX;
@@ -312,7 +315,19 @@ impl<W: Words> Memmap<W> {
 
     /// Says which page the frame holds the data of.
     pub fn place(&self, frame: Frame, vpn: Vpn, epoch: u8) {
-        self.word(frame, 1).store(vpn.0 << 12 | epoch as u64, Relaxed);
+        let rewritten = self.word(frame, 1).load(Relaxed) & REWRITTEN;
+        self.word(frame, 1).store(vpn.0 << 12 | rewritten | epoch as u64, Relaxed);
+    }
+
+    /// Whether the page has been written since it last came from a device. Of a page that never was on one, false.
+    pub fn is_rewritten(&self, frame: Frame) -> bool {
+        self.word(frame, 1).load(Relaxed) & REWRITTEN != 0
+    }
+
+    /// Says that a page that came from a device has been written.
+    pub fn set_rewritten(&self, frame: Frame) {
+        let word = self.word(frame, 1);
+        word.store(word.load(Relaxed) | REWRITTEN, Relaxed);
     }
 
     /// Where else the frame's content can be had.
@@ -387,9 +402,9 @@ impl<W: Words> Memmap<W> {
 
     /// Makes the words of a frame just taken those of a frame on no list, with nothing known about it.
     pub fn reset(&self, frame: Frame) {
-        self.word(frame, 0).store(0, Relaxed);
-        self.word(frame, 2).store(0, Relaxed);
-        self.word(frame, 3).store(0, Relaxed);
+        for i in 0..DESCRIPTOR_WORDS {
+            self.word(frame, i).store(0, Relaxed);
+        }
     }
 
     fn change(&self, frame: Frame, mask: u64, bits: u64) {

@@ -55,6 +55,13 @@ pub fn mapping(access: Access, copied: bool, before: Dirt) -> (bool, Dirt) {
     }
 }
 
+/// How the CPU maps a page that is read, but was written whenever it was home before: writable from the start, which
+/// saves the second fault. `keeps`: its device can compare, and has room to keep its copy meanwhile, so that nothing is
+/// written if the expectation proves wrong.
+pub fn mapping_to_be_written(keeps: bool) -> (bool, Dirt) {
+    (true, if keeps { Dirt::Unverified } else { Dirt::Dirty })
+}
+
 /// What it takes to evict a frame that nobody maps any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EvictPlan {
@@ -164,7 +171,7 @@ mod tests {
         assert_eq!(on_fault(HOST, Access::Write), FaultPlan::Upgrade);
         let standby = State::Standby { pfn: Pfn(512), dirt: Dirt::Dirty };
         assert_eq!(on_fault(standby, Access::Read), FaultPlan::TakeBack);
-        let device = State::Device { pfn: Pfn(7), stamp: 0 };
+        let device = State::Device { pfn: Pfn(7), stamp: 0, rewritten: false };
         assert_eq!(on_fault(device, Access::Write), FaultPlan::Load(Pfn(7)));
         assert_eq!(on_fault(State::Poisoned, Access::Read), FaultPlan::Poison);
     }

@@ -146,7 +146,7 @@ pub struct Capabilities {
     pub move_pages: bool,
     /// Pages can be write-protected (5.7).
     pub write_protect: bool,
-    /// Pages can be poisoned (6.6).
+    /// Pages can be poisoned in place (6.6). Elsewhere they are [buried](Kernel::bury).
     pub poison: bool,
     /// Accesses by the kernel on behalf of the program are served too, not only the program's own.
     pub kernel_faults: bool,
@@ -240,8 +240,19 @@ pub trait Kernel: Send + Sync + 'static {
     /// Makes every access to the page at `va`, which is not there, raise SIGBUS (rule Z9).
     ///
     /// # Errors
-    /// [`Trouble::Unsuitable`] where the kernel cannot; see [`Trouble`].
+    /// [`Trouble::Unsuitable`] where the kernel cannot, as its [`Capabilities`] say; see [`Trouble`].
     fn poison(&self, va: Va) -> Result<(), Trouble>;
+
+    /// Does what [`poison`](Kernel::poison) does where the kernel cannot: puts a page that raises SIGBUS in the place
+    /// of the one at `va`, which is not there, in one step, so that nobody ever sees zeros; then wakes who waits for
+    /// it. The page belongs to no registered mapping any more: a [`Message::Unmap`] tells of it, and the call waits
+    /// until that is received. Not for threads that receive messages, and not in a section.
+    ///
+    /// When that fails, accesses to the page raise SIGSEGV instead: never do they read zeros.
+    ///
+    /// # Errors
+    /// When not even that can be had; accesses go on waiting.
+    fn bury(&self, va: Va) -> Result<(), Trouble>;
 
     /// Whether the page at `va` is there.
     ///

@@ -105,7 +105,7 @@ impl Forks {
         new_life(engine, bootstrap)?;
         engine.contexts.thaw();
         let start = || {
-            start_threads(engine, self.handlers)
+            start_threads(engine, engine.kernel.delivery(), self.handlers)
                 .map_err(|e| OsError::plain(format!("start a thread in a forked process: {e}")))
         };
         if bootstrap {

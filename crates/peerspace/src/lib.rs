@@ -4,6 +4,7 @@ pub mod device;
 pub(crate) mod engine;
 mod error;
 mod fork;
+mod heap;
 #[cfg(feature = "process")]
 pub mod process;
 mod region;
@@ -15,6 +16,8 @@ pub(crate) mod tell;
 
 pub use adopt::{Adopted, Resident, Use};
 pub use error::Error;
+pub use heap::{Heap, Pool};
+pub use peerspace_os::linux::thread::unmanaged;
 pub use region::Region;
 pub use report::{DeviceStatistics, FaultStatistics, Statistics};
 pub use space::{Builder, Faults, Space};

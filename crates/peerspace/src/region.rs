@@ -117,7 +117,11 @@ impl Region {
     /// # Errors
     /// When the range does not lie inside the region.
     pub fn discard(&mut self, part: Range<usize>) -> Result<(), Error> {
-        let range = self.part(part)?;
+        self.discard_unused(self.part(part)?)
+    }
+
+    /// The same for addresses inside of the region that nobody refers to.
+    pub(crate) fn discard_unused(&self, range: VaRange) -> Result<(), Error> {
         let engine = self.space.engine();
         let whole = engine.geometry.range(engine.geometry.pages_inside(range));
         if whole.is_empty() {

@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::fork::Forks;
 use crate::region::Region;
 use crate::report::Statistics;
+use crate::spec::{DeviceSpec, SpecError};
 use peerspace_core::addr::{Access, Geometry, Va};
 use peerspace_core::reclaim::{Policy, S3Fifo};
 use peerspace_core::regions::Attributes;
@@ -75,6 +76,16 @@ impl Builder {
     pub fn device(mut self, device: impl Device + 'static) -> Builder {
         self.devices.push(allocator_api2::unsize_box!(OwnBox::new_in(device, Own)));
         self
+    }
+
+    /// Adds a device as it is written on a command line. A size that is left out follows from the
+    /// [budget](Builder::host), which is therefore to be set before.
+    ///
+    /// # Errors
+    /// When the device cannot be had, or this build is without it.
+    pub fn spec(mut self, spec: &DeviceSpec) -> Result<Builder, SpecError> {
+        self.devices.push(spec.open(self.host)?);
+        Ok(self)
     }
 
     /// How faults reach the space.
@@ -163,15 +174,19 @@ struct Service {
     pid: Pid,
 }
 
-/// Starts the threads that serve `engine`.
-pub(crate) fn start_threads(engine: &Shared<Real>, handlers: usize) -> std::io::Result<Vec<JoinHandle<()>>> {
-    type Loop = (&'static str, fn(&Real));
-    let mut loops: Vec<Loop> =
+/// Starts the threads that serve `engine`, which gets its faults by `delivery`.
+pub(crate) fn start_threads<K: Kernel>(
+    engine: &Shared<Engine<K>>,
+    delivery: Delivery,
+    handlers: usize,
+) -> std::io::Result<Vec<JoinHandle<()>>> {
+    type Loop<K> = (&'static str, fn(&Engine<K>));
+    let mut loops: Vec<Loop<K>> =
         vec![("peerspace-reclaim", Engine::serve_reclaim), ("peerspace-ahead", Engine::serve_ahead)];
-    match engine.kernel.delivery() {
+    match delivery {
         Delivery::Signal => loops.push(("peerspace-changes", Engine::serve_changes)),
         Delivery::Messages => {
-            loops.extend((0..handlers).map(|_| ("peerspace-faults", Engine::serve_messages as fn(&Real))));
+            loops.extend((0..handlers).map(|_| ("peerspace-faults", Engine::serve_messages as fn(&Engine<K>))));
         }
     }
     let mut threads = Vec::new();
@@ -182,7 +197,7 @@ pub(crate) fn start_threads(engine: &Shared<Real>, handlers: usize) -> std::io::
     Ok(threads)
 }
 
-impl FaultHandler for Real {
+impl<K: Kernel> FaultHandler for Engine<K> {
     fn fault(&self, va: Va, access: Access) -> bool {
         use crate::engine::fault::{Outcome, Patience};
         matches!(Engine::fault(self, va, access, Wake::No, Patience::Waits), Ok(Outcome::Resolved))
@@ -202,7 +217,8 @@ impl Space {
             service.registration = Some(register(service.engine.clone()).map_err(e)?);
         }
         // On failure the service is dropped, which ends the threads that run already.
-        service.threads = start_threads(&service.engine, handlers).map_err(|e| Error::Thread(e.to_string()))?;
+        service.threads = start_threads(&service.engine, service.engine.kernel.delivery(), handlers)
+            .map_err(|e| Error::Thread(e.to_string()))?;
         let forks = fork::register(Shared::new(Forks::new(service.engine.clone(), handlers)));
         service._forks = Some(forks.map_err(|_| Error::Thread("there are too many spaces".into()))?);
         Ok(Space { service: Arc::new(service) })

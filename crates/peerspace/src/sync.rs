@@ -6,6 +6,7 @@ mod imp {
     #[cfg(feature = "file")]
     pub(crate) use std::sync::RwLockReadGuard;
     use std::sync::{self, PoisonError, TryLockError};
+    pub(crate) use std::thread::{sleep, yield_now};
 
     /// A mutex whose guard is had also after a panic: the engine's invariants are checked, not assumed.
     #[derive(Debug, Default)]
@@ -54,6 +55,12 @@ mod imp {
 mod imp {
     use shuttle::sync;
     pub(crate) use shuttle::sync::MutexGuard;
+    pub(crate) use shuttle::thread::yield_now;
+
+    /// Time does not pass in a model: others run.
+    pub(crate) fn sleep(_: std::time::Duration) {
+        yield_now();
+    }
     #[cfg(feature = "file")]
     pub(crate) use shuttle::sync::RwLockReadGuard;
 
@@ -94,7 +101,7 @@ mod imp {
     }
 }
 
-pub(crate) use imp::{Mutex, MutexGuard};
+pub(crate) use imp::{Mutex, MutexGuard, sleep, yield_now};
 #[cfg(feature = "file")]
 pub(crate) use imp::{RwLock, RwLockReadGuard};
 

@@ -84,3 +84,47 @@ fn random_by_signal() {
 fn random_by_threads() {
     random(Faults::Threads);
 }
+
+/// Pages that are read and then written each time they are home are soon mapped writable at once; pages that are only
+/// read are still never written back.
+fn rewritten(faults: Faults) {
+    const PAGES: usize = 4096;
+    let space = space(faults, 8 * MIB, 256 * MIB);
+    let mut region = space.region((PAGES * 4096) as u64).unwrap();
+    let words: &mut [u64] = region.typed_mut();
+    // An order that looks like no stream.
+    let order = || (0..PAGES).map(|i| i * 1663 % PAGES * 512);
+    order().for_each(|at| words[at] = at as u64 + 1);
+    let mut upgrades = vec![];
+    let mut before = 0;
+    for round in 1..=4u64 {
+        for at in order() {
+            assert_eq!(words[at], at as u64 + round);
+            words[at] += 1;
+        }
+        let now = space.statistics().faults.upgrades;
+        upgrades.push(now - before);
+        before = now;
+    }
+    // The first time it could not be known.
+    assert!(upgrades[0] > PAGES as u64 / 2, "{upgrades:?}");
+    assert!(upgrades[2] < PAGES as u64 / 4 && upgrades[3] < PAGES as u64 / 4, "{upgrades:?}");
+    // From here on nothing is written, which is found out.
+    let mut stored = vec![];
+    for _ in 0..4 {
+        order().for_each(|at| assert_eq!(words[at], at as u64 + 5));
+        stored.push(space.statistics().pages_out);
+    }
+    assert_eq!(stored[2], stored[3], "{stored:?}");
+    space.check();
+}
+
+#[test]
+fn rewritten_pages_by_signal() {
+    rewritten(Faults::Signal);
+}
+
+#[test]
+fn rewritten_pages_by_threads() {
+    rewritten(Faults::Threads);
+}

@@ -15,8 +15,13 @@ use std::ffi::c_void;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
-/// Somebody who manages memory.
+/// Somebody who manages memory, or keeps books in managed memory.
 pub trait ForkHandler: Sync {
+    /// Called before anybody is asked to come to rest: waits until nobody works on what this handler keeps in
+    /// managed memory, and lets nobody begin. Such work may fault, so it has to end while faults are served.
+    fn close(&self) {}
+    /// Undoes [`close`](ForkHandler::close), in parent and child, when everybody has been told of the fork.
+    fn open(&self) {}
     /// The calling thread is about to fork: come to rest.
     fn before(&self);
     /// Called in the parent, in the thread that has forked.
@@ -39,9 +44,11 @@ static TAKEN: [AtomicBool; PLACES] = [const { AtomicBool::new(false) }; PLACES];
 /// Held from before a fork until after it, and while handlers come and go.
 static FORKING: Latch = Latch::new();
 
-const BEFORE: u8 = 0;
-const PARENT: u8 = 1;
-const CHILD: u8 = 2;
+const CLOSE: u8 = 0;
+const BEFORE: u8 = 1;
+const PARENT: u8 = 2;
+const CHILD: u8 = 3;
+const OPEN: u8 = 4;
 
 /// A handler that is called until this is dropped.
 #[derive(Debug)]
@@ -64,9 +71,11 @@ pub fn register<H: ForkHandler>(handler: Shared<H>) -> Result<Registration<H>, T
         // the latch that forks hold, before that pointer goes.
         let handler = unsafe { &*data.cast::<H>() };
         match what {
+            CLOSE => handler.close(),
             BEFORE => handler.before(),
             PARENT => handler.parent(),
-            _ => handler.child(),
+            CHILD => handler.child(),
+            _ => handler.open(),
         }
     }
     install();
@@ -119,6 +128,7 @@ fn call_all(what: u8) {
 /// anything else that copies the process.
 pub fn before() {
     FORKING.lock(&Futex);
+    call_all(CLOSE);
     call_all(BEFORE);
     freeze_heap();
 }
@@ -127,6 +137,7 @@ pub fn before() {
 pub fn parent() {
     thaw_heap();
     call_all(PARENT);
+    call_all(OPEN);
     FORKING.unlock(&Futex);
 }
 
@@ -135,6 +146,7 @@ pub fn child() {
     super::signal::forget_other_threads();
     thaw_heap();
     call_all(CHILD);
+    call_all(OPEN);
     FORKING.unlock(&Futex);
 }
 

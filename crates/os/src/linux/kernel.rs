@@ -17,9 +17,10 @@ use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, Trouble, Wake}
 use peerspace_core::addr::{Geometry, Va, VaRange};
 use peerspace_core::plan::CLUSTER;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::Errno;
-use rustix::mm::Advice;
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::time::Duration;
 
 /// How faults reach the engine.
@@ -92,6 +93,11 @@ impl Linux {
         if known & NEEDED != NEEDED {
             return Err(OsError::plain("this kernel's userfaultfd does not report changed mappings")
                 .remedy("Linux 4.14 or newer is needed"));
+        }
+        // What is to leave RAM must be taken out of the program's hands at one moment: moved, or protected first.
+        if known & (feature::MOVE | feature::PAGEFAULT_FLAG_WP) == 0 {
+            return Err(OsError::plain("this kernel's userfaultfd can neither move nor write-protect pages")
+                .remedy("Linux 6.8 or newer is needed, or 5.7 on x86-64"));
         }
         let mut features = known & WANTED;
         let signal = setup.delivery == Delivery::Signal;
@@ -301,6 +307,13 @@ fn read_self(at: u64, out: &mut [u8]) -> Result<usize, Errno> {
     }
 }
 
+/// A file of no bytes that stays so: access to a mapping of it raises SIGBUS.
+fn nothing_at_all() -> Result<OwnedFd, Errno> {
+    let file = memfd_create(c"peerspace-lost", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
+}
+
 /// What an errno means to the engine.
 pub(super) fn trouble(e: Errno) -> Trouble {
     match e {
@@ -434,6 +447,30 @@ impl Kernel for Linux {
             (_, None) => Ok(()),
             (_, Some(e)) => Err(trouble(e)),
         }
+    }
+
+    fn bury(&self, va: Va) -> Result<(), Trouble> {
+        let page = self.geometry.page_bytes();
+        self.assert_foreign(VaRange { start: va, end: Va(va.0 + page as u64) });
+        let buried = nothing_at_all().and_then(|file| {
+            // SAFETY: the page is missing, so no byte of it can be seen to change; the caller vouches that its content
+            // is lost, and that the address is still the region's.
+            unsafe {
+                rustix::mm::mmap(
+                    va.0 as *mut _,
+                    page,
+                    ProtFlags::READ | ProtFlags::WRITE,
+                    MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+                    &file,
+                    0,
+                )
+            }
+        });
+        if buried.is_err() {
+            // SAFETY: as above. No reference to the page can be used any more in any case.
+            unsafe { rustix::mm::mprotect(va.0 as *mut _, page, MprotectFlags::empty()) }.map_err(trouble)?;
+        }
+        self.uffd.wake(va.0, page as u64).map_err(trouble)
     }
 
     fn is_present(&self, va: Va) -> Result<bool, Trouble> {

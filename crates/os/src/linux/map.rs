@@ -176,9 +176,8 @@ pub fn unclaim(range: VaRange) {
 pub fn set_apart(range: VaRange) {
     // SAFETY: changes how the memory is backed and nothing it holds. A kernel without huge pages refuses, and then
     // mappings may be joined as before.
-    let _ = unsafe {
-        rustix::mm::madvise(range.start.0 as *mut c_void, range.len() as usize, Advice::LinuxNoHugepage)
-    };
+    let _ =
+        unsafe { rustix::mm::madvise(range.start.0 as *mut c_void, range.len() as usize, Advice::LinuxNoHugepage) };
 }
 
 /// Our own ranges that overlap `range`.

@@ -187,6 +187,7 @@ impl<K: Kernel> Engine<K> {
                 self.wait_for_changes();
             }
         }
+        self.bury_lost();
     }
 
     /// Puts a page that is away where the program has it, and forgets it.
@@ -202,7 +203,12 @@ impl<K: Kernel> Engine<K> {
                 tier.load(&mut batch, self.geometry);
                 let [load] = batch;
                 if let Err(e) = load.result {
+                    let vpn = entry.vpn();
                     self.lose(entry, e, context);
+                    if !self.kernel.capabilities().poison {
+                        // Whose faults are ours no longer would read zeros there.
+                        let _ = self.service.graves.request(vpn);
+                    }
                     return Ok(());
                 }
                 None

@@ -62,9 +62,12 @@ impl<K: Kernel> Engine<K> {
         if self.kernel.is_huge(range.start).unwrap_or(true) {
             return true;
         }
-        if self.kernel.drop_staged(range).is_ok() {
-            self.budget.uncharge(BLOCK_PAGES);
+        if self.kernel.drop_staged(range).is_err() {
+            // The page is still there: the frame lies ready with it, and stays charged.
+            self.blocks.give_ready(frame);
+            return false;
         }
+        self.budget.uncharge(BLOCK_PAGES);
         self.memmap.reset(frame);
         self.memmap.give_back(frame);
         false
@@ -93,7 +96,7 @@ impl<K: Kernel> Engine<K> {
         ration: &mut Ration,
     ) -> Result<Outcome, Hold> {
         let device = match entry.state() {
-            State::Device { pfn, stamp } => Some((pfn, stamp)),
+            State::Device { pfn, stamp, .. } => Some((pfn, stamp)),
             _ => None,
         };
         if device.is_none() && region.attributes.has(Attributes::ADOPTED) && self.has_native(entry.range()) {

@@ -63,10 +63,15 @@ impl<K: Kernel> Engine<K> {
                     news.due.clear();
                     for (from, to, len) in news.postponed.take() {
                         self.forget_range(VaRange { start: to, end: Va(to.0 + len) }, counters);
-                        self.relocate(self.geometry.vpn(from), self.geometry.vpn(to), self.geometry.pages_in(len), counters);
+                        self.relocate(
+                            self.geometry.vpn(from),
+                            self.geometry.vpn(to),
+                            self.geometry.pages_in(len),
+                            counters,
+                        );
                     }
                 }
-                None => std::thread::yield_now(),
+                None => crate::sync::yield_now(),
             }
         }
     }
@@ -107,9 +112,9 @@ impl<K: Kernel> Engine<K> {
         while self.gate.turn() == turn && self.kernel.is_changing() {
             patience += 1;
             if patience < 100 {
-                std::thread::yield_now();
+                crate::sync::yield_now();
             } else {
-                std::thread::sleep(Duration::from_micros(50));
+                crate::sync::sleep(Duration::from_micros(50));
             }
         }
         self.gate.wait_open(&park);

@@ -76,7 +76,8 @@ impl<K: Kernel> Engine<K> {
                         assert_eq!(self.memmap.vpn(frame), range.start, "{who}: the reverse map is wrong");
                         let list = self.memmap.list(frame);
                         assert!(matches!(list, ListId::Small | ListId::Main), "{who}: mapped, but on list {list:?}");
-                        assert_eq!(writable, dirt == Dirt::Dirty, "{who}: writable and {dirt:?}");
+                        let contrary = if writable { Dirt::Clean } else { Dirt::Dirty };
+                        assert_ne!(dirt, contrary, "{who}: writable is {writable}");
                         self.check_backing(frame, dirt, whole, &who, &mut own, &mut census);
                         if let (Some(head), false) = (self.memmap.head_of(frame), whole) {
                             *split_heads.entry(head).or_default() += 1;

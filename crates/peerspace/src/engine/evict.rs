@@ -9,8 +9,8 @@ use super::stats::{count, count_n};
 use super::tiers::{BATCH, WriteBack};
 use super::{Engine, Entry};
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{BLOCK_PAGES, Order, Pages, Pfn};
-use peerspace_core::entry::State;
+use peerspace_core::addr::{BLOCK_PAGES, Order, Pages, Pfn, VaRange};
+use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Backing, Frame};
 use peerspace_core::plan::{self, EvictPlan};
 use peerspace_os::Kernel;
@@ -92,14 +92,14 @@ impl<K: Kernel> Engine<K> {
             }
             EvictPlan::DropTo(pfn) => {
                 count(&work.counters.clean_dropped);
-                Some(State::Device { pfn, stamp: self.stamp() })
+                Some(self.on_device(pfn, false))
             }
             EvictPlan::CompareWith(pfn) => {
                 let same = bytes(&mut |b| self.tiers.holds(pfn, b));
                 same.then(|| {
                     count(&work.counters.clean_dropped);
                     count(&work.counters.compared_equal);
-                    State::Device { pfn, stamp: self.stamp() }
+                    self.on_device(pfn, false)
                 })
             }
             // Whatever else it was, a page of zeros needs no place on a device.
@@ -111,6 +111,19 @@ impl<K: Kernel> Engine<K> {
                 })
             }
         }
+    }
+
+    /// The state of a page that leaves for `pfn` now.
+    fn on_device(&self, pfn: Pfn, rewritten: bool) -> State {
+        State::Device { pfn, stamp: self.stamp(), rewritten }
+    }
+
+    /// Whether a page that has to be written back was written before: known from a fault, or because it differs from
+    /// the copy that its device kept.
+    fn is_rewritten(&self, entry: &Entry<'_, K>, frame: Frame) -> bool {
+        let differs = matches!(entry.state(), State::Standby { dirt: Dirt::Unverified, .. })
+            && matches!(self.memmap.backing(frame), Backing::Page(_));
+        differs || self.memmap.is_rewritten(frame)
     }
 
     /// The page has left: `state` says where its data is now.
@@ -159,7 +172,8 @@ impl<K: Kernel> Engine<K> {
             match at {
                 Some(pfn) => {
                     count(&work.counters.pages_out);
-                    self.evicted(entry, frame, Some(slot), State::Device { pfn, stamp: self.stamp() }, work);
+                    let state = self.on_device(pfn, self.is_rewritten(&entry, frame));
+                    self.evicted(entry, frame, Some(slot), state, work);
                 }
                 None => {
                     all = false;
@@ -206,7 +220,7 @@ impl<K: Kernel> Engine<K> {
         let same_life = self.memmap.epoch(frame) == self.life();
         let to = match plan::on_evict(dirt, backing, same_life) {
             EvictPlan::DropToZero => Some(State::Empty),
-            EvictPlan::DropTo(pfn) => Some(State::Device { pfn, stamp: self.stamp() }),
+            EvictPlan::DropTo(pfn) => Some(self.on_device(pfn, false)),
             EvictPlan::CompareWith(pfn) => self.kernel.read_staged(range, |bytes| {
                 // Only the pages that differ are written.
                 let mut written = 0;
@@ -220,7 +234,7 @@ impl<K: Kernel> Engine<K> {
                 count_n(&work.counters.pages_out, written);
                 count_n(&work.counters.compared_equal, BLOCK_PAGES - written.min(BLOCK_PAGES));
                 count_n(&work.counters.clean_dropped, BLOCK_PAGES - written.min(BLOCK_PAGES));
-                ok.then(|| State::Device { pfn, stamp: self.stamp() })
+                ok.then(|| self.on_device(pfn, false))
             }),
             EvictPlan::CompareWithZero | EvictPlan::WriteBack => self.kernel.read_staged(range, |bytes| {
                 if is_zero(bytes) {
@@ -231,7 +245,7 @@ impl<K: Kernel> Engine<K> {
                 self.tiers.write_back(&mut folio);
                 folio[0].at.map(|pfn| {
                     count_n(&work.counters.pages_out, BLOCK_PAGES);
-                    State::Device { pfn, stamp: self.stamp() }
+                    self.on_device(pfn, false)
                 })
             }),
         };
@@ -297,7 +311,7 @@ impl<K: Kernel> Engine<K> {
             let range = self.blocks.part(head, i);
             let state = self
                 .destination(&entry, part, work, |read| self.kernel.read_staged(range, read))
-                .or_else(|| self.write_page(part, range, work));
+                .or_else(|| self.write_page(part, range, self.is_rewritten(&entry, part), work));
             match state {
                 Some(state) => {
                     self.evicted(entry, part, None, state, work);
@@ -313,7 +327,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Writes one staged page back; its new state if some device took it.
-    fn write_page(&self, frame: Frame, range: peerspace_core::addr::VaRange, work: &Working<'_>) -> Option<State> {
+    fn write_page(&self, frame: Frame, range: VaRange, rewritten: bool, work: &Working<'_>) -> Option<State> {
         let over = match self.memmap.backing(frame) {
             Backing::Page(pfn) => self.kernel.read_staged(range, |b| self.tiers.rewrite(pfn, b)).then_some(pfn),
             _ => None,
@@ -326,7 +340,7 @@ impl<K: Kernel> Engine<K> {
             })
         })?;
         count(&work.counters.pages_out);
-        Some(State::Device { pfn: at, stamp: self.stamp() })
+        Some(self.on_device(at, rewritten))
     }
 
     /// Pages on standby, garbage included.

@@ -16,17 +16,23 @@
 use super::context::Working;
 use super::stats::count;
 use super::{Engine, Entry};
-use peerspace_core::addr::{Access, Order, PageRange, Pages, Va, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Va, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::memmap::{Backing, Frame};
 use peerspace_core::plan::{self, FaultPlan, Grain, GrainFacts};
 use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_core::stream::{Direction, Level};
-use peerspace_os::{Kernel, Trouble, Wake};
-use std::time::Instant;
+use peerspace_os::{Kernel, Protect, Trouble, Wake};
+use std::time::{Duration, Instant};
 
 /// Attempts before a fault that makes no headway is given up as a bug. Each waits for what it met.
 const ATTEMPTS: u32 = 1_000_000;
+
+/// How long a fault goes on trying while the kernel refuses, for want of memory or whatever reason, to let the page be
+/// there. After that the access fails, rather than hang.
+const REFUSED: Duration = if cfg!(shuttle) { Duration::ZERO } else { Duration::from_secs(2) };
+/// Between two tries.
+const REFUSED_PAUSE: Duration = Duration::from_micros(200);
 
 /// Whether a fault may keep the calling thread waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +52,8 @@ pub(crate) enum Outcome {
     Resolved,
     /// The data is lost; the access must fail (rule Z9).
     Poisoned,
+    /// The kernel does not let the page be there; nothing is lost, but the access cannot go on now.
+    Refused,
     /// The address is none of ours.
     Foreign,
 }
@@ -68,6 +76,8 @@ pub(crate) enum Hold {
     Changing,
     /// It takes a wait, and there is no patience for one.
     Busy,
+    /// The kernel refused, with no change of mappings to explain it: mostly for want of memory.
+    Refused,
 }
 
 /// What is in hand before any lock is taken.
@@ -126,6 +136,7 @@ impl<K: Kernel> Engine<K> {
         let mut fault = Fault { patience, direction, ahead: false, ..Fault::ahead(vpn, access, wake, level) };
         let mut ration = Ration::default();
         let mut attempts = 0;
+        let mut refused: Option<Instant> = None;
         let result = loop {
             match self.attempt(&mut fault, &mut work, &mut ration) {
                 Ok(outcome) => break Ok(outcome),
@@ -140,8 +151,17 @@ impl<K: Kernel> Engine<K> {
                     self.wait_for_changes();
                     work = self.contexts.take();
                 }
-                Err(Hold::Busy) if patience == Patience::Never => break Err(Pause::Busy),
-                Err(Hold::Busy) => std::thread::yield_now(),
+                Err(Hold::Busy | Hold::Refused) if patience == Patience::Never => break Err(Pause::Busy),
+                Err(Hold::Refused) if refused.get_or_insert_with(Instant::now).elapsed() >= REFUSED => {
+                    self.tell_refused(va);
+                    break Ok(Outcome::Refused);
+                }
+                // Memory that is given back may be what the kernel lacks.
+                Err(Hold::Refused) => {
+                    let _ = self.reclaim_step(&mut work, false);
+                    crate::sync::sleep(REFUSED_PAUSE);
+                }
+                Err(Hold::Busy) => crate::sync::yield_now(),
             }
             attempts += 1;
             assert!(attempts < ATTEMPTS, "a fault at {va} makes no headway: {:?}", self.table.look(vpn));
@@ -182,7 +202,7 @@ impl<K: Kernel> Engine<K> {
             return Err(Hold::Again);
         }
         match plan::on_fault(entry.state(), fault.access) {
-            FaultPlan::Poison => self.poisoned(entry, fault),
+            FaultPlan::Poison => self.poisoned(entry, fault, work),
             FaultPlan::Present => self.present(entry, fault, work),
             FaultPlan::Upgrade => self.upgrade(entry, region, fault, work),
             FaultPlan::TakeBack if whole => self.take_back_block(entry, fault, work),
@@ -255,7 +275,16 @@ impl<K: Kernel> Engine<K> {
         match trouble {
             // The mapping went away, or its news is on the way.
             Trouble::Changing | Trouble::Absent => Hold::Changing,
-            _ => Hold::Again,
+            Trouble::Present | Trouble::Busy | Trouble::Interrupted => Hold::Again,
+            _ => Hold::Refused,
+        }
+    }
+
+    fn tell_refused(&self, va: Va) {
+        if self.service.say_once_refused() {
+            crate::tell::warning(format_args!(
+                "the kernel refuses to map a page at {va}, mostly for want of memory: accesses to it fail"
+            ));
         }
     }
 
@@ -292,10 +321,11 @@ impl<K: Kernel> Engine<K> {
         Err(Hold::Again)
     }
 
-    fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault) -> Result<Outcome, Hold> {
+    fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault, work: &Working<'_>) -> Result<Outcome, Hold> {
         // In case the marker that makes accesses fail got lost with a change of mappings.
-        let _ = self.kernel.poison(self.geometry.va(fault.vpn));
-        let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
+        if self.mark_lost(&entry, work.context()) {
+            let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
+        }
         drop(entry);
         Ok(Outcome::Poisoned)
     }
@@ -305,6 +335,13 @@ impl<K: Kernel> Engine<K> {
         let va = self.geometry.va(fault.vpn);
         let there = self.kernel.is_present(va).map_err(|t| self.hold(t))?;
         if there {
+            if fault.access == Access::Write {
+                // Where making a page writable failed half-way, the table knows that it may have been written and the
+                // kernel still protects it: every write would end here.
+                let _section = self.gate.enter(work.context()).ok_or(Hold::Changing)?;
+                let range = self.addresses(entry.range());
+                self.kernel.protect(range, Protect::No, fault.wake).map_err(|t| self.hold(t))?;
+            }
             let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
             count(&work.counters.spurious);
             return Ok(Outcome::Resolved);
@@ -341,13 +378,16 @@ impl<K: Kernel> Engine<K> {
             None => self.memmap.give_back(frame),
             Some(head) => {
                 if let Some(garbage) = self.memmap.part_gone(frame, staged) {
-                    if garbage.0 > 0 {
-                        // Refusal leaves the pages there, and charged.
-                        if self.kernel.drop_staged(self.blocks.range(head)).is_ok() {
-                            self.budget.uncharge(garbage.0);
-                        }
-                    }
                     self.memmap.reset(head);
+                    if garbage.0 > 0 {
+                        if self.kernel.drop_staged(self.blocks.range(head)).is_err() {
+                            // The pages are still there: the frame lies ready with them, and is charged as such.
+                            self.budget.force_quietly(BLOCK_PAGES - garbage.0);
+                            self.blocks.give_ready(head);
+                            return;
+                        }
+                        self.budget.uncharge(garbage.0);
+                    }
                     self.memmap.give_back(head);
                 }
             }

@@ -11,6 +11,7 @@
 //! | [`tiers`] | the devices and who owns each of their pages |
 //! | [`adopt`] | memory the program already has |
 //! | [`changes`] | what the program itself does to its memory |
+//! | [`lost`] | pages that cannot be had back |
 //! | [`ahead`] | reading ahead of streams |
 //! | [`serve`] | the loops of the engine's own threads |
 //! | [`gate`] | keeps all of it apart from changes of mappings |
@@ -41,6 +42,9 @@ pub(crate) mod context;
 pub(crate) mod evict;
 pub(crate) mod fault;
 pub(crate) mod gate;
+#[cfg(all(test, feature = "soft", not(any(shuttle, miri))))]
+mod inject_tests;
+pub(crate) mod lost;
 pub(crate) mod pages;
 pub(crate) mod reclaim;
 pub(crate) mod serve;
@@ -156,7 +160,8 @@ impl<K: Kernel> Engine<K> {
             TierError::Memory(e) => e,
         })?;
         let staging = kernel.staging();
-        let slots_at = Va(staging.start.0 + blocks * geometry.block_bytes() as u64);
+        // At its end: where huge pages cannot be had, staging may still have room for block frames at its start.
+        let slots_at = Va(staging.end.0 - slots * geometry.page_bytes() as u64);
         let buffer = CLUSTER.0 as usize * geometry.page_bytes();
         Ok(Engine {
             table: Table::new(geometry, memory, kernel.park()),
@@ -335,6 +340,7 @@ impl<K: Kernel> Engine<K> {
         self.epoch.fetch_add(1, Relaxed);
         self.gate.renew();
         self.service.renew();
+        self.contexts.renew();
         for slot in self.contexts.all() {
             slot.as_ref().counters.reset();
             slot.as_ref().latency.reset();

@@ -17,6 +17,7 @@ use peerspace_core::memmap::{Arrival, Backing, Frame};
 use peerspace_core::plan::{self, CLUSTER};
 use peerspace_core::regions::RegionInfo;
 use peerspace_core::stream::Direction;
+use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_os::{Done, Kernel, Protect, Trouble};
 
 /// Pages brought in by one fault.
@@ -74,6 +75,12 @@ impl<K: Kernel> Engine<K> {
         (if writable { Protect::No } else { Protect::Yes }, writable, dirt)
     }
 
+    /// Whether to rely on the expectation that a page will be written, where nobody will find out if it was not: mostly.
+    /// Every eighth page is looked at again.
+    fn is_sure(&self, context: &Context) -> bool {
+        !context.counters.device_loads.load(Relaxed).is_multiple_of(8)
+    }
+
     /// Takes charges and frames for the pages of `locks`, or for the page at `keep` alone (which is charged
     /// already) if there are not enough; lets go of the others.
     fn frames_for(&self, locks: &mut Locks<'_, K>, keep: Vpn, ration: &mut Ration) -> ArrayVec<Frame, MOST> {
@@ -114,6 +121,9 @@ impl<K: Kernel> Engine<K> {
             };
             let clean = dirt != Dirt::Dirty;
             self.memmap.set_backing(frame, if clean { old } else { Backing::None });
+            if !clean && old != Backing::Zero {
+                self.memmap.set_rewritten(frame);
+            }
             self.announce(frame, arrival(lock.state()));
             ration.pages -= 1;
             lock.commit(State::Host { pfn: self.memmap.pfn(frame), writable, dirt });
@@ -163,12 +173,14 @@ impl<K: Kernel> Engine<K> {
                 fault.alone = true;
                 Err(Hold::Again)
             }
-            Some(Trouble::NoMemory) => {
-                fault.alone = true;
-                self.service.wake_reclaim(&self.kernel.park());
-                Err(Hold::Busy)
+            Some(t) => {
+                let hold = self.hold(t);
+                if hold == Hold::Refused {
+                    fault.alone = true;
+                    self.service.wake_reclaim(&self.kernel.park());
+                }
+                Err(hold)
             }
-            Some(t) => Err(self.hold(t)),
             None => unreachable!("everything was installed"),
         }
     }
@@ -219,7 +231,7 @@ impl<K: Kernel> Engine<K> {
         work: &mut Working<'_>,
         ration: &mut Ration,
     ) -> Result<Outcome, Hold> {
-        let State::Device { pfn, .. } = entry.state() else { unreachable!("the page is on a device") };
+        let State::Device { pfn, rewritten, .. } = entry.state() else { unreachable!("the page is on a device") };
         let tier = self.tiers.of(pfn);
         if tier.info.slow && fault.patience == Patience::Never {
             return Err(Hold::Busy);
@@ -233,7 +245,7 @@ impl<K: Kernel> Engine<K> {
             region,
             most,
             fault.direction,
-            |s| matches!(s, State::Device { pfn, .. } if range.contains(pfn)),
+            |s| matches!(s, State::Device { pfn, rewritten: r, .. } if range.contains(pfn) && r == rewritten),
         );
         let frames = self.frames_for(&mut locks, fault.vpn, ration);
         if frames.is_empty() {
@@ -258,7 +270,14 @@ impl<K: Kernel> Engine<K> {
             self.lose(entry, e, context);
             return Ok(Outcome::Poisoned);
         }
-        let (protect, writable, dirt) = self.map_copy(fault.access, Dirt::Clean);
+        let keeps = tier.info.compares && tier.has_room();
+        let (protect, writable, dirt) =
+            if fault.access == Access::Read && rewritten && (keeps || self.is_sure(context)) {
+                let (writable, dirt) = plan::mapping_to_be_written(keeps);
+                (Protect::No, writable, dirt)
+            } else {
+                self.map_copy(fault.access, Dirt::Clean)
+            };
         let done = match self.gate.enter(context) {
             Some(_section) => self.kernel.copy_in(self.geometry.va(run.start), &buffer[..bytes], protect, fault.wake),
             None => Done::stopped(Pages(0), Trouble::Changing),
@@ -315,11 +334,12 @@ impl<K: Kernel> Engine<K> {
             pfn - tier.range.base,
         ));
         count(&context.counters.poisoned);
-        // Refusal is no harm: an access faults again and finds the entry poisoned.
-        let _ = self.kernel.poison(va);
+        let marked = self.mark_lost(&entry, context);
         let range = self.addresses(entry.range());
         entry.commit(State::Poisoned);
-        let _ = self.kernel.wake(range);
+        if marked {
+            let _ = self.kernel.wake(range);
+        }
         self.tiers.free(pfn, Order::BASE);
     }
 
@@ -340,7 +360,13 @@ impl<K: Kernel> Engine<K> {
         // Protection from another life proves nothing any more (G12).
         let dirt =
             if self.memmap.epoch(frame) != self.life() && dirt != Dirt::Dirty { Dirt::Unverified } else { dirt };
-        let (protect, writable, now) = self.map_copy(fault.access, dirt);
+        // Where the device will be asked anyway whether the page was written, a fault that tells is not worth its price.
+        let asked = matches!(self.memmap.backing(frame), Backing::Page(pfn) if self.tiers.of(pfn).info.compares);
+        let (protect, writable, now) = if dirt == Dirt::Unverified && asked && fault.access == Access::Read {
+            (Protect::No, true, Dirt::Unverified)
+        } else {
+            self.map_copy(fault.access, dirt)
+        };
         let (from, slot) = self.staged_at(frame);
         let to = self.geometry.va(fault.vpn);
         let done = match self.gate.enter(work.context()) {
@@ -361,6 +387,9 @@ impl<K: Kernel> Engine<K> {
                 Some(new) => {
                     self.memmap.reset(new);
                     self.memmap.set_backing(new, self.memmap.backing(frame));
+                    if self.memmap.is_rewritten(frame) {
+                        self.memmap.set_rewritten(new);
+                    }
                     self.free_frame(frame, true);
                     new
                 }
@@ -371,6 +400,9 @@ impl<K: Kernel> Engine<K> {
         let backing = self.memmap.backing(frame);
         if now == Dirt::Dirty {
             self.memmap.set_backing(frame, Backing::None);
+            if matches!(backing, Backing::Page(_)) {
+                self.memmap.set_rewritten(frame);
+            }
         }
         self.memmap.set_frequency(frame, self.memmap.frequency(frame) + 1);
         self.announce(frame, Arrival::Reuse);
@@ -424,6 +456,9 @@ impl<K: Kernel> Engine<K> {
             let frame = self.memmap.page(pfn);
             let backing = self.memmap.backing(frame);
             self.memmap.set_backing(frame, Backing::None);
+            if matches!(backing, Backing::Page(_)) {
+                self.memmap.set_rewritten(frame);
+            }
             lock.commit(State::Host { pfn, writable: true, dirt: Dirt::Dirty });
             self.free_backing(backing, Order::BASE);
         }

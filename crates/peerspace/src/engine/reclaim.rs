@@ -47,6 +47,8 @@ pub(crate) enum Step {
     Moved,
     /// Nothing could be done: what is mapped is pinned or in use by other threads, or no device has room.
     Stuck,
+    /// Nothing can be done before a change of mappings has been received.
+    Changing,
 }
 
 /// What unmapping a small page costs in the background, compared with a faulting thread.
@@ -113,8 +115,8 @@ impl<K: Kernel> Engine<K> {
     /// Charges `pages`, making room first if there is none. To be called without any lock.
     ///
     /// # Errors
-    /// [`Hold::Busy`] if it takes a wait and there is no patience; [`Hold::Changing`] if nothing can leave before a
-    /// change that the program has made to its mappings was acted on: the caller may be the one to do that.
+    /// [`Hold::Busy`] if it takes a wait and there is no patience; [`Hold::Changing`] if nothing can leave RAM before
+    /// a change has been received, by the caller perhaps.
     pub(crate) fn charge(&self, pages: u64, work: &mut Working<'_>, patience: Patience) -> Result<(), Hold> {
         let mut stuck: Option<Instant> = None;
         while !self.budget.try_charge(pages) {
@@ -124,7 +126,7 @@ impl<K: Kernel> Engine<K> {
             count(&work.counters.direct_reclaims);
             match self.reclaim_step(work, false) {
                 Step::Freed(_) | Step::Moved => stuck = None,
-                Step::Stuck if self.kernel.is_changing() => return Err(Hold::Changing),
+                Step::Changing => return Err(Hold::Changing),
                 Step::Stuck if stuck.get_or_insert_with(Instant::now).elapsed() > self.patience_when_stuck() => {
                     // Nothing can leave. To go beyond the limit loses nothing.
                     self.tell_full();
@@ -135,7 +137,7 @@ impl<K: Kernel> Engine<K> {
                 // Other threads may have all of it in hand, or it is shared with a forked process.
                 Step::Stuck => {
                     self.service.wake_reclaim(&self.kernel.park());
-                    std::thread::yield_now();
+                    crate::sync::yield_now();
                 }
             }
         }
@@ -200,17 +202,16 @@ impl<K: Kernel> Engine<K> {
         if self.evict_oldest_block(work) {
             return Step::Moved;
         }
-        match self.drain_oldest(work) {
+        let mut drained = self.drain_oldest(work);
+        if drained == Drained::Nothing {
+            self.ring.close_filling();
+            drained = self.drain_oldest(work);
+        }
+        match drained {
             Drained::Freed(n @ 1..) => Step::Freed(n),
+            _ if self.kernel.is_changing() => Step::Changing,
             // A segment in which there was nothing is no headway.
-            Drained::Freed(0) | Drained::Kept => Step::Stuck,
-            Drained::Nothing => {
-                self.ring.close_filling();
-                match self.drain_oldest(work) {
-                    Drained::Freed(n @ 1..) => Step::Freed(n),
-                    _ => Step::Stuck,
-                }
-            }
+            Drained::Freed(_) | Drained::Kept | Drained::Nothing => Step::Stuck,
         }
     }
 

@@ -4,19 +4,19 @@
 //!
 //! Several threads may run [`Engine::serve_messages`]; one at a time, the *reader*, receives. It resolves faults
 //! itself as long as that takes no wait; before it would wait (for a slow device, for a lock) it hands the reading
-//! over. A fault that meets a change of mappings is put aside until the message about the change has been acted
-//! on, by whoever reads then. So there is always somebody who reads, and whoever waits waits for somebody who
+//! over. A fault that meets a change of mappings is put aside until the change is over. So there is always somebody who reads, and whoever waits waits for somebody who
 //! makes headway.
 
 use super::Engine;
 use super::ahead::Ahead;
 use super::fault::{Outcome, Patience, Pause};
+use super::lost::Graves;
 use super::reclaim::{Pace, Step};
 use super::stats::count;
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Va};
-use peerspace_core::sync::{AtomicBool, AtomicU64, Latch, Ordering, Park};
+use peerspace_core::sync::{AtomicBool, AtomicU64, AtomicUsize, Latch, Ordering, Park};
 use peerspace_os::{Kernel, Message, Protect, Wake};
 use std::time::Duration;
 
@@ -26,8 +26,8 @@ const PUT_ASIDE: usize = 256;
 const REQUESTS: usize = 16;
 /// How often a thread that waits for messages looks whether it is to stop.
 const POLL: Duration = Duration::from_millis(200);
-/// How long faults that were put aside wait if no message comes.
-const ASIDE: Duration = Duration::from_micros(200);
+/// How long faults that are put aside wait before somebody looks whether they may go on.
+const LOOK_AGAIN: Duration = Duration::from_micros(50);
 
 /// What the engine's threads share.
 #[derive(Debug)]
@@ -39,12 +39,15 @@ pub(crate) struct Service {
     reader: Latch,
     /// Locked with a context in hand only, so that it is free when the process forks.
     aside: Mutex<ArrayVec<Va, PUT_ASIDE>>,
-    any_aside: AtomicBool,
+    /// How many faults are put aside.
+    waiting: AtomicUsize,
     reclaim: AtomicU64,
     ahead: AtomicU64,
     requests: Mutex<ArrayVec<Ahead, REQUESTS>>,
     said_full: AtomicBool,
+    said_refused: AtomicBool,
     pub(crate) pace: Pace,
+    pub(crate) graves: Graves,
 }
 
 impl Service {
@@ -54,18 +57,20 @@ impl Service {
             go: AtomicU64::new(1),
             reader: Latch::new(),
             aside: Mutex::new(ArrayVec::new_const()),
-            any_aside: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
             reclaim: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             requests: Mutex::new(ArrayVec::new_const()),
             said_full: AtomicBool::new(false),
+            said_refused: AtomicBool::new(false),
             pace: Pace::new(),
+            graves: Graves::new(),
         }
     }
 
     /// Ends the loops, once they look.
     pub(crate) fn stop(&self, park: &impl Park) {
-        self.stop.store(true, Ordering::Release);
+        self.stop.store(true, Ordering::SeqCst);
         for word in [&self.reclaim, &self.ahead] {
             word.store(1, Ordering::Release);
             park.wake(word);
@@ -80,7 +85,8 @@ impl Service {
         self.ahead.store(0, Ordering::Relaxed);
         self.requests.lock().clear();
         self.aside.lock().clear();
-        self.any_aside.store(false, Ordering::Relaxed);
+        self.waiting.store(0, Ordering::Relaxed);
+        self.graves.renew();
     }
 
     /// Lets threads that were started after [`renew`](Service::renew) begin.
@@ -90,7 +96,7 @@ impl Service {
     }
 
     pub(crate) fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
+        self.stop.load(Ordering::SeqCst)
     }
 
     pub(crate) fn wake_reclaim(&self, park: &impl Park) {
@@ -110,6 +116,10 @@ impl Service {
 
     pub(crate) fn say_once_full(&self) -> bool {
         !self.said_full.swap(true, Ordering::Relaxed)
+    }
+
+    pub(crate) fn say_once_refused(&self) -> bool {
+        !self.said_refused.swap(true, Ordering::Relaxed)
     }
 }
 
@@ -135,6 +145,7 @@ impl<K: Kernel> Engine<K> {
         await_bell(&self.service.go, &park);
         while !self.service.stopped() {
             await_bell(&self.service.reclaim, &park);
+            self.bury_lost();
             let mut work = self.contexts.take();
             count(&work.counters.background_reclaims);
             let high = self.budget.watermarks().high.0 as i64;
@@ -144,14 +155,17 @@ impl<K: Kernel> Engine<K> {
                 && !stuck
                 && self.budget.left() + (self.blocks.ready() as u64 * BLOCK_PAGES) as i64 <= high
             {
-                stuck = self.reclaim_step(&mut work, true) == Step::Stuck;
+                stuck = matches!(self.reclaim_step(&mut work, true), Step::Stuck | Step::Changing);
             }
             drop(work);
             if stuck {
-                std::thread::sleep(Duration::from_millis(2));
+                crate::sync::sleep(Duration::from_millis(2));
             }
             // Answered. Whoever rings from here on is heard.
             self.service.reclaim.store(self.service.stopped() as u64, Ordering::Release);
+            if self.service.graves.wanted() {
+                self.service.wake_reclaim(&park);
+            }
         }
     }
 
@@ -184,7 +198,7 @@ impl<K: Kernel> Engine<K> {
     /// Receives changes of mappings where faults come by signal, until stopped.
     pub(crate) fn serve_changes(&self) {
         await_bell(&self.service.go, &self.kernel.park());
-        while !self.service.stopped() {
+        while !self.service.stopped() || self.service.graves.digging() {
             if self.kernel.wait_message(Some(POLL)) {
                 while self.receive().is_some() {}
             }
@@ -197,14 +211,9 @@ impl<K: Kernel> Engine<K> {
         await_bell(&self.service.go, &park);
         let reader = &self.service.reader;
         reader.lock(&park);
-        while !self.service.stopped() {
-            let waiting = self.service.any_aside.load(Ordering::Relaxed);
-            if !self.kernel.wait_message(Some(if waiting { ASIDE } else { POLL })) {
-                // The kernel refuses operations until the thread that made the last change has run again, which
-                // nothing tells of.
-                if waiting {
-                    self.send_aside_back();
-                }
+        while !self.service.stopped() || self.service.graves.digging() {
+            self.retry_aside();
+            if !self.kernel.wait_message(Some(if self.is_any_aside() { LOOK_AGAIN } else { POLL })) {
                 continue;
             }
             match self.receive() {
@@ -215,55 +224,81 @@ impl<K: Kernel> Engine<K> {
                         Err(Pause::Busy) => {
                             // Somebody else reads, while this thread waits for what the fault takes.
                             reader.unlock(&park);
-                            if !self.conclude(va, self.fault(va, access, Wake::Yes, Patience::Locks)) {
-                                std::thread::yield_now();
-                                self.send_back(va);
-                            }
-                            reader.lock(&park);
+                            let outcome = self.fault(va, access, Wake::Yes, Patience::Locks);
+                            self.conclude(va, outcome);
+                            self.read_again();
                         }
-                        outcome => {
-                            if !self.conclude(va, outcome) && !self.put_aside(va) {
-                                self.send_back(va);
-                            }
-                        }
+                        outcome => self.conclude(va, outcome),
                     }
                 }
-                // A change has been acted on: what waited for it may try again.
-                Some(_) => self.send_aside_back(),
+                // A change has been acted on: what waited for it may soon try again.
+                Some(_) => {}
             }
         }
         reader.unlock(&park);
     }
 
-    /// For the reader: keeps a fault that met a change of mappings until that was acted on. False without room.
-    fn put_aside(&self, va: Va) -> bool {
+    /// Becomes the reader again. As long as faults are put aside, somebody has to look whether the change that they
+    /// met is over: whoever reads now may sleep until there is a message, and there may be none for long.
+    fn read_again(&self) {
+        let reader = &self.service.reader;
+        while self.is_any_aside() {
+            if reader.try_lock() {
+                return;
+            }
+            self.retry_aside();
+            crate::sync::sleep(LOOK_AGAIN);
+        }
+        reader.lock(&self.kernel.park());
+    }
+
+    fn is_any_aside(&self) -> bool {
+        self.service.waiting.load(Ordering::SeqCst) != 0
+    }
+
+    /// Lets those fault again who met a change that is over. The message about it is no sign of that: the kernel
+    /// refuses operations for a while longer, until the thread that made the change has seen the answer.
+    fn retry_aside(&self) {
+        if self.is_any_aside() && !self.kernel.is_changing() {
+            for va in self.take_aside() {
+                self.send_back(va);
+            }
+        }
+    }
+
+    fn take_aside(&self) -> ArrayVec<Va, PUT_ASIDE> {
         let _work = self.contexts.take();
-        self.service.any_aside.store(true, Ordering::Relaxed);
-        self.service.aside.lock().try_push(va).is_ok()
+        let mut aside = self.service.aside.lock();
+        self.service.waiting.store(0, Ordering::SeqCst);
+        std::mem::take(&mut *aside)
     }
 
-    fn send_aside_back(&self) {
-        let aside = {
-            let _work = self.contexts.take();
-            self.service.any_aside.store(false, Ordering::Relaxed);
-            std::mem::take(&mut *self.service.aside.lock())
-        };
-        aside.into_iter().for_each(|va| self.send_back(va));
-    }
-
-    /// Ends a fault. False if it has to wait for a change of mappings to be acted on.
-    fn conclude(&self, va: Va, outcome: Result<Outcome, Pause>) -> bool {
+    /// Ends a fault, or puts it aside if it has to wait for a change of mappings to be over.
+    fn conclude(&self, va: Va, outcome: Result<Outcome, Pause>) {
         match outcome {
             Ok(Outcome::Resolved | Outcome::Poisoned) => {}
+            // To fail one access without losing the page is not possible here: it tries again, and goes on when the kernel
+            // has memory again, while this thread serves others.
+            Ok(Outcome::Refused) => self.send_back(va),
             // Registered with us but no region: nothing of it can ever have been evicted.
             Ok(Outcome::Foreign) => {
                 let page = PageRange::new(self.geometry.vpn(va), Pages(1));
                 let _ = self.kernel.zero_in(self.addresses(page), Protect::No, Wake::Yes);
                 self.send_back(va);
             }
-            Err(_) => return false,
+            Err(_) => {
+                let full = {
+                    let _work = self.contexts.take();
+                    let mut aside = self.service.aside.lock();
+                    let full = aside.try_push(va).is_err();
+                    self.service.waiting.store(aside.len(), Ordering::SeqCst);
+                    full
+                };
+                if full {
+                    self.send_back(va);
+                }
+            }
         }
-        true
     }
 
     /// Lets a thread that waits for `va` fault again.

@@ -207,6 +207,11 @@ impl<W: Words> Tier<W> {
         room && self.strikes.load(Relaxed) < STRIKES
     }
 
+    /// Whether the device has not said that it is full.
+    pub(crate) fn has_room(&self) -> bool {
+        self.full.load(Relaxed) == 0
+    }
+
     /// Notes what a store says about the device. True if it went well.
     fn judge(&self, result: Result<(), DeviceError>) -> bool {
         match result {

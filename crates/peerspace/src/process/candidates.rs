@@ -158,7 +158,7 @@ mod tests {
                 }
             })
             .unwrap();
-        let found: Vec<_> = found.iter().map(|c| c.range).collect();
+        let found: std::vec::Vec<_> = found.iter().map(|c| c.range).collect();
         let has = |p: *const u8| found.iter().any(|r| r.contains(Va(p as u64)));
         assert!(has(heap.as_ptr().wrapping_add(1 << 20)) && has(heap.as_ptr().wrapping_add(6 << 20)));
         assert!(!has(taken.start.0 as *const u8));

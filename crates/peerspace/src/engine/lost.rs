@@ -1,0 +1,139 @@
+//! Pages that cannot be had back: how accesses to them are made to fail (rule Z9).
+//!
+//! A kernel that can mark a page as lost does so at once, under the lock of its entry. On others the program's threads
+//! would wait for the page, and fault on it, for ever. There the page is *buried*: one that raises SIGBUS takes its
+//! place. That is a change of mappings like those of the program, and whoever makes it waits until it is received; so
+//! the thread that finds the page lost, which may be the one to receive it, leaves it to the background reclaimer
+//! ([`Graves`]). A thread that waits for the page goes on waiting until then.
+//!
+//! Where faults come by signal nothing of this is needed: each access asks anew, and is told.
+
+use super::context::Context;
+use super::{Engine, Entry};
+use crate::sync::Mutex;
+use arrayvec::ArrayVec;
+use peerspace_core::addr::Vpn;
+use peerspace_core::entry::State;
+use peerspace_core::sync::{AtomicU32, Ordering};
+use peerspace_os::Kernel;
+use std::time::Duration;
+
+/// Pages that wait to be buried at most; those beyond fault again until there is room.
+const GRAVES: usize = 64;
+
+/// Pages to be buried.
+#[derive(Debug)]
+pub(crate) struct Graves {
+    wanted: Mutex<ArrayVec<Vpn, GRAVES>>,
+    count: AtomicU32,
+    /// How many threads are burying, for which somebody has to receive messages.
+    digging: AtomicU32,
+}
+
+impl Graves {
+    pub(crate) fn new() -> Graves {
+        Graves { wanted: Mutex::new(ArrayVec::new_const()), count: AtomicU32::new(0), digging: AtomicU32::new(0) }
+    }
+
+    /// In a forked child, at rest: the child's own faults ask again.
+    pub(crate) fn renew(&self) {
+        self.wanted.lock().clear();
+        self.count.store(0, Ordering::Relaxed);
+        self.digging.store(0, Ordering::Relaxed);
+    }
+
+    /// Has `vpn` buried, soon. False when there is no room. The caller has a context.
+    pub(crate) fn request(&self, vpn: Vpn) -> bool {
+        let mut wanted = self.wanted.lock();
+        let there = wanted.contains(&vpn) || wanted.try_push(vpn).is_ok();
+        self.count.store(wanted.len() as u32, Ordering::Release);
+        there
+    }
+
+    pub(crate) fn wanted(&self) -> bool {
+        self.count.load(Ordering::Acquire) > 0
+    }
+
+    /// Somebody may wait for a message of a burial to be received.
+    pub(crate) fn digging(&self) -> bool {
+        // Sequentially consistent, like the flag that stops: see bury_lost.
+        self.digging.load(Ordering::SeqCst) > 0
+    }
+
+    fn next(&self) -> Option<Vpn> {
+        let mut wanted = self.wanted.lock();
+        let vpn = wanted.pop();
+        self.count.store(wanted.len() as u32, Ordering::Release);
+        vpn
+    }
+}
+
+impl<K: Kernel> Engine<K> {
+    /// Makes accesses to the page of `entry` fail, as far as that can be done here. False when that is left to the
+    /// reclaimer, who wakes the threads that wait for the page; otherwise they may look again.
+    pub(crate) fn mark_lost(&self, entry: &Entry<'_, K>, context: &Context) -> bool {
+        let can = self.kernel.capabilities();
+        if can.poison {
+            // Refusal is no harm: an access faults again and finds the entry poisoned.
+            if let Some(_section) = self.gate.enter(context) {
+                let _ = self.kernel.poison(self.geometry.va(entry.vpn()));
+            }
+            return true;
+        }
+        if !can.kernel_faults || !self.service.graves.request(entry.vpn()) {
+            return true;
+        }
+        self.service.wake_reclaim(&self.kernel.park());
+        false
+    }
+
+    /// Buries what there is to bury. Not for threads that receive messages; the caller has no context.
+    pub(crate) fn bury_lost(&self) {
+        let graves = &self.service.graves;
+        while graves.wanted() {
+            // Whoever receives messages goes on while this is set; and whoever sees that they stop buries no more.
+            graves.digging.fetch_add(1, Ordering::SeqCst);
+            let done = self.service.stopped() || self.bury_next();
+            graves.digging.fetch_sub(1, Ordering::SeqCst);
+            if self.service.stopped() {
+                return;
+            }
+            if !done {
+                crate::sync::sleep(Duration::from_millis(2));
+                return;
+            }
+        }
+    }
+
+    /// Buries one page. False if it has to be tried again.
+    fn bury_next(&self) -> bool {
+        let Some(vpn) = ({
+            let _work = self.contexts.take();
+            self.service.graves.next()
+        }) else {
+            return true;
+        };
+        let va = self.geometry.va(vpn);
+        loop {
+            let work = self.contexts.take();
+            let Ok(entry) = self.table.lock(vpn) else { return true };
+            // Look again: the program may have unmapped or discarded it.
+            if entry.state() != State::Poisoned || self.region(vpn).is_none() {
+                let _ = self.kernel.wake(self.addresses(entry.range()));
+                return true;
+            }
+            if self.gate.enter(work.context()).is_some() && !self.kernel.is_changing() {
+                break;
+            }
+            drop(entry);
+            drop(work);
+            self.wait_for_changes();
+        }
+        let buried = self.kernel.bury(va).is_ok();
+        if !buried {
+            let _work = self.contexts.take();
+            let _ = self.service.graves.request(vpn);
+        }
+        buried
+    }
+}
