@@ -8,7 +8,7 @@ use crate::library::Library;
 use crate::program;
 use clap::{Args, ValueEnum};
 use comfy_table::{Cell, CellAlignment, Table, presets};
-use peerspace::process::{LEAST_HOST, Options, Record};
+use peerspace::process::{LEAST_HOST, MOST_HOST, Options, Record};
 use peerspace::{DeviceSpec, Size};
 use peerspace_os::linux::{Delivery, Linux, Setup};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -17,7 +17,7 @@ use std::ffi::OsString;
 use std::io::{Read, Seek};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::Instant;
 
@@ -128,25 +128,22 @@ pub(crate) fn execute(args: &RunArgs, prepare: impl FnOnce(&mut Command)) -> Res
             format!("--host {}: at least {} is needed to run a program in", args.host, Size(LEAST_HOST)),
         ));
     }
-    let devices = default_devices(&args.devices);
+    if args.host.0 > MOST_HOST {
+        return Err(Refusal::new(2, format!("--host {}: {} is the most that can be managed", args.host, Size(MOST_HOST))));
+    }
+    // The program may go elsewhere before it needs them.
+    let devices: Vec<_> = default_devices(&args.devices).iter().map(DeviceSpec::absolute).collect();
     let path = program::find(&args.program[0]).map_err(|p| {
         let status = p.status();
         let (program::Problem::NotFound(why) | program::Problem::NotExecutable(why)) = p;
         Refusal::new(status, why)
     })?;
-    if let Some(report) = &args.report {
-        // Now, not after an hour.
-        std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(report)
-            .map_err(|e| Refusal::new(2, format!("--report {}: {e}", report.display())))?;
-    }
     let by_signal = args.faults == FaultsArg::Signal;
     check_machine(by_signal)?;
     for device in &devices {
         device.probe(args.host.0).map_err(|e| Refusal::new(125, e.to_string()))?;
     }
+    let place = args.report.as_deref().map(ReportPlace::take).transpose()?;
     let broken = |what: &str, e: std::io::Error| Refusal::new(125, format!("{what}: {e}"));
     let library = Library::find().map_err(|e| broken("the library to preload", e))?;
     let record = memfd_create("peerspace-record", MemfdFlags::CLOEXEC)
@@ -172,11 +169,43 @@ pub(crate) fn execute(args: &RunArgs, prepare: impl FnOnce(&mut Command)) -> Res
         let status = if e.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 };
         Refusal::new(status, format!("{}: {e}", path.display()))
     })?;
+    if let Some(place) = place {
+        place.keep();
+    }
     let status = signals.pass_on_until_end(child).map_err(|e| broken("wait for the program", e))?;
     let mut record = read_record(std::fs::File::from(record)).unwrap_or_else(|| Record::idle(args.host.0, 0));
     record.exit_status = Some(exit_status(status) as i32);
     record.wall_seconds = started.elapsed().as_secs_f64();
     Ok(Ran { status, record })
+}
+
+/// The file a report is going to be written to, tried out beforehand and not after an hour. If no program comes to
+/// run, it is not left behind.
+struct ReportPlace<'a> {
+    path: &'a Path,
+    fresh: bool,
+}
+
+impl ReportPlace<'_> {
+    fn take(path: &Path) -> Result<ReportPlace<'_>, Refusal> {
+        let fresh = !path.exists();
+        let opened = std::fs::OpenOptions::new().create(true).append(true).open(path);
+        opened.map_err(|e| Refusal::new(2, format!("--report {}: {e}", path.display())))?;
+        Ok(ReportPlace { path, fresh })
+    }
+
+    fn keep(mut self) {
+        self.fresh = false;
+    }
+}
+
+impl Drop for ReportPlace<'_> {
+    fn drop(&mut self) {
+        if self.fresh {
+            // Nothing can be done if it cannot be removed.
+            let _ = std::fs::remove_file(self.path);
+        }
+    }
 }
 
 /// The devices to use when these were asked for.

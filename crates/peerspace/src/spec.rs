@@ -173,12 +173,45 @@ impl DeviceSpec {
         }
     }
 
-    /// Whether the device can be opened now, without keeping it.
+    /// Whether the device can be opened now, without keeping it. A file that was not there is not left behind.
     ///
     /// # Errors
     /// As [`open`](DeviceSpec::open).
     pub fn probe(&self, host: u64) -> Result<(), SpecError> {
-        self.open(host).map(drop)
+        let fresh = match self {
+            DeviceSpec::File(path, _) => std::fs::symlink_metadata(path).is_err().then_some(path),
+            _ => None,
+        };
+        let device = self.open(host)?;
+        if let Some(path) = fresh {
+            // While it is open, and so locked: nobody else relies on it.
+            let _ = std::fs::remove_file(path);
+        }
+        drop(device);
+        Ok(())
+    }
+
+    /// The same device for a process that is elsewhere: its path from the root on.
+    pub fn absolute(&self) -> DeviceSpec {
+        match self {
+            // A path that cannot be made absolute is empty, and is refused when it is opened.
+            DeviceSpec::File(path, size) => {
+                DeviceSpec::File(std::path::absolute(path).unwrap_or_else(|_| path.clone()), *size)
+            }
+            other => other.clone(),
+        }
+    }
+
+    /// The same kind of device for another process: one that shares nothing with this one. In the place of a named
+    /// file that is an unlinked one in its directory.
+    pub fn beside(&self) -> DeviceSpec {
+        match self {
+            DeviceSpec::File(path, size) if !path.is_dir() => {
+                let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+                DeviceSpec::File(parent.unwrap_or(std::path::Path::new(".")).into(), *size)
+            }
+            other => other.clone(),
+        }
     }
 }
 
@@ -201,6 +234,28 @@ mod tests {
             assert!(matches!(huge.parse::<Size>(), Err(SizeError::Overflow(_))), "{huge}");
         }
         assert_eq!("0".parse::<Size>(), Err(SizeError::Zero));
+    }
+
+    #[test]
+    fn another_process_gets_a_file_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = DeviceSpec::File(dir.path().into(), Some(Size(7)));
+        assert_eq!(directory.beside(), directory);
+        assert_eq!(DeviceSpec::File(dir.path().join("named"), Some(Size(7))).beside(), directory);
+        assert_eq!(DeviceSpec::File("named".into(), None).beside(), DeviceSpec::File(".".into(), None));
+        assert_eq!(DeviceSpec::Soft(Size(7)).beside(), DeviceSpec::Soft(Size(7)));
+    }
+
+    #[cfg(feature = "file")]
+    #[test]
+    fn trying_a_device_out_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("named");
+        DeviceSpec::File(path.clone(), Some(Size(1 << 24))).probe(1 << 24).unwrap();
+        assert!(!path.exists());
+        std::fs::write(&path, b"").unwrap();
+        DeviceSpec::File(path.clone(), Some(Size(1 << 24))).probe(1 << 24).unwrap();
+        assert!(path.exists());
     }
 
     #[test]

@@ -71,7 +71,7 @@ impl<K: Kernel> Engine<K> {
                         );
                     }
                 }
-                None => std::thread::yield_now(),
+                None => crate::sync::yield_now(),
             }
         }
     }

@@ -18,6 +18,9 @@ pub(crate) struct Context {
     pub(crate) section: AtomicU32,
     pub(crate) counters: Counters,
     pub(crate) latency: Histogram,
+    /// 1 while somebody works here, or is about to find out that nobody may.
+    taken: AtomicU32,
+    /// Locked by whoever has taken the context.
     buffer: Mutex<Buffer>,
 }
 
@@ -44,7 +47,8 @@ impl AsRef<Context> for Slot {
 /// A context that is ours until this is dropped.
 pub(crate) struct Working<'a> {
     context: &'a Context,
-    buffer: MutexGuard<'a, Buffer>,
+    /// None only while it is being dropped.
+    buffer: Option<MutexGuard<'a, Buffer>>,
 }
 
 impl Contexts {
@@ -56,6 +60,7 @@ impl Contexts {
                 section: AtomicU32::new(0),
                 counters: Counters::default(),
                 latency: Histogram::default(),
+                taken: AtomicU32::new(0),
                 buffer: Mutex::new(Buffer::new(bytes)?),
             })));
         }
@@ -69,10 +74,15 @@ impl Contexts {
     /// Takes context `i` if it is free and nothing is frozen.
     fn try_take(&self, i: usize) -> Option<Working<'_>> {
         let context = self.all[i].as_ref();
-        let buffer = context.buffer.try_lock()?;
-        // Pairs with the fence in freeze: either we see that it is frozen, or the freezer sees the lock taken.
+        // Acquire: pairs with the Release of whoever had it before.
+        context.taken.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).ok()?;
+        // Pairs with the fence in freeze: either we see that it is frozen, or the freezer sees it taken.
         fence(Ordering::SeqCst);
-        (self.frozen.load(Ordering::Relaxed) == 0).then_some(Working { context, buffer })
+        if self.frozen.load(Ordering::Relaxed) != 0 {
+            context.taken.store(0, Ordering::Release);
+            return None;
+        }
+        Some(Working { context, buffer: Some(context.buffer.lock()) })
     }
 
     /// Takes the context of the thread that receives changes.
@@ -112,7 +122,19 @@ impl Contexts {
         self.frozen.fetch_add(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         for slot in &self.all {
-            drop(slot.as_ref().buffer.lock());
+            // Acquire: pairs with the Release of whoever works there.
+            while slot.as_ref().taken.load(Ordering::Acquire) != 0 {
+                crate::sync::yield_now();
+            }
+        }
+    }
+
+    /// In a forked child, at rest: nobody works. A thread of the parent that was about to find out that everything is
+    /// frozen may have had a context in hand for that moment, and does not exist here.
+    pub(crate) fn renew(&self) {
+        for slot in &self.all {
+            slot.as_ref().taken.store(0, Ordering::Relaxed);
+            slot.as_ref().section.store(0, Ordering::Relaxed);
         }
     }
 
@@ -129,7 +151,15 @@ impl<'a> Working<'a> {
 
     /// The context and its buffer, which is aligned to a page, to use both at once.
     pub(crate) fn parts(&mut self) -> (&'a Context, &mut [u8]) {
-        (self.context, self.buffer.deref_mut())
+        (self.context, self.buffer.as_mut().expect("there until it is dropped").deref_mut())
+    }
+}
+
+impl Drop for Working<'_> {
+    fn drop(&mut self) {
+        // The buffer first, so that it is free when somebody else has the context.
+        self.buffer = None;
+        self.context.taken.store(0, Ordering::Release);
     }
 }
 

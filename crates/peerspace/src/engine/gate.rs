@@ -119,7 +119,7 @@ impl Gate {
             let word = self.word.load(Ordering::Acquire);
             match word & STATE {
                 0 => return Some(word / TURN),
-                PEEKING => std::thread::yield_now(),
+                PEEKING => crate::sync::yield_now(),
                 _ => return None,
             }
         }

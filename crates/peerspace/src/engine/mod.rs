@@ -360,6 +360,7 @@ impl<K: Kernel> Engine<K> {
         self.epoch.fetch_add(1, Relaxed);
         self.gate.renew();
         self.service.renew();
+        self.contexts.renew();
         for slot in self.contexts.all() {
             slot.as_ref().counters.reset();
             slot.as_ref().latency.reset();

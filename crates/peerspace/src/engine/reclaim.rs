@@ -187,7 +187,8 @@ impl<K: Kernel> Engine<K> {
     }
 
     fn tell_full(&self) {
-        if self.service.say_once_full() {
+        // What cannot leave for a while because the program protects it is no reason to alarm anybody.
+        if self.tiers.full() && self.service.say_once_full() {
             crate::tell::warning(format_args!(
                 "no device has room for what has to leave RAM; the limit of {} MiB is exceeded rather than data lost",
                 self.geometry.bytes(self.budget.limit()) >> 20

@@ -37,6 +37,7 @@ pub(crate) struct Service {
     go: AtomicU64,
     /// Held by whoever waits for messages.
     reader: Latch,
+    /// Locked with a context in hand only, so that it is free when the process forks.
     aside: Mutex<ArrayVec<Va, PUT_ASIDE>>,
     /// How many faults are put aside.
     waiting: AtomicUsize,

@@ -86,6 +86,8 @@ pub(crate) struct Tiers<W> {
     all: Vec<Tier<W>>,
     maps: Pagemaps,
     geometry: Geometry,
+    /// The last page that was to be written found no room.
+    full: AtomicBool,
 }
 
 /// One folio to be written to whatever device has room.
@@ -138,7 +140,7 @@ impl<W: Words> Tiers<W> {
                 errors: AtomicU64::new(0),
             });
         }
-        Ok(Tiers { all, maps, geometry })
+        Ok(Tiers { all, maps, geometry, full: AtomicBool::new(false) })
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Tier<W>> {
@@ -202,6 +204,15 @@ impl<W: Words> Tiers<W> {
                 }
             }
         }
+        // A block may find no room where pages do.
+        if let Some(last) = folios.iter().rfind(|f| f.order == Order::BASE) {
+            self.full.store(last.at.is_none(), Relaxed);
+        }
+    }
+
+    /// Whether, as far as is known, no device has room for anything.
+    pub(crate) fn full(&self) -> bool {
+        self.full.load(Relaxed)
     }
 
     /// Writes new content to a device page that is allocated already. False when the device failed; the page

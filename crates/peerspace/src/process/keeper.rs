@@ -422,7 +422,10 @@ impl Process {
         let plain = |e: &dyn std::fmt::Display| OsError::plain(e.to_string());
         let limit = peerspace_core::addr::Pages(self.limit());
         let mut devices = Vec::new_in(Own);
+        let first = self.first == Some(rustix::process::getpid().as_raw_nonzero().get());
         for spec in self.options.specs().map_err(|e| plain(&e))? {
+            // A file with a name is the first process's.
+            let spec = if first { spec } else { spec.beside() };
             devices.push(spec.open(self.options.host).map_err(|e| plain(&e))?);
         }
         let (blocks, slots) = engine::staging_layout(limit, true);

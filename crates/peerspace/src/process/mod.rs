@@ -23,3 +23,6 @@ pub use records::{Options, Record};
 /// The least budget of RAM a process can be run with: the engine's own minimum, room for what cannot be managed, and
 /// for what comes between two looks.
 pub const LEAST_HOST: u64 = 16 << 20;
+
+/// The most RAM a process can be run with: frames have 32-bit numbers.
+pub const MOST_HOST: u64 = 2 << 40;
