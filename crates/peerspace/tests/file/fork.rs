@@ -4,7 +4,6 @@ use super::*;
 use peerspace::device::ForkSide;
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A forked process, which does not survive a test that fails.
 pub(crate) struct Child(Option<Pid>);
@@ -60,12 +59,6 @@ fn fork(file: &File, work: impl FnOnce()) -> Child {
     });
     file.after_fork(ForkSide::Parent);
     child
-}
-
-/// One test at a time: they count descriptors.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The open files of this process in `dir`: how many, and what they take up.
