@@ -32,11 +32,9 @@ impl Drop for Child {
 
 /// Runs `work` in a forked process, which ends with it.
 pub(crate) fn in_child(work: impl FnOnce()) -> Child {
-    peerspace_os::own::freeze_heap();
-    // SAFETY: the child has this thread alone. It uses no lock that another thread may have held: our heap's is
-    // ours now, and the C library takes care of its own. It never returns from here.
+    // SAFETY: the child has this thread alone. It uses no lock that another thread may have held: our heap and the C
+    // library take care of their own. It never returns from here.
     let pid = unsafe { libc::fork() };
-    peerspace_os::own::thaw_heap();
     assert!(pid >= 0);
     if pid > 0 {
         return Child(Pid::from_raw(pid));
