@@ -71,7 +71,7 @@ fn use_all_of(words: &mut [u64]) -> bool {
     for round in 0..3 {
         good &= words.iter().step_by(step).enumerate().all(|(i, w)| *w == value(i));
         let n = words.len() / step;
-        for k in 0..n {
+        for k in 0..n / 8 {
             let i = k * 1237 % n;
             good &= words[i * step] == value(i);
             if k % 5 == round {
@@ -103,8 +103,8 @@ fn faults_use_no_heap() {
         assert_eq!(uses, 0, "{hint:?}: the heap was used in faults");
         let s = space.statistics();
         let f = s.faults;
-        assert!(f.device > 10 && f.zero_fill > 0 && s.pages_out > 2000 && s.direct_reclaims > 0, "{s:?}");
-        assert!(hint == Hint::Dense || f.upgrades > 10, "{s:?}");
+        assert!(f.device > 10 && f.zero_fill > 0 && s.pages_out > 2000, "{s:?}");
+        assert!(hint == Hint::Dense || (f.upgrades > 10 && s.direct_reclaims > 0), "{s:?}");
     }
 }
 

@@ -109,15 +109,17 @@ impl<K: Kernel> Engine<K> {
                 return Err(Hold::Busy);
             }
             let forced = self.no_room.load(Relaxed);
-            if forced % HOPE != 0 {
-                return Ok(self.exceed(pages));
+            if !forced.is_multiple_of(HOPE) {
+                self.exceed(pages);
+                return Ok(());
             }
             count(&work.counters.direct_reclaims);
             match self.reclaim_step(work, false) {
                 Step::Freed(_) | Step::Moved => stuck = None,
                 Step::Stuck if forced > 0 || stuck.get_or_insert_with(Instant::now).elapsed() > STUCK => {
                     self.tell_full();
-                    return Ok(self.exceed(pages));
+                    self.exceed(pages);
+                    return Ok(());
                 }
                 // Other threads may have all of it in hand, or it is shared with a forked process.
                 Step::Stuck => {
