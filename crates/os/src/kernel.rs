@@ -120,6 +120,8 @@ pub enum Message {
         write: bool,
         /// The page is there but write-protected.
         protected: bool,
+        /// The thread, by the number the system has for it; 0 where that is not known.
+        thread: u32,
     },
     /// The program discarded the content (MADV_DONTNEED, MADV_FREE, MADV_REMOVE). The pages themselves go a
     /// moment after this message was received.

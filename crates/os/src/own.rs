@@ -8,13 +8,15 @@
 //! Nothing on the fault path calls into this module; it serves set-up and background work.
 
 use crate::kernel::Trouble;
+use crate::linux::fork;
 use crate::linux::futex::{Mutex, RawMutex};
 use crate::linux::map::Mapping;
 use allocator_api2::alloc::{AllocError, Allocator, GlobalAlloc, Layout};
+use rustix::process::Pid;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 use talc::base::Talc;
 use talc::source::AllocatorSource;
 use talc::{DefaultBinning, TalcLock};
@@ -46,9 +48,26 @@ type Source = AllocatorSource<Mappings>;
 
 static HEAP: TalcLock<RawMutex, Source> = TalcLock::new(AllocatorSource::with_block_size(Mappings, PIECE));
 
-/// The heap's lock while it is [frozen](freeze_heap).
-static FROZEN: Mutex<Option<lock_api::MutexGuard<'static, RawMutex, Talc<Source, DefaultBinning>>>> =
-    Mutex::new(None);
+/// The heap while it is [frozen](freeze_heap).
+struct Frozen {
+    _guard: lock_api::MutexGuard<'static, RawMutex, Talc<Source, DefaultBinning>>,
+    /// Who froze it, and how often.
+    thread: Pid,
+    times: usize,
+}
+
+static FROZEN: Mutex<Option<Frozen>> = Mutex::new(None);
+
+/// To be called before the heap is locked: sees to it that it is frozen around every fork, whether or not there is
+/// anything else that must be. A child would find it locked otherwise by a thread it does not have.
+#[inline]
+fn first_use() {
+    static SEEN: AtomicBool = AtomicBool::new(false);
+    // Set before the call, which may allocate, and so come by here again.
+    if !SEEN.load(Ordering::Relaxed) && !SEEN.swap(true, Ordering::Relaxed) {
+        fork::install();
+    }
+}
 
 /// Allocates from mappings of our own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -57,6 +76,7 @@ pub struct Own;
 // SAFETY: delegates to one heap, so all copies are interchangeable.
 unsafe impl Allocator for Own {
     fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>, AllocError> {
+        first_use();
         HEAP.allocate(layout)
     }
 
@@ -73,6 +93,7 @@ pub struct OwnGlobal;
 // SAFETY: delegates to one heap.
 unsafe impl GlobalAlloc for OwnGlobal {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        first_use();
         // SAFETY: the caller keeps the contract of GlobalAlloc.
         unsafe { HEAP.alloc(layout) }
     }
@@ -83,15 +104,29 @@ unsafe impl GlobalAlloc for OwnGlobal {
     }
 }
 
-/// Keeps everybody out of the heap until [`thaw_heap`], so that a process forked in between finds it usable.
+/// Keeps everybody out of the heap until [`thaw_heap`], so that a process forked in between finds it usable. A thread
+/// may do so several times.
 pub fn freeze_heap() {
-    let guard = HEAP.lock();
-    *FROZEN.lock() = Some(guard);
+    let thread = rustix::thread::gettid();
+    if let Some(frozen) = FROZEN.lock().as_mut().filter(|f| f.thread == thread) {
+        frozen.times += 1;
+        return;
+    }
+    let _guard = HEAP.lock();
+    *FROZEN.lock() = Some(Frozen { _guard, thread, times: 1 });
 }
 
 /// Undoes [`freeze_heap`], in the parent and in the child.
 pub fn thaw_heap() {
-    drop(FROZEN.lock().take());
+    let mut frozen = FROZEN.lock();
+    match frozen.as_mut() {
+        Some(f) if f.times > 1 => {
+            f.times -= 1;
+            // In a child it is another thread by name.
+            f.thread = rustix::thread::gettid();
+        }
+        _ => drop(frozen.take()),
+    }
 }
 
 /// A vector in our own memory.
@@ -327,6 +362,48 @@ mod tests {
         a.clear(0, 3 * Area::PIECE);
         assert!(a.read(0, 3 * Area::PIECE, |_, b| b.iter().all(|x| *x == 0)));
         assert!(std::panic::catch_unwind(|| a.write(3 * Area::PIECE - 1, &[1, 2])).is_err());
+    }
+
+    #[test]
+    fn a_forked_process_finds_the_heap_usable() {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|s| {
+            for _ in 0..2 {
+                s.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        drop(Box::new_in([0u8; 3000], Own));
+                    }
+                });
+            }
+            let mut status = 0;
+            for round in 0..300 {
+                // Frozen by hand as well, every third time.
+                let by_hand = round % 3 == 0;
+                if by_hand {
+                    freeze_heap();
+                }
+                // SAFETY: the child uses nothing but this heap, and ends.
+                let pid = unsafe { libc::fork() };
+                if by_hand {
+                    thaw_heap();
+                }
+                if pid == 0 {
+                    // SAFETY: as above; if the heap is locked, the alarm ends the child.
+                    unsafe {
+                        libc::alarm(10);
+                        drop(Box::new_in([1u8; 5000], Own));
+                        libc::_exit(0)
+                    }
+                }
+                // SAFETY: waits for the child just made.
+                assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+                if status != 0 {
+                    break;
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+            assert_eq!(status, 0, "a child waited for the heap");
+        });
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub(crate) mod tell;
 pub use adopt::{Adopted, Resident, Use};
 pub use error::Error;
 pub use heap::{Heap, Pool};
+pub use peerspace_os::linux::signal::forward as forward_sigbus;
 pub use peerspace_os::linux::thread::unmanaged;
 pub use region::{Hint, Region};
 pub use report::{DeviceStatistics, FaultStatistics, Statistics};

@@ -14,6 +14,13 @@ use peerspace::device::{Device, DeviceError, DevicePages, Load, Store};
 use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// One test at a time: some count descriptors, and a process that one forks would keep the files of the others locked.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn page() -> usize {
     rustix::param::page_size()

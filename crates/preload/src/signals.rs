@@ -66,6 +66,11 @@ extern "C" fn on_sigbus(number: c_int, info: *mut libc::siginfo_t, context: *mut
         if !signal::forward(info, context)
             && let Some(action) = WANTED.get()
         {
+            if action.sa_flags & libc::SA_RESETHAND != 0 {
+                let mut default: libc::sigaction = std::mem::zeroed();
+                default.sa_sigaction = libc::SIG_DFL;
+                WANTED.set(default);
+            }
             signal::run_action(&action, number, info, context);
         }
     }

@@ -137,8 +137,7 @@ impl Running {
             std::thread::sleep(Duration::from_millis(5));
         };
         let took = self.started.elapsed();
-        let text =
-            |handle: Option<JoinHandle<Vec<u8>>>| handle.expect("collected once").join().expect("collected");
+        let text = |handle: Option<JoinHandle<Vec<u8>>>| handle.expect("collected once").join().expect("collected");
         let stdout = text(self.stdout.take());
         let stderr = String::from_utf8_lossy(&text(self.stderr.take())).into_owned();
         Ended { status, stdout, stderr, took }

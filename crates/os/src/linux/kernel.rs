@@ -64,6 +64,7 @@ const WANTED: u64 = feature::PAGEFAULT_FLAG_WP
     | feature::EVENT_REMAP
     | feature::EVENT_REMOVE
     | feature::EVENT_UNMAP
+    | feature::THREAD_ID
     | feature::EXACT_ADDRESS
     | feature::POISON
     | feature::MOVE;
@@ -540,7 +541,13 @@ impl Kernel for Linux {
         let [a, b, c] = m.args;
         Some(match m.event {
             event::PAGEFAULT => {
-                Message::Fault { va: Va(b), write: a & FAULT_WRITE != 0, protected: a & FAULT_WP != 0 }
+                Message::Fault {
+                    va: Va(b),
+                    write: a & FAULT_WRITE != 0,
+                    protected: a & FAULT_WP != 0,
+                    // Zero where the kernel does not tell.
+                    thread: c as u32,
+                }
             }
             event::REMOVE => Message::Discard(range(a, b)),
             event::UNMAP => Message::Unmap(range(a, b)),

@@ -8,6 +8,7 @@ pub mod kernel;
 pub mod lock;
 pub mod map;
 pub mod memory;
+pub mod place;
 pub mod probe;
 pub mod raw_thread;
 pub mod scan;

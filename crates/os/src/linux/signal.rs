@@ -209,6 +209,9 @@ fn install() -> Option<()> {
     ok.then_some(())
 }
 
+/// The previous action was to be taken once, and was.
+static SPENT: AtomicBool = AtomicBool::new(false);
+
 /// The action that was there before ours.
 pub fn previous() -> Option<libc::sigaction> {
     // SAFETY: initialised before INSTALLED became 2, and not changed after.
@@ -220,12 +223,31 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut c
     if unsafe { forward(info, context) } {
         return;
     }
-    let Some(previous) = previous() else { return };
+    let Some(mut previous) = previous() else { return };
+    if previous.sa_flags & libc::SA_RESETHAND != 0 && SPENT.swap(true, Ordering::Relaxed) {
+        previous.sa_sigaction = libc::SIG_DFL;
+    }
     // SAFETY: likewise; `previous` was a valid action of this signal.
     unsafe { run_action(&previous, signal, info, context) }
 }
 
-/// Does what the kernel would do if `action` were installed.
+/// In the kernel's mask of a thread: it runs a handler that [`run_action`] called, and for which the kernel would have
+/// blocked the signal. We may not, or a fault of the handler on managed memory would kill the process. The C library
+/// keeps this signal to itself and never blocks it for long, and a handler that is left by a jump restores the mask
+/// without it, so it says the same as the blocked signal would.
+const BLOCKED_MARK: u64 = 1 << (32 - 1);
+
+/// The kernel's mask of the context that a signal interrupted.
+///
+/// # Safety
+/// `context` is the third argument of a signal handler.
+unsafe fn interrupted_mask(context: *const c_void) -> u64 {
+    // SAFETY: the kernel's sigset has 64 bits, which come first.
+    unsafe { (&raw const (*context.cast::<libc::ucontext_t>()).uc_sigmask).cast::<u64>().read_unaligned() }
+}
+
+/// Does what the kernel would do if `action` were installed, but for two things: the handler runs on the stack that
+/// is in use, whatever it says of alternate ones, and what it touches of managed memory is served.
 ///
 /// # Safety
 /// To be called from a handler, with its arguments; `action` is valid for the signal.
@@ -233,27 +255,33 @@ pub unsafe fn run_action(action: &libc::sigaction, signal: i32, info: *mut libc:
     // SAFETY: the caller vouches for the action; sigaction and sigprocmask are safe in handlers.
     unsafe {
         // Ignoring a fault is not possible: the kernel takes the default action.
-        if action.sa_sigaction == libc::SIG_DFL || action.sa_sigaction == libc::SIG_IGN {
+        let sent = (*info).si_code <= 0;
+        let before = interrupted_mask(context);
+        let handled = action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN;
+        // A fault in a handler that must not be interrupted by one: the kernel takes the default action as well.
+        let doubled = before & BLOCKED_MARK != 0 && !sent;
+        if sent && action.sa_sigaction == libc::SIG_IGN {
+            return;
+        }
+        if !handled || doubled {
             let mut default: libc::sigaction = std::mem::zeroed();
             default.sa_sigaction = libc::SIG_DFL;
             libc::sigaction(signal, &default, null_mut());
-            if (*info).si_code <= 0 {
+            if sent {
                 // Somebody sent it, so returning would not repeat it.
                 libc::raise(signal);
             }
             return;
         }
         // The mask the handler asked for: what was blocked before, its own, and the signal itself.
-        let mut mask = (*context.cast::<libc::ucontext_t>()).uc_sigmask;
-        for s in 1..=64 {
-            if libc::sigismember(&action.sa_mask, s) == 1 {
-                libc::sigaddset(&mut mask, s);
-            }
+        let wanted = (&raw const action.sa_mask).cast::<u64>().read_unaligned();
+        let itself = 1u64 << (signal - 1);
+        let mut mask = (before | wanted) & !itself;
+        if action.sa_flags & libc::SA_NODEFER == 0 || (before | wanted) & itself != 0 {
+            mask |= BLOCKED_MARK;
         }
-        if action.sa_flags & libc::SA_NODEFER == 0 {
-            libc::sigaddset(&mut mask, signal);
-        }
-        libc::pthread_sigmask(libc::SIG_SETMASK, &mask, null_mut());
+        // By hand: the C library does not let the mark through.
+        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, null::<u64>(), 8usize);
         if action.sa_flags & libc::SA_SIGINFO != 0 {
             let f: extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void) = std::mem::transmute::<
                 usize,

@@ -40,8 +40,19 @@
 //!
 //! Calls come from faulting threads and from the engine's own, concurrently. No two calls at a time are about the
 //! same page. A device must not touch memory that a space manages, nor allocate from a heap that is managed: it
-//! would wait for itself. Nothing it returns is believed on its word where that can be checked: a result that
-//! was not set counts as a failure.
+//! would wait for itself.
+//!
+//! # What is believed
+//!
+//! Nothing is believed on a device's word where that can be checked. A result that was not set counts as a failure,
+//! and so does a panic, of everything in the batch; answers belong to pages, whatever order the batch was put into.
+//! A load that fails is tried once more, and if it fails again its page is lost (rule Z9), alone. A page that could
+//! not be stored stays in RAM or goes to another device; after 16 failures in a row, other than for want of space,
+//! nothing more is stored on the device.
+//!
+//! The bytes themselves are believed: that what comes back is what was stored, the device has to see to. Where that
+//! is not certain (a disk, a network), it keeps checksums, as `file` and `compressed` do, and says
+//! [`DeviceError::Corrupt`] rather than handing out something else.
 
 use peerspace_core::addr::Pages;
 use std::fmt;

@@ -17,6 +17,7 @@ use crate::sync::Mutex;
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Va};
 use peerspace_core::sync::{AtomicBool, AtomicU64, AtomicUsize, Latch, Ordering, Park};
+use peerspace_os::linux::place::Placement;
 use peerspace_os::{Kernel, Message, Protect, Wake};
 use std::time::Duration;
 
@@ -210,6 +211,7 @@ impl<K: Kernel> Engine<K> {
         let park = self.kernel.park();
         await_bell(&self.service.go, &park);
         let reader = &self.service.reader;
+        let mut placement = Placement::new();
         reader.lock(&park);
         while !self.service.stopped() || self.service.graves.digging() {
             self.retry_aside();
@@ -218,7 +220,8 @@ impl<K: Kernel> Engine<K> {
             }
             match self.receive() {
                 None => {}
-                Some(Message::Fault { va, write, .. }) => {
+                Some(Message::Fault { va, write, thread, .. }) => {
+                    let _beside = placement.serve(thread);
                     let access = if write { Access::Write } else { Access::Read };
                     match self.fault(va, access, Wake::Yes, Patience::Never) {
                         Err(Pause::Busy) => {

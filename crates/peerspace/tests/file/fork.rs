@@ -4,7 +4,6 @@ use super::*;
 use peerspace::device::ForkSide;
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A forked process, which does not survive a test that fails.
 pub(crate) struct Child(Option<Pid>);
@@ -33,11 +32,9 @@ impl Drop for Child {
 
 /// Runs `work` in a forked process, which ends with it.
 pub(crate) fn in_child(work: impl FnOnce()) -> Child {
-    peerspace_os::own::freeze_heap();
-    // SAFETY: the child has this thread alone. It uses no lock that another thread may have held: our heap's is
-    // ours now, and the C library takes care of its own. It never returns from here.
+    // SAFETY: the child has this thread alone. It uses no lock that another thread may have held: our heap and the C
+    // library take care of their own. It never returns from here.
     let pid = unsafe { libc::fork() };
-    peerspace_os::own::thaw_heap();
     assert!(pid >= 0);
     if pid > 0 {
         return Child(Pid::from_raw(pid));
@@ -60,12 +57,6 @@ fn fork(file: &File, work: impl FnOnce()) -> Child {
     });
     file.after_fork(ForkSide::Parent);
     child
-}
-
-/// One test at a time: they count descriptors.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The open files of this process in `dir`: how many, and what they take up.

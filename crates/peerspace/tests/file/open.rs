@@ -20,6 +20,7 @@ fn works(file: &File) {
 
 #[test]
 fn a_directory_gets_a_file_that_nobody_sees() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let file = File::open(dir.path(), Some(1 << 20)).unwrap();
     works(&file);
@@ -36,6 +37,7 @@ fn a_directory_gets_a_file_that_nobody_sees() {
 
 #[test]
 fn a_file_is_made_kept_and_used_again() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("pages");
     let file = File::open(&path, Some(1 << 20)).unwrap();
@@ -63,6 +65,7 @@ fn a_file_is_made_kept_and_used_again() {
 
 #[test]
 fn foreign_content_is_refused_and_left_alone() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("pages");
     drop(File::open(&path, Some(least())).unwrap());
@@ -91,6 +94,7 @@ fn foreign_content_is_refused_and_left_alone() {
 
 #[test]
 fn a_file_in_use_is_refused() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("pages");
     let file = File::open(&path, Some(1 << 20)).unwrap();
@@ -103,6 +107,7 @@ fn a_file_in_use_is_refused() {
 
 #[test]
 fn only_files_and_directories_will_do() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let fifo = dir.path().join("fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
@@ -120,6 +125,7 @@ fn only_files_and_directories_will_do() {
 
 #[test]
 fn what_is_not_there_is_named() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let missing = |path: &Path| match File::open(path, Some(1 << 20)) {
         Err(FileError::MissingDirectory { path }) => path,
@@ -134,6 +140,7 @@ fn what_is_not_there_is_named() {
 
 #[test]
 fn sizes_have_bounds() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("pages");
     for given in [0, 1, least() - 1] {
@@ -171,6 +178,7 @@ fn sizes_have_bounds() {
 
 #[test]
 fn a_read_only_file_system_is_said_so() {
+    let _alone = alone();
     mounted(Mount::Tmpfs("ro"), |at| {
         for path in [at.to_path_buf(), at.join("pages")] {
             assert_eq!(File::open(&path, Some(1 << 20)).unwrap_err(), FileError::ReadOnly { path });
@@ -180,6 +188,7 @@ fn a_read_only_file_system_is_said_so() {
 
 #[test]
 fn a_directory_that_may_not_be_written_is_said_so() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let at = dir.path().join("locked");
     fs::create_dir(&at).unwrap();
@@ -197,6 +206,7 @@ fn a_directory_that_may_not_be_written_is_said_so() {
 
 #[test]
 fn a_full_file_system_is_said_so() {
+    let _alone = alone();
     mounted(Mount::Tmpfs("size=1m"), |at| {
         let mut filler = fs::File::create(at.join("filler")).unwrap();
         while std::io::Write::write(&mut filler, &[1; 4096]).is_ok() {}
@@ -212,6 +222,7 @@ fn a_full_file_system_is_said_so() {
 
 #[test]
 fn a_file_size_limit_is_kept() {
+    let _alone = alone();
     // In a process of its own: the limit is the process's.
     let status = super::fork::in_child(|| {
         rustix::process::setrlimit(
@@ -234,6 +245,7 @@ fn a_file_size_limit_is_kept() {
 
 #[test]
 fn a_killed_process_leaves_nothing_behind_but_a_named_file() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("pages");
     let child = super::fork::in_child(|| {

@@ -10,6 +10,7 @@ fn bytes_on_disk(path: &Path) -> u64 {
 
 #[test]
 fn the_space_of_freed_pages_is_returned() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("pages");
     let size = 128 << 20;
@@ -103,16 +104,19 @@ fn fill(at: &Path, size: u64) {
 
 #[test]
 fn a_full_tmpfs_loses_nothing() {
+    let _alone = alone();
     mounted(Mount::Tmpfs("size=5m"), |at| fill(at, 64 << 20));
 }
 
 #[test]
 fn a_full_disk_loses_nothing() {
+    let _alone = alone();
     mounted(Mount::Ext4(12), |at| fill(at, 64 << 20));
 }
 
 #[test]
 fn a_full_disk_loses_nothing_in_a_batch() {
+    let _alone = alone();
     mounted(Mount::Ext4(12), |at| {
         let file = File::open(at, Some(64 << 20)).unwrap();
         let mut ok = Vec::new();
