@@ -5,8 +5,8 @@
 //!
 //! | file | functions | why |
 //! |---|---|---|
-//! | [`threads`] | `pthread_create` | stacks are never managed |
-//! | [`processes`] | `_exit`, `exec*`, `_Fork`, `__register_atfork` | reports, the environment, the order around a fork |
+//! | [`threads`] | `pthread_create` | stacks are never managed; where the thread may run is settled first |
+//! | [`processes`] | `_exit`, `exec*`, `posix_spawn*`, `system`, `popen`, `_Fork`, `__register_atfork` | reports, the environment, the order around a fork |
 //! | [`signals`] | `sigaction`, `signal`, masks, `sigaltstack` | where faults come by SIGBUS, the program must not take it away |
 //! | [`descriptors`] | `close` and its kind | where our descriptors are in the program's table, it must not close them |
 //! | [`calls`] | `read`, `write` and their kind | where faults come by signal, buffers are made resident first |

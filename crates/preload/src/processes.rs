@@ -3,7 +3,7 @@
 
 use crate::real::interpose;
 use peerspace::process::{Options, last_words};
-use peerspace_os::linux::fork;
+use peerspace_os::linux::{fork, place};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 /// Has the report written when the program exits.
@@ -128,6 +128,18 @@ interpose! {
         // SAFETY: as above.
         unsafe { real(pid, file, actions, attributes, arguments, environment) }
     }
+
+    fn system(command: *const c_char) -> c_int, real => {
+        place::settle();
+        // SAFETY: the caller's argument, passed on.
+        unsafe { real(command) }
+    }
+
+    fn popen(command: *const c_char, kind: *const c_char) -> *mut libc::FILE, real => {
+        place::settle();
+        // SAFETY: the caller's arguments, passed on.
+        unsafe { real(command, kind) }
+    }
 }
 
 /// The environment of this process.
@@ -151,6 +163,8 @@ struct Carried {
 ///
 /// Runs also in a child of `vfork`, which shares the parent's memory: it allocates from our own heap alone.
 fn carry(environment: *const *const c_char) -> Option<Carried> {
+    // What is started, or takes this program's place, inherits where the calling thread may run.
+    place::settle();
     if !crate::is_on() {
         return None;
     }

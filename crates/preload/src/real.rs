@@ -78,3 +78,7 @@ impl Failure for usize {
 impl Failure for () {
     const FAILURE: () = ();
 }
+
+impl Failure for *mut libc::FILE {
+    const FAILURE: *mut libc::FILE = std::ptr::null_mut();
+}

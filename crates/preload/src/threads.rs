@@ -3,6 +3,7 @@
 use crate::real::interpose;
 use peerspace::process::{stacks, thread_starts};
 use peerspace_core::addr::{Va, VaRange};
+use peerspace_os::linux::place;
 use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
@@ -26,6 +27,7 @@ interpose! {
             // SAFETY: the caller's arguments, passed on.
             return unsafe { real(thread, attributes, start, arg) };
         }
+        place::settle();
         stacks::starting();
         let body = Box::into_raw(Box::new(Body { start, arg }));
         // SAFETY: the caller's arguments, but for the function, which frees the body.

@@ -127,6 +127,7 @@ fn call_all(what: u8) {
 /// Brings everything to rest before a fork. `pthread_atfork` does this for `fork`; to be called by hand around
 /// anything else that copies the process.
 pub fn before() {
+    super::place::settle();
     FORKING.lock(&Futex);
     call_all(CLOSE);
     call_all(BEFORE);
@@ -144,6 +145,7 @@ pub fn parent() {
 /// Sets everything up anew in the child.
 pub fn child() {
     super::signal::forget_other_threads();
+    super::place::renew();
     thaw_heap();
     call_all(CHILD);
     call_all(OPEN);
