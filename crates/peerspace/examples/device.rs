@@ -19,7 +19,9 @@ const PAGE: usize = 4096;
 struct Shelves(Vec<Mutex<HashMap<u64, (u64, Box<[u8]>)>>>);
 
 fn sum(bytes: &[u8]) -> u64 {
-    bytes.chunks_exact(8).fold(0, |s, w| (s ^ u64::from_le_bytes(w.try_into().unwrap())).wrapping_mul(0x100_0000_01b3))
+    bytes
+        .chunks_exact(8)
+        .fold(0, |s, w| (s ^ u64::from_le_bytes(w.try_into().unwrap())).wrapping_mul(0x100_0000_01b3))
 }
 
 impl Shelves {
