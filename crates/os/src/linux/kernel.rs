@@ -93,6 +93,10 @@ impl Linux {
             return Err(OsError::plain("this kernel's userfaultfd does not report changed mappings")
                 .remedy("Linux 4.14 or newer is needed"));
         }
+        if known & (feature::MOVE | feature::PAGEFAULT_FLAG_WP) == 0 {
+            return Err(OsError::plain("this kernel's userfaultfd can neither move pages nor protect them from writing")
+                .remedy("Linux 5.7 or newer is needed, built with CONFIG_HAVE_ARCH_USERFAULTFD_WP"));
+        }
         let mut features = known & WANTED;
         let signal = setup.delivery == Delivery::Signal;
         if signal {
