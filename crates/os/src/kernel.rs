@@ -120,6 +120,8 @@ pub enum Message {
         write: bool,
         /// The page is there but write-protected.
         protected: bool,
+        /// The thread that waits, where [`Kernel::refuse`] needs to know.
+        thread: u32,
     },
     /// The program discarded the content (MADV_DONTNEED, MADV_FREE, MADV_REMOVE). The pages themselves go a
     /// moment after this message was received.
@@ -242,6 +244,11 @@ pub trait Kernel: Send + Sync + 'static {
     /// # Errors
     /// [`Trouble::Unsuitable`] where the kernel cannot; see [`Trouble`].
     fn poison(&self, va: Va) -> Result<(), Trouble>;
+
+    /// Makes the access of `thread` fail, that a message was received of, where pages cannot be
+    /// [poisoned](Kernel::poison): it gets SIGBUS. It must not be woken; if it repeats the access, another message
+    /// comes.
+    fn refuse(&self, thread: u32);
 
     /// Whether the page at `va` is there.
     ///

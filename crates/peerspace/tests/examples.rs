@@ -41,6 +41,6 @@ fn the_device_of_ones_own_has_carried_data_and_is_short() {
     let n = numbers(said.lines().nth(1).unwrap());
     assert!(n[0] > 6000 && n[1] > 6000 && n[2] == 0, "{said}");
     let source = include_str!("../examples/device.rs");
-    let device = source.split("/// Shelves with").nth(1).unwrap().split("fn main").next().unwrap();
+    let device = source.split("/// Pages with").nth(1).unwrap().split("fn main").next().unwrap();
     assert!(device.lines().count() < 70, "the device has {} lines", device.lines().count());
 }

@@ -94,8 +94,10 @@ impl Linux {
                 .remedy("Linux 4.14 or newer is needed"));
         }
         if known & (feature::MOVE | feature::PAGEFAULT_FLAG_WP) == 0 {
-            return Err(OsError::plain("this kernel's userfaultfd can neither move pages nor protect them from writing")
-                .remedy("Linux 5.7 or newer is needed, built with CONFIG_HAVE_ARCH_USERFAULTFD_WP"));
+            return Err(OsError::plain(
+                "this kernel's userfaultfd can neither move pages nor protect them from writing",
+            )
+            .remedy("Linux 5.7 or newer is needed, built with CONFIG_HAVE_ARCH_USERFAULTFD_WP"));
         }
         let mut features = known & WANTED;
         let signal = setup.delivery == Delivery::Signal;
@@ -105,6 +107,10 @@ impl Linux {
                     .remedy("Linux 4.14 or newer is needed, or thread delivery"));
             }
             features |= feature::SIGBUS;
+        }
+        if features & feature::POISON == 0 {
+            // Whose access cannot be made to fail has to be told by signal.
+            features |= known & feature::THREAD_ID;
         }
         if features & feature::MOVE == 0 {
             // Pages are dropped by madvise then, which must not announce itself.
@@ -440,6 +446,12 @@ impl Kernel for Linux {
         }
     }
 
+    fn refuse(&self, thread: u32) {
+        let process = rustix::process::getpid().as_raw_nonzero().get();
+        // SAFETY: sends a signal to a thread of this process. If it is gone, nobody waits any more.
+        unsafe { libc::syscall(libc::SYS_tgkill, process, thread as i32, libc::SIGBUS) };
+    }
+
     fn is_present(&self, va: Va) -> Result<bool, Trouble> {
         self.pagemap.is_present(va).map_err(trouble)
     }
@@ -506,9 +518,12 @@ impl Kernel for Linux {
         let range = |start, end| VaRange { start: Va(start), end: Va(end) };
         let [a, b, c] = m.args;
         Some(match m.event {
-            event::PAGEFAULT => {
-                Message::Fault { va: Va(b), write: a & FAULT_WRITE != 0, protected: a & FAULT_WP != 0 }
-            }
+            event::PAGEFAULT => Message::Fault {
+                va: Va(b),
+                write: a & FAULT_WRITE != 0,
+                protected: a & FAULT_WP != 0,
+                thread: c as u32,
+            },
             event::REMOVE => Message::Discard(range(a, b)),
             event::UNMAP => Message::Unmap(range(a, b)),
             event::REMAP => Message::Move { from: Va(a), to: Va(b), len: c },

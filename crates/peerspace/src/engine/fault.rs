@@ -298,9 +298,11 @@ impl<K: Kernel> Engine<K> {
         if self.kernel.is_changing() {
             return Err(Hold::Changing);
         }
-        // In case the marker that makes accesses fail got lost with a change of mappings.
-        let _ = self.kernel.poison(self.geometry.va(fault.vpn));
-        let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
+        if self.kernel.capabilities().poison {
+            // In case the marker that makes accesses fail got lost with a change of mappings.
+            let _ = self.kernel.poison(self.geometry.va(fault.vpn));
+            let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
+        }
         drop(entry);
         Ok(Outcome::Poisoned)
     }

@@ -314,7 +314,9 @@ impl<K: Kernel> Engine<K> {
         let _ = self.kernel.poison(va);
         let range = self.addresses(entry.range());
         entry.commit(State::Poisoned { pfn });
-        let _ = self.kernel.wake(range);
+        if self.kernel.capabilities().poison {
+            let _ = self.kernel.wake(range);
+        }
         self.tiers.free(pfn, Order::BASE);
     }
 

@@ -197,17 +197,17 @@ impl<K: Kernel> Engine<K> {
             }
             match self.receive() {
                 None => {}
-                Some(Message::Fault { va, write, .. }) => {
+                Some(Message::Fault { va, write, thread, .. }) => {
                     let access = if write { Access::Write } else { Access::Read };
                     match self.fault(va, access, Wake::Yes, Patience::Never) {
                         Err(Pause::Busy) => {
                             // Somebody else reads, while this thread waits for what the fault takes.
                             reader.unlock(&park);
                             let outcome = self.fault(va, access, Wake::Yes, Patience::Locks);
-                            self.conclude(va, outcome);
+                            self.conclude(va, thread, outcome);
                             reader.lock(&park);
                         }
-                        outcome => self.conclude(va, outcome),
+                        outcome => self.conclude(va, thread, outcome),
                     }
                 }
                 // A change has been acted on: what waited for it may try again.
@@ -226,8 +226,9 @@ impl<K: Kernel> Engine<K> {
         std::mem::take(&mut *self.service.aside.lock())
     }
 
-    fn conclude(&self, va: Va, outcome: Result<Outcome, Pause>) {
+    fn conclude(&self, va: Va, thread: u32, outcome: Result<Outcome, Pause>) {
         match outcome {
+            Ok(Outcome::Poisoned) if !self.kernel.capabilities().poison => self.kernel.refuse(thread),
             Ok(Outcome::Resolved | Outcome::Poisoned) => {}
             // Registered with us but no region: nothing of it can ever have been evicted.
             Ok(Outcome::Foreign) => {
