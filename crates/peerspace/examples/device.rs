@@ -1,4 +1,4 @@
-//! A device of one's own in under seventy lines: pages go to other threads' mailboxes, as they would to other machines.
+//! A device of one's own in under seventy lines: pages are kept on shelves, as they would be on other machines.
 //!
 //! What an author of a device has to know:
 //! - The engine numbers the pages and remembers what is where. A device moves bytes, and says what became of each
@@ -11,12 +11,15 @@
 use peerspace::Space;
 use peerspace::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store};
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 const PAGE: usize = 4096;
 
-/// Shelves with pages on them, each under a lock of its own.
-struct Shelves(Vec<Mutex<HashMap<u64, (u64, Box<[u8]>)>>>);
+/// Pages with their checksums.
+type Shelf = HashMap<u64, (u64, Box<[u8]>)>;
+
+/// Shelves, each under a lock of its own.
+struct Shelves(Vec<Mutex<Shelf>>);
 
 fn sum(bytes: &[u8]) -> u64 {
     bytes
@@ -25,7 +28,7 @@ fn sum(bytes: &[u8]) -> u64 {
 }
 
 impl Shelves {
-    fn shelf(&self, page: u64) -> std::sync::MutexGuard<'_, HashMap<u64, (u64, Box<[u8]>)>> {
+    fn shelf(&self, page: u64) -> MutexGuard<'_, Shelf> {
         self.0[page as usize % self.0.len()].lock().unwrap()
     }
 }

@@ -1,4 +1,85 @@
-//! peerspace
+//! Memory beyond RAM, through ordinary pointers, in user space, on an unmodified Linux kernel.
+//!
+//! A [`Space`] gives out memory that takes up no more RAM than its budget. What does not fit lives on
+//! [devices](device): compressed, in a file, anywhere else a device can put it. It comes back when it is touched, by
+//! the page or two mebibytes at a time, whatever the access shows to be right. The program sees slices and pointers.
+//!
+//! ```
+//! use peerspace::{Space, device::compressed::Compressed};
+//!
+//! // 8 MiB of RAM, backed by up to 64 MiB of compressed pages.
+//! let space = Space::builder().host(8 << 20).device(Compressed::new(64 << 20)?).build()?;
+//!
+//! // A region four times as large, to be used like any slice.
+//! let mut region = space.region(32 << 20)?;
+//! let words: &mut [u64] = region.typed_mut();
+//! words.iter_mut().enumerate().for_each(|(i, w)| *w = i as u64);
+//! assert!(words.iter().enumerate().all(|(i, w)| *w == i as u64));
+//!
+//! let s = space.statistics();
+//! assert!(s.peak_bytes <= 8 << 20 && s.pages_out > 0);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # The parts
+//!
+//! | part | what it is for |
+//! |---|---|
+//! | [`Space`], [`Builder`] | a budget, devices, and the way in which faults are served |
+//! | [`Region`] | memory of a space, as bytes or slices of values; [hints](Hint); access with errors instead of signals |
+//! | [`Pool`] | an allocator over a region, for vectors and maps |
+//! | [`Heap`] | a global allocator: the large allocations of a whole program |
+//! | [`Space::adopt`] | memory the program got elsewhere |
+//! | [`Space::make_resident`] | memory that is handed to the kernel or to hardware |
+//! | [`device`] | where pages live while they are not in RAM, and how to make one's own such place |
+//! | [`Statistics`] | what a space is doing, in numbers |
+//! | [`DeviceSpec`], [`Size`] | devices and sizes as they are written on a command line |
+//!
+//! # How faults are served
+//!
+//! Chosen for each space by [`Faults`]:
+//!
+//! - *By signal*: SIGBUS in the faulting thread, three to five microseconds, without privileges. A system call that is
+//!   handed memory which is not in RAM fails with EFAULT: [`make_resident`](Space::make_resident) first, and for as
+//!   long as the kernel uses it. SIGBUS must not be blocked in threads that touch managed memory: the kernel ends the
+//!   process otherwise. Handlers of SIGBUS that were installed before the first space get what is not a space's; one
+//!   that is installed later asks [`forward_sigbus`] first, or goes on to the handler it replaces.
+//! - *By threads* of the space: system calls are served as well. Needs root, `vm.unprivileged_userfaultfd` or access
+//!   to `/dev/userfaultfd`.
+//!
+//! # What can be relied on
+//!
+//! - RAM in use stays within the budget, unless no device has room: then the budget is exceeded, with a warning, rather
+//!   than data lost.
+//! - If a device cannot give a page back, that page is lost and no other. An access to it gets SIGBUS, or
+//!   [`Error::Lost`] by [`Region::try_read`] and [`Region::try_write`]; never zeros, never what it was before.
+//! - After `fork`, parent and child both have everything, and go on apart.
+//!
+//! # What cannot
+//!
+//! - Memory is managed that is private and anonymous. Stacks, thread-local storage, program text and shared mappings
+//!   are not, and must not be adopted.
+//! - A process that is forked past the C library (by a bare `clone`) is not seen, and must not touch managed memory.
+//! - Closing every descriptor (`closefrom` and the like) closes the space's too: what is not in RAM then reads as
+//!   zeros. The `peerspace` command guards against it; a program that uses the library sees to it itself.
+//! - What devices take up themselves is not part of the budget: [`DeviceStatistics::used_bytes`] says how much it is.
+//!
+//! # Features
+//!
+//! | feature | default | what it adds |
+//! |---|---|---|
+//! | `compressed` | yes | the compressed store |
+//! | `file` | yes | files on disk, by io_uring where it can be had |
+//! | `soft` | yes | plain memory behind the device interface, for tests and measurements |
+//! | `hashbrown` | yes | [`Pool`] as an allocator for `hashbrown` and whatever else uses version 0.2 of `allocator-api2` |
+//! | `process` | no | the management of a whole process from inside, for preloaded libraries |
+//!
+//! # Which kernel
+//!
+//! Linux on x86-64 or arm64. From 6.8 on pages move between the program and their frames without being copied; older
+//! kernels, from 5.7 on, are served by copying, and below 6.6 a lost page is known to the space alone, not to the
+//! kernel. `peerspace doctor` says what a machine can do.
+
 mod adopt;
 pub mod device;
 pub(crate) mod engine;

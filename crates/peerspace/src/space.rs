@@ -130,7 +130,7 @@ impl Builder {
         if self.devices.is_empty() {
             return Err(Error::NoDevice);
         }
-        let (blocks, slots) = engine::staging_layout(limit, true);
+        let (blocks, slots) = engine::staging_layout(limit);
         let open = |delivery| Linux::open(Setup { delivery, blocks, slots, without: self.without });
         let kernel = match self.faults {
             Faults::Signal => open(Delivery::Signal)?,

@@ -109,6 +109,10 @@ impl Linux {
             }
             features |= feature::SIGBUS;
         }
+        if features & feature::POISON == 0 {
+            // Whose access cannot be made to fail has to be told by signal.
+            features |= known & feature::THREAD_ID;
+        }
         if features & feature::MOVE == 0 {
             // Pages are dropped by madvise then, which must not announce itself.
             features &= !feature::EVENT_REMOVE;

@@ -134,10 +134,11 @@ pub(crate) enum EngineError {
     Device(String, String),
 }
 
-/// How a staging area for `limit` pages is laid out: block frames, then slots.
-pub(crate) fn staging_layout(limit: Pages, huge: bool) -> (u64, u64) {
+/// How a staging area for `limit` pages is laid out: block frames, then slots. Block frames have their place even where
+/// there are no huge pages: the kernel's side, which is laid out before that is known, says what is where.
+pub(crate) fn staging_layout(limit: Pages) -> (u64, u64) {
     // A few more block frames than fit: frames whose parts are used one by one keep their number.
-    let blocks = if huge { limit.0.div_ceil(BLOCK_PAGES) + 8 } else { 0 };
+    let blocks = limit.0.div_ceil(BLOCK_PAGES) + 8;
     let slots = (limit.0 / 16).clamp(4 * SEGMENT as u64, 16384).next_multiple_of(SEGMENT as u64);
     (blocks, slots)
 }
@@ -151,7 +152,7 @@ impl<K: Kernel> Engine<K> {
         assert!(config.limit >= MIN_LIMIT);
         let geometry = kernel.geometry();
         let huge = kernel.capabilities().huge;
-        let (blocks, slots) = staging_layout(config.limit, huge);
+        let (blocks, slots) = staging_layout(config.limit);
         let words = |n: usize| kernel.words(n, n).map_err(EngineError::Memory);
         // Twice the limit is what it takes as long as it is kept. Where no device has room it is exceeded, by as much
         // as there is RAM. Descriptors that are never used cost nothing but addresses.

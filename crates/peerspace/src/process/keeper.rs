@@ -428,7 +428,7 @@ impl Process {
             let spec = if first { spec } else { spec.beside() };
             devices.push(spec.open(self.options.host).map_err(|e| plain(&e))?);
         }
-        let (blocks, slots) = engine::staging_layout(limit, true);
+        let (blocks, slots) = engine::staging_layout(limit);
         let delivery = if self.options.by_signal { Delivery::Signal } else { Delivery::Messages };
         let kernel = Linux::open(Setup { delivery, blocks, slots, without: 0 })?;
         let policy: Box<dyn Policy<Arena>> = allocator_api2::unsize_box!(Box::new_in(S3Fifo::new(), Own));
