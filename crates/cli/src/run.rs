@@ -129,7 +129,10 @@ pub(crate) fn execute(args: &RunArgs, prepare: impl FnOnce(&mut Command)) -> Res
         ));
     }
     if args.host.0 > MOST_HOST {
-        return Err(Refusal::new(2, format!("--host {}: {} is the most that can be managed", args.host, Size(MOST_HOST))));
+        return Err(Refusal::new(
+            2,
+            format!("--host {}: {} is the most that can be managed", args.host, Size(MOST_HOST)),
+        ));
     }
     // The program may go elsewhere before it needs them.
     let devices: Vec<_> = default_devices(&args.devices).iter().map(DeviceSpec::absolute).collect();
