@@ -78,24 +78,26 @@ fn sorted(mib: usize, devices: &[&str], faults: &str) {
 
 #[test]
 fn sort_sorts_a_large_file() {
-    sorted(96, &["soft:2G"], "thread");
+    sorted(64, &["soft:1G"], "thread");
 }
 
 #[test]
 fn sort_sorts_with_the_default_devices() {
-    sorted(24, &[], "thread");
+    sorted(36, &[], "thread");
 }
 
 const LISTS: &str = r#"
 import random, sys, zlib
 random.seed(7)
-numbers = [random.getrandbits(60) for _ in range(500_000)]
+numbers = [random.getrandbits(60) for _ in range(200_000)]
 words = {str(n): i for i, n in enumerate(numbers)}
 blob = bytearray(24 << 20)
 for i in range(0, len(blob), 4096):
     blob[i:i + 8] = (i * 0x9e3779b97f4a7c15 % 2**64).to_bytes(8, 'little')
-for i, n in enumerate(numbers):
-    assert words[str(n)] == i
+# Each of these meets memory where chance has it.
+for i in random.sample(range(len(numbers)), 20_000):
+    assert words[str(numbers[i])] == i
+assert list(words.values()) == list(range(len(numbers)))
 for i in range(0, len(blob), 4096):
     assert blob[i:i + 8] == (i * 0x9e3779b97f4a7c15 % 2**64).to_bytes(8, 'little'), i
     assert not any(blob[i + 8:i + 4096:512]), i

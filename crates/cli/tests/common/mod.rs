@@ -19,7 +19,7 @@ pub const MIB: u64 = 1 << 20;
 /// What a page fault is delivered by.
 pub const BOTH: [&str; 2] = ["thread", "signal"];
 /// Nothing here should take a tenth of this; what does not end by then hangs.
-const LONGEST: Duration = Duration::from_secs(100);
+const LONGEST: Duration = Duration::from_secs(300);
 
 /// A directory of the test's own, on a real file system.
 pub fn directory() -> tempfile::TempDir {
