@@ -165,11 +165,14 @@ fn gather(dir: &Path, size: u64) -> std::io::Result<PathBuf> {
     while written < size {
         let before = written;
         for root in ["/usr/include", "/usr/share", "/usr/lib", "/etc"] {
-            visit(Path::new(root), &mut |file| {
+            let more = visit(Path::new(root), &mut |file| {
                 written += copy_lines(file, &mut out, round, size - written).unwrap_or(0);
                 bar.set_position(written);
                 written < size
             });
+            if !more {
+                break;
+            }
         }
         round += 1;
         if written == before {

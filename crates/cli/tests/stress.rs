@@ -1,22 +1,27 @@
 //! A C program that uses its memory in every way a program can, with a quarter of what it needs: each byte must be
-//! right, in both deliveries of faults, and the bound must hold.
+//! right, in both deliveries of faults. Whether the bound holds is the subject of `bounds.rs`, with budgets that are not
+//! the least that works.
 
 mod common;
 
 use common::{BOTH, MIB, number, report, run, stress};
 
-/// The least that works, and four times as much memory as that.
-const HOST: u64 = 24;
-const MEMORY: u64 = 4 * HOST;
+/// A small budget, in MiB. The program uses four times as much.
+const HOST: u64 = 20;
 
 fn part(name: &str, devices: &[&str], faults: &[&str]) {
+    part_with(HOST, name, devices, faults);
+}
+
+fn part_with(host: u64, name: &str, devices: &[&str], faults: &[&str]) {
+    let memory = 4 * host;
     for faults in faults {
         let dir = common::directory();
         let file = dir.path().join("report.json");
-        let mut command = run(HOST, devices, faults);
-        command.arg("--report").arg(&file).arg("--").arg(stress()).arg(name).arg(MEMORY.to_string());
+        let mut command = run(host, devices, faults);
+        command.arg("--report").arg(&file).arg("--").arg(stress()).arg(name).arg(memory.to_string());
         let ended = common::end(&mut command).well();
-        assert_eq!(ended.text(), format!("{name} {MEMORY}: every byte was right\n"), "{faults}");
+        assert_eq!(ended.text(), format!("{name} {memory}: every byte was right\n"), "{faults}");
         let report = report(&file);
         eprintln!("{name} by {faults}: {:?}, peak {} MiB", ended.took, number(&report, "/host/peak_bytes") / MIB);
         assert_eq!(number(&report, "/exit_status"), 0);
@@ -49,7 +54,7 @@ fn forked_processes_keep_what_is_compressed() {
 #[test]
 fn forked_processes_keep_what_is_in_a_file() {
     let dir = common::directory();
-    part("forks", &[&format!("file:{}", dir.path().display())], &["thread"]);
+    part_with(16, "forks", &[&format!("file:{}", dir.path().display())], &["thread"]);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "a file was left behind");
 }
 

@@ -350,6 +350,9 @@ mod tests {
         assert!(kept.into_iter().eq((20..40).chain(50..55)));
         assert_eq!(m.find(Vpn(57)), Some(region(55, 60)));
         assert_eq!(m.len(), 4);
+        // What has become the same is one region again.
+        m.update(range(0, 70), |a| a.without(Attributes::KEPT)).unwrap();
+        assert_eq!(m.iter().collect::<std::vec::Vec<_>>(), [region(10, 40), region(50, 60)]);
     }
 
     #[test]

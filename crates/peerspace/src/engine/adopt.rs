@@ -190,7 +190,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Puts a page that is away where the program has it, and forgets it.
-    fn make_native(&self, mut entry: Entry<'_, K>, work: &mut Working<'_>) -> Result<(), Hold> {
+    pub(crate) fn make_native(&self, mut entry: Entry<'_, K>, work: &mut Working<'_>) -> Result<(), Hold> {
         let to = self.geometry.va(entry.vpn());
         let (context, buffer) = work.parts();
         let bytes = &mut buffer[..self.geometry.page_bytes()];

@@ -36,7 +36,7 @@ struct Rig {
 
 impl Rig {
     fn new(delivery: Delivery, without: u64, device: impl Device + 'static) -> Rig {
-        let (blocks, slots) = staging_layout(LIMIT, true);
+        let (blocks, slots) = staging_layout(LIMIT);
         let kernel = Inject::new(Linux::open(Setup { delivery, blocks, slots, without }).unwrap());
         let mut devices: OwnVec<OwnBox<dyn Device>> = OwnVec::new_in(Own);
         devices.push(allocator_api2::unsize_box!(OwnBox::new_in(device, Own)));

@@ -15,10 +15,10 @@ use peerspace_core::addr::{Access, Order, PageRange, Pages, VaRange, Vpn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Arrival, Backing, Frame};
 use peerspace_core::plan::{self, CLUSTER};
-use peerspace_core::regions::RegionInfo;
+use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_core::stream::Direction;
 use peerspace_core::sync::Ordering::Relaxed;
-use peerspace_os::{Done, Kernel, Protect, Trouble};
+use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
 
 /// Pages brought in by one fault.
 const MOST: usize = CLUSTER.0 as usize;
@@ -96,6 +96,31 @@ impl<K: Kernel> Engine<K> {
         }
         locks.retain(|l| l.vpn() == keep);
         self.new_frame(keep).into_iter().collect()
+    }
+
+    /// There are no more frames: so far beyond the limit has the space gone because no device has room. In adopted
+    /// memory a page can be the kernel's again, which takes none; it is taken in hand when that changes.
+    fn without_frame(&self, region: RegionInfo, fault: &Fault, work: &mut Working<'_>) -> Result<Outcome, Hold> {
+        if !self.tiers.full() || !region.attributes.has(Attributes::ADOPTED) {
+            return Err(Hold::Busy);
+        }
+        let entry = self.table.try_lock(fault.vpn).ok().flatten().filter(|e| !e.is_whole()).ok_or(Hold::Busy)?;
+        match entry.state() {
+            State::Device { .. } | State::Standby { .. } => self.make_native(entry, work)?,
+            State::Empty => {
+                let page = PageRange::new(fault.vpn, Pages(1));
+                let done = match self.gate.enter(work.context()) {
+                    Some(_section) => self.kernel.zero_in(self.addresses(page), Protect::No, Wake::Yes),
+                    None => Done::stopped(Pages(0), Trouble::Changing),
+                };
+                if let Some(trouble) = done.trouble {
+                    return Err(self.hold(trouble));
+                }
+                self.budget.add_native(1);
+            }
+            _ => return Err(Hold::Again),
+        }
+        Ok(Outcome::Resolved)
     }
 
     /// Makes the first `done` pages of `locks` the CPU's, gives the other frames back, and uses up charges.
@@ -201,7 +226,8 @@ impl<K: Kernel> Engine<K> {
         let mut locks = self.neighbours(entry, region, most, fault.direction, |s| s == State::Empty);
         let frames = self.frames_for(&mut locks, fault.vpn, ration);
         if frames.is_empty() {
-            return Err(Hold::Busy);
+            drop(locks);
+            return self.without_frame(region, fault, work);
         }
         let run = self.span(&locks);
         let (protect, writable, dirt) = self.map_copy(fault.access, Dirt::Clean);
@@ -249,7 +275,8 @@ impl<K: Kernel> Engine<K> {
         );
         let frames = self.frames_for(&mut locks, fault.vpn, ration);
         if frames.is_empty() {
-            return Err(Hold::Busy);
+            drop(locks);
+            return self.without_frame(region, fault, work);
         }
         let run = self.span(&locks);
         let (context, buffer) = work.parts();
@@ -364,32 +391,38 @@ impl<K: Kernel> Engine<K> {
         };
         let (from, slot) = self.staged_at(frame);
         let to = self.geometry.va(fault.vpn);
+        // The page of a block's part stays behind in the block's staging, and the descriptor of the part goes with it.
+        let new = if slot.is_none() { self.memmap.take_small() } else { None };
+        if slot.is_none() && new.is_none() {
+            drop(entry);
+            let region = self.region(fault.vpn).ok_or(Hold::Again)?;
+            return self.without_frame(region, fault, work);
+        }
         let done = match self.gate.enter(work.context()) {
             Some(_section) => self.kernel.copy_staged(to, from, protect, fault.wake),
             None => Done::stopped(Pages(0), Trouble::Changing),
         };
         if done.pages.0 == 0 {
+            if let Some(new) = new {
+                self.memmap.give_back(new);
+            }
             return self.not_installed(done, PageRange::new(fault.vpn, Pages(1)), fault);
         }
         ration.pages -= 1;
-        let frame = match slot {
-            Some(slot) => {
-                self.ring.vacate(slot);
-                frame
-            }
-            // Its page stays behind in the block's staging; the descriptor of the part goes with it.
-            None => match self.memmap.take_small() {
-                Some(new) => {
-                    self.memmap.reset(new);
-                    self.memmap.set_backing(new, self.memmap.backing(frame));
-                    if self.memmap.is_rewritten(frame) {
-                        self.memmap.set_rewritten(new);
-                    }
-                    self.free_frame(frame, true);
-                    new
+        if let Some(slot) = slot {
+            self.ring.vacate(slot);
+        }
+        let frame = match new {
+            None => frame,
+            Some(new) => {
+                self.memmap.reset(new);
+                self.memmap.set_backing(new, self.memmap.backing(frame));
+                if self.memmap.is_rewritten(frame) {
+                    self.memmap.set_rewritten(new);
                 }
-                None => unreachable!("there are twice as many descriptors as pages"),
-            },
+                self.free_frame(frame, true);
+                new
+            }
         };
         self.memmap.place(frame, fault.vpn, self.life());
         let backing = self.memmap.backing(frame);

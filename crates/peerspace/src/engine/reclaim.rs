@@ -33,6 +33,8 @@ use std::time::{Duration, Instant};
 const VICTIMS: usize = 32;
 /// How long there is no progress before room is made by exceeding the limit: every device is full.
 const STUCK: Duration = Duration::from_millis(50);
+/// Steps without a page freed before that can be said: some only prepare.
+const MOVES: u32 = 1024;
 /// The same when it has just been so: then it probably still is.
 const STUCK_AGAIN: Duration = Duration::from_micros(100);
 /// And then only one of so many faults tries at all.
@@ -128,7 +130,8 @@ impl<K: Kernel> Engine<K> {
     /// [`Hold::Busy`] if it takes a wait and there is no patience; [`Hold::Changing`] if nothing can leave RAM before
     /// a change has been received, by the caller perhaps.
     pub(crate) fn charge(&self, pages: u64, work: &mut Working<'_>, patience: Patience) -> Result<(), Hold> {
-        let mut stuck: Option<Instant> = None;
+        // Since when nothing was freed, and how many times something at least moved.
+        let (mut stuck, mut moves): (Option<Instant>, u32) = (None, 0);
         while !self.budget.try_charge(pages) {
             if patience == Patience::Never && self.has_slow_device() {
                 return Err(Hold::Busy);
@@ -138,20 +141,27 @@ impl<K: Kernel> Engine<K> {
                 break;
             }
             count(&work.counters.direct_reclaims);
+            let since = || stuck.map_or(Duration::ZERO, |since| since.elapsed());
             match self.reclaim_step(work, false) {
-                Step::Freed(_) | Step::Moved => stuck = None,
+                Step::Freed(_) => (stuck, moves) = (None, 0),
                 Step::Changing => return Err(Hold::Changing),
-                Step::Stuck if stuck.get_or_insert_with(Instant::now).elapsed() > self.patience_when_stuck() => {
+                // To and fro: what was unmapped cannot be written, and comes back.
+                Step::Moved if moves < MOVES || since() <= self.patience_when_stuck() => {
+                    moves += 1;
+                    stuck.get_or_insert_with(Instant::now);
+                }
+                // Other threads may have all of it in hand, or it is shared with a forked process.
+                Step::Stuck if since() <= self.patience_when_stuck() => {
+                    stuck.get_or_insert_with(Instant::now);
+                    self.service.wake_reclaim(&self.kernel.park());
+                    crate::sync::yield_now();
+                }
+                Step::Moved | Step::Stuck => {
                     // Nothing can leave. To go beyond the limit loses nothing.
                     self.tell_full();
                     self.service.pace.note_stuck();
                     self.budget.force(pages);
                     break;
-                }
-                // Other threads may have all of it in hand, or it is shared with a forked process.
-                Step::Stuck => {
-                    self.service.wake_reclaim(&self.kernel.park());
-                    crate::sync::yield_now();
                 }
             }
         }
@@ -168,12 +178,14 @@ impl<K: Kernel> Engine<K> {
 
     /// Whether adopting memory will make room.
     fn waits_for_native(&self) -> bool {
-        self.native_missed.load(Relaxed) && self.budget.native() > 0
+        self.native_missed.load(Relaxed) && self.budget.native() > 0 && !self.tiers.full()
     }
 
-    /// While no device has room, only some faults try to make any.
+    /// While nothing can leave, only some faults try to make room; and none for a while if all devices said that they
+    /// are full.
     fn is_hopeless(&self) -> bool {
-        self.service.pace.was_stuck() && !self.waits_for_native() && !self.service.pace.hopes()
+        let pace = &self.service.pace;
+        pace.was_stuck() && !self.waits_for_native() && (self.tiers.full() || !pace.hopes())
     }
 
     fn patience_when_stuck(&self) -> Duration {

@@ -375,6 +375,22 @@ mod tests {
     }
 
     #[test]
+    fn slots_that_stay_empty_are_handed_out_again() {
+        let ring = Ring::new(Geometry::KIB4, Va(1 << 30), 2, zeroed(2 * SEGMENT as usize));
+        let a = ring.reserve(10).unwrap();
+        ring.settle(a, 4);
+        let b = ring.reserve(10).unwrap();
+        assert_eq!((b.first, b.count), (a.first + 4, 10));
+        // Not while somebody has slots behind them.
+        let c = ring.reserve(5).unwrap();
+        ring.settle(b, 0);
+        assert_eq!(ring.reserve(1).unwrap().first, c.first + c.count);
+        ring.settle(c, 5);
+        assert_eq!(ring.pages(), Pages(9));
+        assert_eq!(ring.waiting().0, 0);
+    }
+
+    #[test]
     fn a_frame_is_queued_for_standby_once() {
         let blocks = Blocks::new(Geometry::KIB4, Va(1 << 30), 2);
         blocks.put_on_standby(Frame(1));
