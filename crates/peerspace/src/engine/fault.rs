@@ -296,7 +296,9 @@ impl<K: Kernel> Engine<K> {
         if self.region(vpn).is_some() {
             return Err(Hold::Again);
         }
-        let Ok(Some(mapping)) = self.kernel.mapping_at(self.geometry.va(vpn)) else { return Ok(Outcome::Foreign) };
+        // Not to know is not to say that it is none of ours: that would be the end of the program.
+        let mapping = self.kernel.mapping_at(self.geometry.va(vpn)).map_err(|t| self.hold(t))?;
+        let Some(mapping) = mapping else { return Ok(Outcome::Foreign) };
         let mapping = self.geometry.pages_inside(mapping);
         // Registration is a property of a whole mapping, so a mapping with a region in it is all ours.
         let mut gap = mapping;

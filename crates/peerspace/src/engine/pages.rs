@@ -260,6 +260,8 @@ impl<K: Kernel> Engine<K> {
             self.lose(entry, e, context);
             return Ok(Outcome::Poisoned);
         }
+        // The device can read it: what went wrong before has passed.
+        fault.failures = 0;
         let (protect, writable, dirt) = self.map_copy(fault.access, Dirt::Clean);
         let done = match self.gate.enter(context) {
             Some(_section) => self.kernel.copy_in(self.geometry.va(run.start), &buffer[..bytes], protect, fault.wake),

@@ -61,7 +61,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => any::<bool>().prop_map(|child| Op::Fork { child }),
         2 => (1usize..40, any::<u64>()).prop_map(|(count, seed)| Op::Break { count, seed }),
         2 => (0u64..6).prop_map(|one_in| Op::Flaky { one_in }),
-        1 => (0usize..4000).prop_map(|pages| Op::Room { pages }),
+        1 => (2000usize..4000).prop_map(|pages| Op::Room { pages }),
         3 => (any::<u64>(), 0u32..9).prop_map(|(seed, one_in)| Op::Fail { seed, one_in }),
     ]
 }
@@ -123,9 +123,10 @@ fn allowed(n: u8) -> Allowed {
     [Allowed::Nothing, Allowed::Read, Allowed::Write][n as usize]
 }
 
-/// The calls that may fail while a program runs.
+/// The calls that may fail while a program runs. Room for the table is not among them: a mapping that moves cannot be
+/// followed without.
 fn failing() -> Vec<Call> {
-    let not = [Call::Words, Call::Map, Call::Bury];
+    let not = [Call::Words, Call::Grow, Call::Map, Call::Bury];
     Call::ALL.into_iter().filter(|c| !not.contains(c)).collect()
 }
 
@@ -134,7 +135,7 @@ impl World {
         // The first device is small, so that there is a second one to go on with.
         let first = if compares { Shelf::new(300).compares() } else { Shelf::new(300).slow() };
         let shelves = vec![first, Shelf::new(8000)];
-        World { rig: Rig::new(can, shelves.clone(), true), shelves, areas: Vec::new(), lost: 0, limit_pages: 3000 }
+        World { rig: Rig::new(can, shelves.clone(), true), shelves, areas: Vec::new(), lost: 0, limit_pages: 2400 }
     }
 
     fn has_room(&self, pages: usize) -> bool {
@@ -430,8 +431,16 @@ fn play(can: Capabilities, compares: bool, ops: Vec<Op>) {
     world.finish();
 }
 
+/// As many cases as the environment asks for (PROPTEST_CASES), or `cases`.
 fn config(cases: u32) -> ProptestConfig {
-    ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 2000, ..ProptestConfig::default() }
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok());
+    ProptestConfig {
+        cases: asked.unwrap_or(cases),
+        failure_persistence: None,
+        max_shrink_iters: 3000,
+        max_shrink_time: 15_000,
+        ..ProptestConfig::default()
+    }
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
