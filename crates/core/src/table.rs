@@ -33,7 +33,7 @@
 //! it, so an owner sees everything the owner before it did. The block word is published by Release and read by
 //! Acquire, which makes the words of a new leaf visible to whoever finds it.
 
-use crate::addr::{BLOCK_PAGES, Geometry, PageRange, Vpn};
+use crate::addr::{BLOCK_ORDER, BLOCK_PAGES, Geometry, PageRange, Vpn};
 use crate::entry::{Entry, LOCK, State, WAIT};
 use crate::sync::{AtomicU64, AtomicUsize, Ordering, Park, spin_hint};
 use crate::words::{FreeStack, Words};
@@ -41,10 +41,10 @@ use core::fmt;
 
 /// Block words in a chunk: a chunk covers 16 GiB with 4 KiB pages.
 pub const CHUNK_BLOCKS: usize = 1 << CHUNK_SHIFT;
-const CHUNK_SHIFT: u32 = 13;
+const CHUNK_SHIFT: u32 = if cfg!(loom) { 1 } else { 13 };
 const LEAF_WORDS: usize = BLOCK_PAGES as usize;
 /// Tries before a contended word is slept on: about the time a short critical section takes.
-const SPINS: u32 = 100;
+const SPINS: u32 = if cfg!(loom) { 1 } else { 100 };
 
 /// The words a [`Table`] lives in.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ impl core::error::Error for Uncovered {}
 impl<W: Words, P: Park> Table<W, P> {
     /// Words of `directory` that an address space of `va_bits` bits needs.
     pub const fn directory_words(geometry: Geometry, va_bits: u32) -> usize {
-        1 << (va_bits - geometry.page_shift() - 9 - CHUNK_SHIFT)
+        1 << (va_bits - geometry.page_shift() - BLOCK_ORDER as u32 - CHUNK_SHIFT)
     }
 
     /// A table that covers nothing yet.
@@ -461,6 +461,6 @@ impl<W: Words, P: Park> fmt::Debug for Locked<'_, W, P> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 #[path = "table_tests.rs"]
 mod tests;

@@ -125,23 +125,23 @@ fn faults_and_reclaim(can: Capabilities, failing: bool) {
 
 #[test]
 fn pages_survive_faults_and_reclaim() {
-    explore(150, || faults_and_reclaim(ABLE, false));
+    explore(40, || faults_and_reclaim(ABLE, false));
 }
 
 #[test]
 fn pages_survive_calls_that_fail() {
-    explore(100, || faults_and_reclaim(ABLE, true));
+    explore(30, || faults_and_reclaim(ABLE, true));
 }
 
 #[test]
 fn pages_survive_without_moves() {
-    explore(100, || faults_and_reclaim(Capabilities { move_pages: false, poison: false, ..ABLE }, false));
+    explore(30, || faults_and_reclaim(Capabilities { move_pages: false, poison: false, ..ABLE }, false));
 }
 
 /// A program discards, unmaps and maps anew, moves: a reader never sees what was there before, nor zeros for what is.
 #[test]
 fn changes_of_mappings_race_with_faults_and_reclaim() {
-    explore(150, || {
+    explore(40, || {
         let (rig, shelf) = rig(ABLE);
         let receiver = Receiver::start(&rig);
         let plain = rig.sim().map_plain(8 * PAGE as u64);
@@ -202,7 +202,7 @@ fn changes_of_mappings_race_with_faults_and_reclaim() {
 #[test]
 fn every_waiter_is_woken() {
     static PUT_ASIDE: AtomicU64 = AtomicU64::new(0);
-    explore(150, || {
+    explore(40, || {
         let (rig, _shelf) = rig(Capabilities { kernel_faults: true, ..ABLE });
         let plain = rig.sim().map_plain(6 * PAGE as u64);
         (0..6).for_each(|n| put(&rig, page(plain, n), 50 + n as u64));
@@ -275,7 +275,7 @@ fn every_waiter_is_woken() {
 /// A page that is lost is lost to all, and its neighbours to nobody; discarding it makes it zero again.
 #[test]
 fn a_lost_page_is_lost_to_all() {
-    explore(100, || {
+    explore(30, || {
         let (rig, shelf) = rig(ABLE);
         let region = rig.region(1);
         (0..3).for_each(|n| put(&rig, page(region, n), 9 + n as u64));
