@@ -111,12 +111,14 @@ impl Sim {
                 [(piece, kind)] if piece == from => kind.registered,
                 _ => return None,
             };
-            m.changing += registered as u32;
+            // Two changes: it is moved, and unmapped where it was.
+            m.changing += 2 * registered as u32;
             m.relocate(from, self.geometry.vpn(to));
             registered
         };
         if registered {
             self.tell(Message::Move { from: range.start, to, len: range.len() });
+            self.tell(Message::Unmap(range));
         }
         Some(to)
     }
