@@ -7,7 +7,7 @@
 //! `oracle` tries random sequences of everything a program and the engine can do, one at a time; `races` has several
 //! threads do it at once, in the interleavings that a model checker chooses.
 
-#[cfg(not(shuttle))]
+#[cfg(all(not(shuttle), feature = "process"))]
 mod oracle;
 #[cfg(shuttle)]
 mod races;
@@ -62,7 +62,7 @@ pub(super) struct Shelf {
     slow: bool,
 }
 
-#[cfg_attr(shuttle, allow(dead_code))] // each of the two uses some
+#[cfg_attr(any(shuttle, not(feature = "process")), allow(dead_code))] // each of the two uses some
 impl Shelf {
     pub(super) fn new(pages: u64) -> Shelf {
         let mood = Mood { room: usize::MAX, ..Mood::default() };

@@ -7,6 +7,7 @@
 use super::{ABLE, Came, PAGE, Rig, Shelf};
 use crate::engine::adopt::AdoptError;
 use peerspace_core::addr::{PageRange, Va, VaRange};
+use peerspace_core::entry::State;
 use peerspace_os::inject::Call;
 use peerspace_os::sim::Allowed;
 use peerspace_os::{Capabilities, Kernel};
@@ -53,10 +54,10 @@ fn op() -> impl Strategy<Value = Op> {
         12 => (1usize..200).prop_map(|steps| Op::Reclaim { steps }),
         3 => Just(Op::ReadAhead),
         4 => (some.clone(), run.clone()).prop_map(|(at, pages)| Op::Discard { at, pages }),
-        2 => (some.clone(), run.clone()).prop_map(|(at, pages)| Op::Unmap { at, pages }),
+        2 => (some.clone(), run).prop_map(|(at, pages)| Op::Unmap { at, pages }),
         3 => (some.clone(), 1usize..700, proptest::option::of(some.clone()))
             .prop_map(|(at, pages, over)| Op::Remap { at, pages, over }),
-        2 => (some.clone(), run, 0u8..3).prop_map(|(at, pages, allowed)| Op::Protect { at, pages, allowed }),
+        2 => (some.clone(), 1usize..12, 0u8..3).prop_map(|(at, pages, allowed)| Op::Protect { at, pages, allowed }),
         2 => (some.clone(), 1u64..40).prop_map(|(area, pages)| Op::Grow { area, pages }),
         3 => any::<bool>().prop_map(|child| Op::Fork { child }),
         2 => (1usize..40, any::<u64>()).prop_map(|(count, seed)| Op::Break { count, seed }),
@@ -211,6 +212,21 @@ impl World {
         engine.tiers.before_fork();
         fork();
         engine.contexts.thaw();
+    }
+
+    /// Counts the pages that the kernel populated by itself, as the keeper of a managed process does now and then.
+    fn count_native(&self) {
+        let engine = &self.rig.engine;
+        let native = |area: &Area| {
+            let pages = (0..area.seen.len()).map(|n| area.va(n));
+            let there = |va: &Va| {
+                let empty =
+                    engine.table.look(engine.geometry.vpn(*va)).is_some_and(|(e, _)| e.state() == State::Empty);
+                empty && self.rig.sim().is_present(*va).expect("it is a simulation")
+            };
+            pages.filter(there).count() as i64
+        };
+        engine.budget.set_native(self.areas.iter().filter(|a| a.managed).map(native).sum());
     }
 
     /// Puts `pieces` in the place of area `i`.
@@ -428,6 +444,7 @@ fn play(can: Capabilities, compares: bool, ops: Vec<Op>) {
     world.run(Op::Adopt { area: 1 });
     for op in ops {
         world.run(op);
+        world.count_native();
         world.rig.engine.check();
     }
     world.finish();
