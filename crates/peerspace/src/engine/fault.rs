@@ -324,6 +324,10 @@ impl<K: Kernel> Engine<K> {
     }
 
     fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault, work: &Working<'_>) -> Result<Outcome, Hold> {
+        // The program may have discarded it, and the news be on the way.
+        if self.gate.enter(work.context()).is_none() || self.kernel.is_changing() {
+            return Err(Hold::Changing);
+        }
         // In case the marker that makes accesses fail got lost with a change of mappings.
         if self.mark_lost(&entry, work.context()) {
             let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
