@@ -39,7 +39,7 @@ impl<W: Words> Buddy<W> {
     /// # Panics
     /// When `words` is shorter than [`words_for`](Buddy::words_for) says.
     pub fn new(words: W, pages: Pages) -> Buddy<W> {
-        assert!(words.words().len() >= Self::words_for(pages));
+        assert!(words.len() >= Self::words_for(pages));
         let mut next = 0;
         let free = core::array::from_fn(|k| {
             let (map, end) = Bitmap::at(next, pages.0 >> k);

@@ -29,6 +29,8 @@ pub mod addr;
 pub mod bitmap;
 pub mod buddy;
 pub mod entry;
+#[cfg(all(test, loom))]
+mod loom_tests;
 pub mod memmap;
 pub mod pagemap;
 pub mod plan;

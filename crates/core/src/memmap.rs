@@ -120,7 +120,7 @@ impl<W: Words> Memmap<W> {
     /// # Panics
     /// When `words` is too short, or the frames' numbers do not fit into 32 bits.
     pub fn new(words: W, blocks: u32, small: u32) -> Memmap<W> {
-        assert!(words.words().len() >= Self::words_for(blocks, small));
+        assert!(words.len() >= Self::words_for(blocks, small));
         assert!(Self::words_for(blocks, small) / DESCRIPTOR_WORDS < u32::MAX as usize);
         Memmap {
             words,

@@ -143,7 +143,7 @@ impl List {
         Some(frame)
     }
 
-    #[cfg(test)]
+    #[cfg(all(test, not(any(loom, shuttle))))]
     fn check<W: Words>(&self, memmap: &Memmap<W>) {
         let (mut at, mut newer, mut pages) = (self.newest, 0, 0);
         while at != 0 {

@@ -92,7 +92,7 @@ impl<W: Words> Regions<W> {
     }
 
     fn capacity(&self) -> usize {
-        self.words.words().len() / ENTRY_WORDS
+        self.words.len() / ENTRY_WORDS
     }
 
     fn entry(&self, i: usize) -> RegionInfo {

@@ -67,6 +67,13 @@ impl Latch {
         Latch(AtomicU64::new(FREE))
     }
 
+    /// Not held.
+    #[cfg(loom)]
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Latch {
+        Latch(AtomicU64::new(FREE))
+    }
+
     /// Takes it, waiting as long as it takes.
     pub fn lock(&self, park: &impl Park) {
         // Acquire: pairs with the Release in unlock.

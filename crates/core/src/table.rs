@@ -33,7 +33,7 @@
 //! it, so an owner sees everything the owner before it did. The block word is published by Release and read by
 //! Acquire, which makes the words of a new leaf visible to whoever finds it.
 
-use crate::addr::{BLOCK_PAGES, Geometry, PageRange, Vpn};
+use crate::addr::{BLOCK_ORDER, BLOCK_PAGES, Geometry, PageRange, Vpn};
 use crate::entry::{Entry, LOCK, State, WAIT};
 use crate::sync::{AtomicU64, AtomicUsize, Ordering, Park, spin_hint};
 use crate::words::{FreeStack, Words};
@@ -41,10 +41,10 @@ use core::fmt;
 
 /// Block words in a chunk: a chunk covers 16 GiB with 4 KiB pages.
 pub const CHUNK_BLOCKS: usize = 1 << CHUNK_SHIFT;
-const CHUNK_SHIFT: u32 = 13;
+const CHUNK_SHIFT: u32 = if cfg!(loom) { 1 } else { 13 };
 const LEAF_WORDS: usize = BLOCK_PAGES as usize;
 /// Tries before a contended word is slept on: about the time a short critical section takes.
-const SPINS: u32 = 100;
+const SPINS: u32 = if cfg!(loom) { 1 } else { 100 };
 
 /// The words a [`Table`] lives in.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ impl core::error::Error for Uncovered {}
 impl<W: Words, P: Park> Table<W, P> {
     /// Words of `directory` that an address space of `va_bits` bits needs.
     pub const fn directory_words(geometry: Geometry, va_bits: u32) -> usize {
-        1 << (va_bits - geometry.page_shift() - 9 - CHUNK_SHIFT)
+        1 << (va_bits - geometry.page_shift() - BLOCK_ORDER as u32 - CHUNK_SHIFT)
     }
 
     /// A table that covers nothing yet.
@@ -128,9 +128,9 @@ impl<W: Words, P: Park> Table<W, P> {
     /// What the table's memory must offer before `range`, of which `new` blocks are in no region yet, can be
     /// [covered](Table::cover).
     pub fn needs(&self, range: PageRange, new: usize) -> Needs {
-        let dir = self.memory.directory.words();
+        let dir = &self.memory.directory;
         let chunks = Self::chunks_of(range)
-            .filter(|c| dir.get(*c as usize).is_some_and(|w| w.load(Ordering::Relaxed) == 0))
+            .filter(|c| (*c as usize) < dir.len() && dir.at(*c as usize).load(Ordering::Relaxed) == 0)
             .count();
         // Relaxed: callers hold the lock that guards changes to the regions.
         let leaves = self.leaves_promised.load(Ordering::Relaxed) + new;
@@ -154,20 +154,20 @@ impl<W: Words, P: Park> Table<W, P> {
     /// [`Uncovered`] when the range lies beyond the address space or the memory is too small; nothing changed.
     pub fn cover(&self, range: PageRange, new: usize) -> Result<(), Uncovered> {
         let need = self.needs(range, new);
-        let dir = self.memory.directory.words();
+        let dir = &self.memory.directory;
         if range.is_empty()
             || *Self::chunks_of(range).end() as usize >= dir.len()
-            || self.memory.blocks.words().len() < need.blocks
-            || self.memory.leaves.words().len() < need.leaves
-            || self.memory.links.words().len() < need.links
+            || self.memory.blocks.len() < need.blocks
+            || self.memory.leaves.len() < need.leaves
+            || self.memory.links.len() < need.links
         {
             return Err(Uncovered(range.start));
         }
         for c in Self::chunks_of(range) {
-            if dir[c as usize].load(Ordering::Relaxed) == 0 {
+            if dir.at(c as usize).load(Ordering::Relaxed) == 0 {
                 let chunk = self.chunks.fetch_add(1, Ordering::Relaxed);
                 // Release: pairs with the Acquire in block_word; the chunk's words are zero, which is valid.
-                dir[c as usize].store(chunk as u64 + 1, Ordering::Release);
+                dir.at(c as usize).store(chunk as u64 + 1, Ordering::Release);
             }
         }
         self.leaves_promised.store(need.links, Ordering::Relaxed);
@@ -182,9 +182,12 @@ impl<W: Words, P: Park> Table<W, P> {
 
     #[inline]
     fn block_word(&self, block: u64) -> Option<&AtomicU64> {
-        let chunk = self.memory.directory.words().get((block >> CHUNK_SHIFT) as usize)?;
+        let at = (block >> CHUNK_SHIFT) as usize;
+        if at >= self.memory.directory.len() {
+            return None;
+        }
         // Acquire: pairs with the Release in cover.
-        let chunk = chunk.load(Ordering::Acquire) as usize;
+        let chunk = self.memory.directory.at(at).load(Ordering::Acquire) as usize;
         let word = chunk.checked_sub(1)? * CHUNK_BLOCKS + (block as usize & (CHUNK_BLOCKS - 1));
         Some(self.memory.blocks.at(word))
     }
@@ -353,7 +356,7 @@ impl<W: Words, P: Park> Table<W, P> {
         // Relaxed: the number is all that is shared; the words behind it are zero.
         let leaf = self.leaves_made.fetch_add(1, Ordering::Relaxed);
         // cover() has promised one leaf per covered block, so there is one.
-        assert!(leaf < self.memory.links.words().len(), "more blocks were split than are covered");
+        assert!(leaf < self.memory.links.len(), "more blocks were split than are covered");
         leaf as u32
     }
 
@@ -458,6 +461,6 @@ impl<W: Words, P: Park> fmt::Debug for Locked<'_, W, P> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 #[path = "table_tests.rs"]
 mod tests;

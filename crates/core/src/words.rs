@@ -10,31 +10,39 @@ use alloc::vec::Vec;
 
 /// A run of words that start as zero and never move.
 ///
-/// `words` may grow between two calls; it never shrinks, and a word keeps its address. All-zero is the state
-/// every structure of this crate takes for "nothing here yet".
+/// There may be more of them between two calls; there are never fewer, and a word keeps its address. All-zero is
+/// the state every structure of this crate takes for "nothing here yet".
+#[allow(clippy::len_without_is_empty)] // nobody asks for none
 pub trait Words: Send + Sync {
-    /// The words that can be used now.
-    fn words(&self) -> &[AtomicU64];
+    /// How many words can be used now.
+    fn len(&self) -> usize;
 
     /// Word `i`.
     ///
     /// # Panics
     /// When `i` lies beyond the words that can be used now.
-    #[inline]
-    fn at(&self, i: usize) -> &AtomicU64 {
-        &self.words()[i]
-    }
+    fn at(&self, i: usize) -> &AtomicU64;
 }
 
 impl Words for Vec<AtomicU64> {
-    fn words(&self) -> &[AtomicU64] {
-        self
+    fn len(&self) -> usize {
+        <[AtomicU64]>::len(self)
+    }
+
+    #[inline]
+    fn at(&self, i: usize) -> &AtomicU64 {
+        &self[i]
     }
 }
 
 impl Words for Box<[AtomicU64]> {
-    fn words(&self) -> &[AtomicU64] {
-        self
+    fn len(&self) -> usize {
+        <[AtomicU64]>::len(self)
+    }
+
+    #[inline]
+    fn at(&self, i: usize) -> &AtomicU64 {
+        &self[i]
     }
 }
 

@@ -128,7 +128,7 @@ pub enum Message {
     Discard(VaRange),
     /// The range was unmapped. Somebody else may use the addresses already.
     Unmap(VaRange),
-    /// The mapping moved, with its pages and its registration.
+    /// The mapping moved, with its pages and its registration. That it is unmapped where it was is told afterwards.
     Move {
         /// Where it was.
         from: Va,

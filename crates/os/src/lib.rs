@@ -5,6 +5,8 @@
 //! kernel interfaces, and [`inject`] makes either fail on a schedule. Beside the facade: memory of our own
 //! that no program can mix up with its own ([`own`]), signals, threads, mappings and the like.
 
+#[cfg(all(test, not(shuttle)))]
+mod conformance;
 pub mod error;
 pub mod inject;
 pub mod kernel;

@@ -1,1 +1,393 @@
+//! The three protocols that everything rests on, raced against the real kernel: changes of mappings, no silent zeros,
+//! clean pages. Beside each stands what would go wrong without it, so that it is known that the test can fail.
 
+use super::*;
+use peerspace_core::addr::Pages;
+use rustix::mm::MremapFlags;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::thread;
+
+const PAGE: u64 = 4096;
+
+fn open() -> Linux {
+    Linux::open(Setup { delivery: Delivery::Messages, blocks: 1, slots: 64, without: 0 }).unwrap()
+}
+
+/// A region of one block.
+fn region(k: &Linux) -> VaRange {
+    k.map(k.geometry().block_bytes() as u64).unwrap()
+}
+
+fn page(range: VaRange, n: u64) -> VaRange {
+    VaRange { start: Va(range.start.0 + n * PAGE), end: Va(range.start.0 + (n + 1) * PAGE) }
+}
+
+fn slot(k: &Linux, n: u64) -> VaRange {
+    let all = k.staging();
+    page(VaRange { start: Va(all.end.0 - 64 * PAGE), ..all }, n)
+}
+
+/// What the program reads at `va`.
+fn read(va: Va) -> u64 {
+    // SAFETY: the tests read words of pages that they keep mapped; what is missing is served by another thread.
+    unsafe { (va.0 as *const AtomicU64).as_ref() }.expect("an address").load(SeqCst)
+}
+
+/// The program writes at `va`.
+fn write(va: Va, value: u64) {
+    // SAFETY: as above.
+    unsafe { (va.0 as *const AtomicU64).as_ref() }.expect("an address").store(value, SeqCst);
+}
+
+fn copy(k: &Linux, to: VaRange, value: u64, protect: Protect) -> Done {
+    let mut bytes = vec![0; PAGE as usize];
+    bytes[..8].copy_from_slice(&value.to_ne_bytes());
+    k.copy_in(to.start, &bytes, protect, Wake::Yes)
+}
+
+fn staged(k: &Linux, slot: VaRange) -> u64 {
+    k.read_staged(slot, |b| u64::from_ne_bytes(b[..8].try_into().expect("eight bytes")))
+}
+
+fn munmap(range: VaRange) {
+    // SAFETY: the tests' own memory, which nobody refers to.
+    unsafe { rustix::mm::munmap(range.start.0 as *mut _, range.len() as usize) }.unwrap();
+}
+
+/// Maps ordinary memory at `range`, where nothing is.
+fn map_at(range: VaRange) {
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: nothing is there, or the call fails.
+    unsafe { rustix::mm::mmap_anonymous(range.start.0 as *mut _, range.len() as usize, prot, flags) }.unwrap();
+}
+
+/// Waits until `k` has news, or `until` holds.
+fn wait_for(until: impl Fn() -> bool) {
+    while !until() {
+        thread::yield_now();
+    }
+}
+
+// --- changes of mappings ---
+
+/// From the moment a change is made until somebody receives it, nothing is done to registered memory; trying again
+/// never ends; and whoever made the change goes on when it is received.
+#[test]
+fn operations_are_refused_until_a_change_is_received() {
+    let k = open();
+    let r = region(&k);
+    let _ = copy(&k, page(r, 0), 1, Protect::No);
+    k.write_staged(slot(&k, 1), |b| b.fill(2));
+    let went_on = AtomicBool::new(false);
+    thread::scope(|s| {
+        s.spawn(|| {
+            munmap(page(r, 8));
+            went_on.store(true, SeqCst);
+        });
+        wait_for(|| k.is_changing());
+        for _ in 0..2000 {
+            let refused = Done::stopped(Pages(0), Trouble::Changing);
+            assert_eq!(k.take_out(slot(&k, 0).start, page(r, 0)), refused);
+            assert_eq!(k.put_back(page(r, 1).start, slot(&k, 1), Wake::No), refused);
+            assert_eq!(copy(&k, page(r, 1), 3, Protect::No), refused);
+            assert_eq!(k.protect(page(r, 0), Protect::Yes, Wake::No), Err(Trouble::Changing));
+            assert_eq!(k.poison(page(r, 2).start), Err(Trouble::Changing));
+        }
+        assert!(!went_on.load(SeqCst), "the program went on before its change was received");
+        assert!(k.wait_message(None));
+        assert_eq!(k.receive(), Some(Message::Unmap(page(r, 8))));
+        wait_for(|| went_on.load(SeqCst));
+    });
+    wait_for(|| !k.is_changing());
+    assert_eq!(k.take_out(slot(&k, 0).start, page(r, 0)), Done::all(Pages(1)));
+    assert_eq!(staged(&k, slot(&k, 0)), 1);
+}
+
+/// A page is never taken from a mapping that somebody has put in the place of ours, although the news of that waits.
+/// Through a descriptor without events, which many pagers use for staging, it is.
+#[test]
+fn nothing_is_taken_from_a_mapping_that_took_our_place() {
+    for naive in [false, true] {
+        let k = open();
+        let r = region(&k);
+        let here = page(r, 8);
+        let _ = copy(&k, here, 1, Protect::No);
+        let other = Mapping::new(PAGE as usize, PAGE as usize, true).unwrap();
+        let mut without_events = Uffd::open(false).unwrap();
+        without_events.enable(feature::MOVE).unwrap();
+        without_events.register(other.range().start.0, PAGE, Mode::Missing).unwrap();
+        let taken = thread::scope(|s| {
+            s.spawn(|| munmap(here));
+            wait_for(|| k.is_changing());
+            // The addresses are free already, and a third thread is given them.
+            map_at(here);
+            write(here.start, 77);
+            let taken = if naive {
+                // SAFETY: both ends are the test's own, and read through atomics or not at all.
+                unsafe { without_events.move_pages(other.range().start.0, here.start.0, PAGE, false) }.1.is_none()
+            } else {
+                k.take_out(slot(&k, 0).start, here) == Done::all(Pages(1))
+            };
+            while k.receive().is_none() {}
+            taken
+        });
+        assert_eq!(taken, naive, "naive: {naive}");
+        assert_eq!(read(here.start), if naive { 0 } else { 77 }, "naive: {naive}");
+        munmap(here);
+    }
+}
+
+/// Discarding, unmapping and operations from all sides: what is told adds up, and pages nobody changed are as they were.
+#[test]
+fn changes_race_with_operations() {
+    let k = open();
+    let r = region(&k);
+    const ROUNDS: u64 = 300;
+    for n in 0..16 {
+        let _ = copy(&k, page(r, n), 100 + n, Protect::No);
+    }
+    let told = AtomicU64::new(0);
+    let stop = AtomicBool::new(false);
+    thread::scope(|s| {
+        let receiver = s.spawn(|| {
+            while !stop.load(SeqCst) {
+                if k.wait_message(Some(Duration::from_millis(20))) {
+                    match k.receive() {
+                        Some(Message::Discard(d)) => {
+                            assert_eq!(d, page(r, 20));
+                            told.fetch_add(1, SeqCst);
+                        }
+                        None => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+        });
+        let mover = s.spawn(|| {
+            // Each page goes out and comes back until the changes are over.
+            while !stop.load(SeqCst) {
+                for n in 0..16 {
+                    while k.take_out(slot(&k, n).start, page(r, n)) != Done::all(Pages(1)) {}
+                    assert_eq!(staged(&k, slot(&k, n)), 100 + n);
+                    while k.put_back(page(r, n).start, slot(&k, n), Wake::No) != Done::all(Pages(1)) {}
+                }
+            }
+        });
+        (0..ROUNDS).for_each(|_| k.discard(page(r, 20)).unwrap());
+        stop.store(true, SeqCst);
+        mover.join().unwrap();
+        receiver.join().unwrap();
+    });
+    assert_eq!(told.load(SeqCst), ROUNDS);
+    (0..16).for_each(|n| assert_eq!(read(page(r, n).start), 100 + n));
+}
+
+// --- no silent zeros ---
+
+/// Serves faults on `pages` pages of `region`, whose content is staged in the slot of the same number if `away` says
+/// so, until `stop`. A page that is in somebody's hands is locked.
+fn serve(k: &Linux, region: VaRange, away: &[Mutex<bool>], stop: &AtomicBool) {
+    while !stop.load(SeqCst) {
+        if !k.wait_message(Some(Duration::from_millis(20))) {
+            continue;
+        }
+        let Some(Message::Fault { va, .. }) = k.receive() else { continue };
+        let n = (va.0 - region.start.0) / PAGE;
+        let mut away = away[n as usize].lock().unwrap();
+        if *away {
+            assert_eq!(k.put_back(page(region, n).start, slot(k, n), Wake::Yes), Done::all(Pages(1)), "page {n}");
+            *away = false;
+        } else {
+            k.wake(page(region, n)).unwrap();
+        }
+    }
+}
+
+/// Pages go out and come back under readers, who never see anything else than their content.
+#[test]
+fn readers_see_no_zeros_while_pages_come_and_go() {
+    const PAGES: u64 = 8;
+    let k = open();
+    let r = region(&k);
+    for n in 0..PAGES {
+        let _ = copy(&k, page(r, n), 500 + n, Protect::No);
+    }
+    let away: Vec<Mutex<bool>> = (0..PAGES).map(|_| Mutex::new(false)).collect();
+    let (stop, over) = (AtomicBool::new(false), AtomicBool::new(false));
+    let taken = thread::scope(|s| {
+        s.spawn(|| serve(&k, r, &away, &stop));
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                s.spawn(|| {
+                    while !over.load(SeqCst) {
+                        (0..PAGES).for_each(|n| assert_eq!(read(page(r, n).start), 500 + n, "page {n}"));
+                    }
+                })
+            })
+            .collect();
+        let mut taken = 0;
+        while taken < 3000 && !readers.iter().any(|r| r.is_finished()) {
+            let n = taken % PAGES;
+            let mut away = away[n as usize].lock().unwrap();
+            if !*away {
+                assert_eq!(k.take_out(slot(&k, n).start, page(r, n)), Done::all(Pages(1)));
+                *away = true;
+                taken += 1;
+            } else {
+                drop(away);
+                thread::yield_now();
+            }
+        }
+        over.store(true, SeqCst);
+        let readers: Vec<_> = readers.into_iter().map(|r| r.join()).collect();
+        stop.store(true, SeqCst);
+        readers.into_iter().for_each(|r| r.expect("a reader saw something else"));
+        taken
+    });
+    assert_eq!(taken, 3000);
+    // What a reader would have seen: whoever loses the registration for a moment loses the page.
+    if !*away[0].lock().unwrap() {
+        assert_eq!(k.take_out(slot(&k, 60).start, page(r, 0)), Done::all(Pages(1)));
+    }
+    k.disown(page(r, 0)).unwrap();
+    assert_eq!(read(page(r, 0).start), 0);
+}
+
+/// A mapping that moves stays registered: what is away faults at the new place too. Without the event it is zeros.
+#[test]
+fn a_mapping_that_moves_keeps_its_faults() {
+    let moved = |from: VaRange| {
+        let to = Mapping::new((4 * PAGE) as usize, PAGE as usize, false).unwrap().leak();
+        super::super::map::unclaim(to);
+        let flags = MremapFlags::MAYMOVE;
+        // SAFETY: the target is the test's own, and nobody uses it; the source is moved as a whole.
+        let at = unsafe {
+            rustix::mm::mremap_fixed(
+                from.start.0 as *mut _,
+                from.len() as usize,
+                to.len() as usize,
+                flags,
+                to.start.0 as *mut _,
+            )
+        };
+        assert_eq!(at.unwrap() as u64, to.start.0);
+        to
+    };
+    let k = open();
+    let r = region(&k);
+    let part = VaRange { start: r.start, end: page(r, 3).end };
+    let _ = copy(&k, page(r, 1), 41, Protect::No);
+    assert_eq!(k.take_out(slot(&k, 1).start, page(r, 1)), Done::all(Pages(1)));
+    thread::scope(|s| {
+        let program = s.spawn(|| {
+            let to = moved(part);
+            (to, read(page(to, 1).start))
+        });
+        let mut base = r;
+        loop {
+            assert!(k.wait_message(None));
+            match k.receive() {
+                Some(Message::Move { from, to, len }) => {
+                    assert_eq!((from, len), (part.start, part.len()));
+                    base = VaRange { start: to, end: Va(to.0 + len) };
+                }
+                Some(Message::Fault { va, .. }) => {
+                    assert_eq!(va.0 & !(PAGE - 1), page(base, 1).start.0, "the fault is at the new place");
+                    assert_eq!(k.put_back(page(base, 1).start, slot(&k, 1), Wake::Yes), Done::all(Pages(1)));
+                    break;
+                }
+                // Where it was, it is unmapped: that is told too, afterwards.
+                Some(Message::Unmap(gone)) => assert_eq!((gone, base != r), (part, true)),
+                None => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        let (to, seen) = program.join().unwrap();
+        assert_eq!((to, seen), (base, 41));
+    });
+    // The same with a descriptor that does not ask for the event.
+    let plain = Mapping::new((4 * PAGE) as usize, PAGE as usize, true).unwrap().leak();
+    super::super::map::unclaim(plain);
+    let mut deaf = Uffd::open(false).unwrap();
+    deaf.enable(0).unwrap();
+    deaf.register(plain.start.0, plain.len(), Mode::Missing).unwrap();
+    assert_eq!(read(moved(plain).start), 0);
+}
+
+// --- clean pages ---
+
+/// A page that came by copying, protected, is as it came until a fault says otherwise: no write is ever missed.
+#[test]
+fn no_write_is_missed_on_a_page_that_came_protected() {
+    const ROUNDS: u64 = 1500;
+    let k = open();
+    let r = region(&k);
+    let here = page(r, 0);
+    let (go, wrote) = (AtomicU64::new(0), AtomicU64::new(0));
+    let (mut dropped, mut written_back) = (0, 0);
+    thread::scope(|s| {
+        s.spawn(|| {
+            for i in 1..=ROUNDS {
+                wait_for(|| go.load(SeqCst) == i);
+                write(here.start, i);
+                wrote.store(i, SeqCst);
+            }
+        });
+        for i in 1..=ROUNDS {
+            let before = i - 1;
+            assert_eq!(copy(&k, here, before, Protect::Yes), Done::all(Pages(1)));
+            go.store(i, SeqCst);
+            // At a moment that differs from round to round the page is to go.
+            (0..(i * 7919) % 4000).for_each(|_| std::hint::spin_loop());
+            let mut dirty = false;
+            if let Some(Message::Fault { protected: true, write: true, .. }) = k.receive() {
+                k.protect(here, Protect::No, Wake::Yes).unwrap();
+                dirty = true;
+                wait_for(|| wrote.load(SeqCst) == i);
+            }
+            assert_eq!(k.take_out(slot(&k, 0).start, here), Done::all(Pages(1)));
+            let content = staged(&k, slot(&k, 0));
+            k.drop_staged(slot(&k, 0)).unwrap();
+            if dirty {
+                assert_eq!(content, i, "a write was lost");
+                written_back += 1;
+                continue;
+            }
+            // Clean: it may be dropped for what was there before. The writer's fault brings that back.
+            assert_eq!(content, before, "a page was written that nobody heard of");
+            dropped += 1;
+            assert_eq!(copy(&k, here, before, Protect::No), Done::all(Pages(1)));
+            wait_for(|| {
+                let _ = k.receive();
+                k.wake(here).unwrap();
+                wrote.load(SeqCst) == i
+            });
+            assert_eq!(k.take_out(slot(&k, 0).start, here), Done::all(Pages(1)));
+            assert_eq!(staged(&k, slot(&k, 0)), i, "a write was lost");
+            k.drop_staged(slot(&k, 0)).unwrap();
+        }
+    });
+    assert_eq!(dropped + written_back, ROUNDS);
+}
+
+/// What moves in comes unprotected: a write can slip in before it is protected, and only a comparison finds it.
+#[test]
+fn a_page_that_moved_in_has_to_be_compared() {
+    let k = open();
+    let r = region(&k);
+    let here = page(r, 0);
+    k.write_staged(slot(&k, 0), |b| b[..8].copy_from_slice(&5u64.to_ne_bytes()));
+    assert_eq!(k.put_back(here.start, slot(&k, 0), Wake::No), Done::all(Pages(1)));
+    // No fault stops this one, and none tells of it.
+    write(here.start, 6);
+    k.protect(here, Protect::Yes, Wake::No).unwrap();
+    assert_eq!(k.receive(), None);
+    assert_eq!(k.take_out(slot(&k, 0).start, here), Done::all(Pages(1)));
+    assert_eq!(staged(&k, slot(&k, 0)), 6, "who calls it clean because it was protected loses a write");
+    // Nor does protection survive the way out and back.
+    assert_eq!(k.put_back(here.start, slot(&k, 0), Wake::No), Done::all(Pages(1)));
+    write(here.start, 7);
+    assert_eq!((read(here.start), k.receive()), (7, None));
+}

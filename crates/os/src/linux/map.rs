@@ -273,13 +273,25 @@ impl Arena {
     }
 }
 
-impl Words for Arena {
+impl Arena {
+    /// The words that can be used now.
     #[inline]
-    fn words(&self) -> &[AtomicU64] {
+    pub fn words(&self) -> &[AtomicU64] {
         let n = self.usable.load(Ordering::Acquire);
         // SAFETY: the first `n` words are mapped, zeroed by the kernel, and stay so while `self` lives; an
         // all-zero AtomicU64 is valid.
         unsafe { std::slice::from_raw_parts(self.mapping.as_ptr().cast::<AtomicU64>(), n) }
+    }
+}
+
+impl Words for Arena {
+    fn len(&self) -> usize {
+        self.usable.load(Ordering::Acquire)
+    }
+
+    #[inline]
+    fn at(&self, i: usize) -> &AtomicU64 {
+        &self.words()[i]
     }
 }
 

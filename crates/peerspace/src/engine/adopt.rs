@@ -129,9 +129,14 @@ impl<K: Kernel> Engine<K> {
         keep(true)?;
         loop {
             self.bring_home(pages);
+            self.bury_within(pages);
             let rest = self.rest();
-            if !self.all_home(pages) {
-                continue; // a victim that was in hand when the region was marked
+            // A victim that was in hand when the region was marked is not home yet; and a page that is lost and not marked
+            // as such would read as zeros from here on.
+            if !self.all_home(pages) || !self.all_lost_marked(pages) {
+                drop(rest);
+                crate::sync::yield_now();
+                continue;
             }
             if let Err(t) = self.kernel.disown(range) {
                 drop(rest);
@@ -186,7 +191,6 @@ impl<K: Kernel> Engine<K> {
                 self.wait_for_changes();
             }
         }
-        self.bury_lost();
     }
 
     /// Puts a page that is away where the program has it, and forgets it.
@@ -204,14 +208,9 @@ impl<K: Kernel> Engine<K> {
                     let [load] = batch;
                     load.result
                 };
-                // Once more: it may be a passing fault.
+                // Twice, as in a fault: it may be a passing failure.
                 if let Err(e) = load().or_else(|_| load()) {
-                    let vpn = entry.vpn();
                     self.lose(entry, e, context);
-                    if !self.kernel.capabilities().poison {
-                        // Whose faults are ours no longer would read zeros there.
-                        let _ = self.service.graves.request(vpn);
-                    }
                     return Ok(());
                 }
                 None

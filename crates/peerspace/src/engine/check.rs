@@ -94,12 +94,14 @@ impl<K: Kernel> Engine<K> {
                         if whole {
                             staged_blocks += 1;
                         } else {
+                            // A part keeps its block's frame in pieces also while it lies in a slot.
+                            let head = self.memmap.head_of(frame);
                             match self.memmap.slot(frame) {
                                 Some(slot) => assert_eq!(self.ring.occupant(slot), Some(frame), "{who}: slot {slot}"),
-                                None => {
-                                    let head = self.memmap.head_of(frame).expect("only parts have no slot");
-                                    *split_heads.entry(head).or_default() += 1;
-                                }
+                                None => assert!(head.is_some(), "{who}: staged nowhere, and no part of a block"),
+                            }
+                            if let Some(head) = head {
+                                *split_heads.entry(head).or_default() += 1;
                             }
                         }
                         own(pfn, n, who);

@@ -296,7 +296,9 @@ impl<K: Kernel> Engine<K> {
         if self.region(vpn).is_some() {
             return Err(Hold::Again);
         }
-        let Ok(Some(mapping)) = self.kernel.mapping_at(self.geometry.va(vpn)) else { return Ok(Outcome::Foreign) };
+        // Not to know is not to say that it is none of ours: that would be the end of the program.
+        let mapping = self.kernel.mapping_at(self.geometry.va(vpn)).map_err(|t| self.hold(t))?;
+        let Some(mapping) = mapping else { return Ok(Outcome::Foreign) };
         let mapping = self.geometry.pages_inside(mapping);
         // Registration is a property of a whole mapping, so a mapping with a region in it is all ours.
         let mut gap = mapping;
@@ -322,9 +324,8 @@ impl<K: Kernel> Engine<K> {
     }
 
     fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault, work: &Working<'_>) -> Result<Outcome, Hold> {
-        // The program may have discarded the page: then it is good again as soon as that has been acted on.
-        let Some(_section) = self.gate.enter(work.context()) else { return Err(Hold::Changing) };
-        if self.kernel.is_changing() {
+        // The program may have discarded it, and the news be on the way.
+        if self.gate.enter(work.context()).is_none() || self.kernel.is_changing() {
             return Err(Hold::Changing);
         }
         // In case the marker that makes accesses fail got lost with a change of mappings.

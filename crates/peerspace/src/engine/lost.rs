@@ -12,10 +12,10 @@ use super::context::Context;
 use super::{Engine, Entry};
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::Vpn;
+use peerspace_core::addr::{PageRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::sync::{AtomicU32, Ordering};
-use peerspace_os::Kernel;
+use peerspace_os::{Kernel, Trouble};
 use std::time::Duration;
 
 /// Pages that wait to be buried at most; those beyond fault again until there is room.
@@ -103,6 +103,33 @@ impl<K: Kernel> Engine<K> {
                 return;
             }
         }
+    }
+
+    /// The pages of `pages` that are lost.
+    fn lost(&self, pages: PageRange) -> impl Iterator<Item = Vpn> + '_ {
+        pages
+            .iter()
+            .filter(|v| self.table.look(*v).is_some_and(|(entry, _)| matches!(entry.state(), State::Poisoned { .. })))
+    }
+
+    /// Buries what is lost of `pages`, whose faults are soon ours no longer, where it cannot be marked.
+    pub(crate) fn bury_within(&self, pages: PageRange) {
+        if self.kernel.capabilities().poison {
+            return;
+        }
+        for vpn in self.lost(pages) {
+            let _work = self.contexts.take();
+            let _ = self.service.graves.request(vpn);
+        }
+        self.bury_lost();
+    }
+
+    /// Whether every access to what is lost of `pages` fails by itself; sees to it as far as that can be done at once.
+    /// The engine is at rest.
+    pub(crate) fn all_lost_marked(&self, pages: PageRange) -> bool {
+        // What is buried belongs to no region any more.
+        self.lost(pages)
+            .all(|vpn| matches!(self.kernel.poison(self.geometry.va(vpn)), Ok(()) | Err(Trouble::Present)))
     }
 
     /// Buries one page. False if it has to be tried again.

@@ -48,6 +48,8 @@ pub(crate) mod lost;
 pub(crate) mod pages;
 pub(crate) mod reclaim;
 pub(crate) mod serve;
+#[cfg(test)]
+mod sim_tests;
 pub(crate) mod staging;
 pub(crate) mod stats;
 pub(crate) mod tiers;

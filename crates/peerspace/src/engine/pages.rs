@@ -296,6 +296,8 @@ impl<K: Kernel> Engine<K> {
             self.lose(entry, e, context);
             return Ok(Outcome::Poisoned);
         }
+        // The device can read it: what went wrong before has passed.
+        fault.failures = 0;
         let keeps = tier.info.compares && tier.has_room();
         let (protect, writable, dirt) =
             if fault.access == Access::Read && rewritten && (keeps || self.is_sure(context)) {

@@ -185,7 +185,7 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    fn next_request(&self) -> Option<Ahead> {
+    pub(super) fn next_request(&self) -> Option<Ahead> {
         let _work = self.contexts.take();
         let mut requests = self.service.requests.lock();
         if requests.is_empty() {

@@ -1,0 +1,215 @@
+//! The same facts asked of every kernel: what the simulated one says must be what the real one does.
+
+use crate::inject::Inject;
+use crate::kernel::{Capabilities, Done, Kernel, Protect, Trouble, Wake};
+use crate::sim::{Setup as SimSetup, Sim};
+use peerspace_core::addr::{Geometry, Pages, Va, VaRange};
+use peerspace_core::words::Words;
+
+const BLOCKS: u64 = 2;
+const SLOTS: u64 = 64;
+
+/// A kernel with a region of one block, and places in its staging.
+struct Tried<'k, K> {
+    k: &'k K,
+    geometry: Geometry,
+    region: VaRange,
+}
+
+impl<K: Kernel> Tried<'_, K> {
+    fn part(&self, range: VaRange, first: u64, pages: u64) -> VaRange {
+        let start = Va(range.start.0 + self.geometry.bytes(Pages(first)));
+        VaRange { start, end: Va(start.0 + self.geometry.bytes(Pages(pages))) }
+    }
+
+    fn pages(&self, first: u64, pages: u64) -> VaRange {
+        self.part(self.region, first, pages)
+    }
+
+    fn slots(&self, first: u64, slots: u64) -> VaRange {
+        let staging = self.k.staging();
+        let all = self.geometry.pages_in(staging.len()).0;
+        self.part(staging, all - SLOTS + first, slots)
+    }
+
+    fn bytes(&self, pages: u64, value: u8) -> Vec<u8> {
+        vec![value; self.geometry.bytes(Pages(pages)) as usize]
+    }
+
+    fn copy(&self, first: u64, pages: u64, value: u8, protect: Protect) -> Done {
+        self.k.copy_in(self.pages(first, pages).start, &self.bytes(pages, value), protect, Wake::No)
+    }
+
+    fn there(&self, first: u64, pages: u64) -> Vec<(u64, u64)> {
+        let mut out = Vec::new();
+        let page = |va: Va| self.geometry.pages_in(va.0 - self.region.start.0).0;
+        self.k.present_runs(self.pages(first, pages), &mut |r| out.push((page(r.start), page(r.end)))).unwrap();
+        out
+    }
+
+    fn staged(&self, slot: u64) -> u8 {
+        self.k.read_staged(self.slots(slot, 1), |b| {
+            assert!(b.iter().all(|x| *x == b[0]), "slot {slot} holds more than one value");
+            b[0]
+        })
+    }
+}
+
+fn stopped(pages: u64, trouble: Trouble) -> Done {
+    Done::stopped(Pages(pages), trouble)
+}
+
+fn tried<K: Kernel>(k: &K, run: impl FnOnce(Tried<'_, K>)) {
+    let geometry = k.geometry();
+    let region = k.map(geometry.block_bytes() as u64).unwrap();
+    assert!(region.start.is_aligned(geometry.block_bytes()));
+    run(Tried { k, geometry, region });
+    k.unmap(region).unwrap();
+}
+
+fn pages_come_where_none_are<K: Kernel>(t: Tried<'_, K>) {
+    assert_eq!(t.there(0, 512), []);
+    assert_eq!(t.copy(3, 2, 7, Protect::No), Done::all(Pages(2)));
+    assert_eq!(t.there(0, 512), [(3, 5)]);
+    // Up to the first page that is there, and none behind it. Why, is not said before it is tried again.
+    assert_eq!(t.copy(1, 6, 8, Protect::No), stopped(2, Trouble::Changing));
+    assert_eq!(t.copy(3, 4, 8, Protect::No), stopped(0, Trouble::Present));
+    assert_eq!(t.there(0, 512), [(1, 5)]);
+    assert_eq!(t.k.zero_in(t.pages(5, 3), Protect::No, Wake::No), Done::all(Pages(3)));
+    assert_eq!(t.there(0, 512), [(1, 8)]);
+    assert!(t.k.is_present(t.pages(7, 1).start).unwrap());
+    assert!(!t.k.is_present(t.pages(8, 1).start).unwrap());
+    // Beyond the end of the mapping: nothing at all.
+    assert_eq!(t.k.zero_in(t.pages(508, 8), Protect::No, Wake::No), stopped(0, Trouble::Absent));
+    assert_eq!(t.there(8, 504), []);
+    assert_eq!(t.k.mapping_at(t.pages(9, 1).start).unwrap().map(|r| r.contains(t.region.start)), Some(true));
+}
+
+fn pages_travel_whole<K: Kernel>(t: Tried<'_, K>) {
+    let _ = t.copy(0, 2, 1, Protect::No);
+    let _ = t.copy(2, 1, 3, Protect::Yes);
+    let to = t.slots(0, 4);
+    // The fourth is not there.
+    let why = if t.k.capabilities().move_pages { Trouble::Changing } else { Trouble::Absent };
+    assert_eq!(t.k.take_out(to.start, t.pages(0, 4)), stopped(3, why));
+    assert_eq!(t.there(0, 8), []);
+    assert_eq!((t.staged(0), t.staged(2)), (1, 3));
+    // Where a page is staged, none comes.
+    let _ = t.copy(0, 1, 9, Protect::No);
+    if t.k.capabilities().move_pages {
+        assert_eq!(t.k.take_out(to.start, t.pages(0, 1)), stopped(0, Trouble::Present));
+        assert_eq!(t.k.put_back(t.pages(0, 1).start, t.slots(1, 1), Wake::No), stopped(0, Trouble::Present));
+        assert_eq!(t.staged(0), 1);
+        // What came back is protected no more; what is staged no longer is absent.
+        assert_eq!(t.k.put_back(t.pages(10, 1).start, t.slots(2, 1), Wake::No), Done::all(Pages(1)));
+        assert_eq!(t.k.put_back(t.pages(11, 1).start, t.slots(2, 1), Wake::No), stopped(0, Trouble::Absent));
+    }
+    // A copy leaves the staged page where it is.
+    assert_eq!(t.k.copy_staged(t.pages(20, 1).start, t.slots(1, 1), Protect::Yes, Wake::No), Done::all(Pages(1)));
+    assert_eq!(t.staged(1), 1);
+    t.k.drop_staged(to).unwrap();
+    assert_eq!(t.k.take_out(to.start, t.pages(20, 1)), Done::all(Pages(1)));
+    assert_eq!(t.staged(0), 1);
+    t.k.drop_staged(to).unwrap();
+    t.k.write_staged(to, |b| b.fill(5));
+    assert_eq!(t.staged(3), 5);
+    t.k.drop_staged(to).unwrap();
+    assert_eq!(t.k.take_out(to.start, t.pages(30, 1)), stopped(0, Trouble::Absent));
+}
+
+fn protection_needs_a_mapping<K: Kernel>(t: Tried<'_, K>) {
+    let _ = t.copy(0, 4, 1, Protect::No);
+    t.k.protect(t.pages(0, 4), Protect::Yes, Wake::No).unwrap();
+    t.k.protect(t.pages(2, 100), Protect::No, Wake::Yes).unwrap();
+    t.k.wake(t.pages(0, 4)).unwrap();
+    t.k.unshare(t.pages(2, 2)).unwrap();
+    let other = t.k.map(t.geometry.block_bytes() as u64).unwrap();
+    t.k.unmap(other).unwrap();
+    assert_eq!(t.k.protect(t.part(other, 0, 1), Protect::No, Wake::No), Err(Trouble::Absent));
+    assert_eq!(t.k.copy_in(other.start, &t.bytes(1, 1), Protect::No, Wake::No), stopped(0, Trouble::Absent));
+    assert_eq!(t.k.mapping_at(other.start).unwrap().filter(|m| m.contains(t.region.start)), None);
+    assert!(!t.k.is_changing());
+    assert_eq!(t.k.receive(), None);
+}
+
+fn poison_is_where_no_page_is<K: Kernel>(t: Tried<'_, K>) {
+    let _ = t.copy(0, 1, 1, Protect::No);
+    if !t.k.capabilities().poison {
+        assert_eq!(t.k.poison(t.pages(1, 1).start), Err(Trouble::Unsuitable));
+        return;
+    }
+    assert_eq!(t.k.poison(t.pages(0, 1).start), Err(Trouble::Present));
+    t.k.poison(t.pages(1, 1).start).unwrap();
+    assert_eq!(t.k.poison(t.pages(1, 1).start), Err(Trouble::Present));
+    // The mark counts as a page that is there.
+    assert_eq!(t.there(0, 8), [(0, 2)]);
+    assert!(t.k.is_present(t.pages(1, 1).start).unwrap());
+    // Nothing moves out of there or in, but a copy takes the place of the mark.
+    let slot = t.slots(0, 1);
+    assert_eq!(t.k.take_out(slot.start, t.pages(1, 1)), stopped(0, Trouble::Other(14)));
+    t.k.write_staged(slot, |b| b.fill(5));
+    assert_eq!(t.k.put_back(t.pages(1, 1).start, slot, Wake::No), stopped(0, Trouble::Present));
+    t.k.drop_staged(slot).unwrap();
+    assert_eq!(t.copy(1, 1, 2, Protect::No), Done::all(Pages(1)));
+    assert_eq!(t.there(0, 8), [(0, 2)]);
+}
+
+fn a_disowned_range_is_ordinary_memory<K: Kernel>(t: Tried<'_, K>) {
+    let _ = t.copy(0, 1, 1, Protect::No);
+    t.k.disown(t.pages(0, 8)).unwrap();
+    assert_eq!(t.copy(1, 1, 1, Protect::No), stopped(0, Trouble::Absent));
+    // Over two mappings, one of which is not registered.
+    assert_eq!(t.copy(6, 4, 1, Protect::No), stopped(0, Trouble::Absent));
+    t.k.adopt(t.pages(0, 8)).unwrap();
+    assert_eq!(t.there(0, 8), [(0, 1)]);
+    assert_eq!(t.copy(6, 4, 1, Protect::No), Done::all(Pages(4)));
+}
+
+fn words_grow_in_place<K: Kernel>(t: Tried<'_, K>) {
+    use peerspace_core::sync::Ordering::Relaxed;
+    let words = t.k.words(1 << 20, 10).unwrap();
+    let first: *const _ = words.at(3);
+    words.at(3).store(9, Relaxed);
+    t.k.grow(&words, 1 << 19).unwrap();
+    assert!(words.len() >= 1 << 19);
+    assert_eq!(words.at(3).load(Relaxed), 9);
+    assert!(std::ptr::eq(words.at(3), first));
+    assert_eq!(words.at((1 << 19) - 1).load(Relaxed), 0);
+    assert!(t.k.grow(&words, (1 << 20) + 1).is_err());
+}
+
+fn all<K: Kernel>(k: &K) {
+    tried(k, pages_come_where_none_are);
+    tried(k, pages_travel_whole);
+    if k.capabilities().write_protect {
+        tried(k, protection_needs_a_mapping);
+    }
+    tried(k, poison_is_where_no_page_is);
+    tried(k, a_disowned_range_is_ordinary_memory);
+    tried(k, words_grow_in_place);
+}
+
+const ABLE: Capabilities =
+    Capabilities { move_pages: true, write_protect: true, poison: true, kernel_faults: false, huge: false };
+
+#[test]
+fn the_simulated_kernel() {
+    for can in
+        [ABLE, Capabilities { move_pages: false, poison: false, ..ABLE }, Capabilities { poison: false, ..ABLE }]
+    {
+        all(&Sim::new(SimSetup { blocks: BLOCKS, slots: SLOTS, can }));
+    }
+    all(&Inject::new(Sim::new(SimSetup { blocks: BLOCKS, slots: SLOTS, can: ABLE })));
+}
+
+#[cfg(all(target_os = "linux", not(miri)))]
+#[test]
+fn the_real_kernel() {
+    use crate::linux::uffd::feature;
+    use crate::linux::{Delivery, Linux, Setup};
+    for without in [0, feature::MOVE | feature::POISON, feature::POISON] {
+        for delivery in [Delivery::Signal, Delivery::Messages] {
+            all(&Linux::open(Setup { delivery, blocks: BLOCKS, slots: SLOTS, without }).unwrap());
+        }
+    }
+}

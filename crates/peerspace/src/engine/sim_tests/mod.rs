@@ -1,0 +1,280 @@
+//! The engine over a simulated kernel: what a program sees is what it wrote, whatever happens in between.
+//!
+//! [`Rig`] is an engine, its kernel and a program's memory in one process without a single page fault: an access is a
+//! call that goes to the engine when it meets a page that is not there, as a signal handler would ([`Rig::read`]).
+//! [`Shelf`] is a device that minds the contract it is used by, and fails as it is told to.
+//!
+//! `oracle` tries random sequences of everything a program and the engine can do, one at a time; `races` has several
+//! threads do it at once, in the interleavings that a model checker chooses.
+
+#[cfg(all(not(shuttle), feature = "process"))]
+mod oracle;
+#[cfg(shuttle)]
+mod races;
+
+use super::fault::{Outcome, Patience};
+use super::reclaim::Step;
+use super::{Config, Engine, staging_layout};
+use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store};
+use crate::sync::Mutex;
+use peerspace_core::addr::{Access, Geometry, Pages, Va, VaRange};
+use peerspace_core::reclaim::{Policy, S3Fifo};
+use peerspace_core::regions::Attributes;
+use peerspace_os::inject::Inject;
+use peerspace_os::own::{Box as OwnBox, Own, Vec as OwnVec};
+use peerspace_os::sim::{Setup, Sim, SimWords, Trap};
+use peerspace_os::{Capabilities, Kernel, Wake};
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+pub(super) const PAGE: usize = 4096;
+const LIMIT: Pages = super::MIN_LIMIT;
+
+pub(super) type Tried = Engine<Inject<Sim>>;
+
+/// What a kernel of today can do.
+pub(super) const ABLE: Capabilities =
+    Capabilities { move_pages: true, write_protect: true, poison: true, kernel_faults: false, huge: false };
+
+/// What a device is to do wrong.
+#[derive(Debug, Default)]
+struct Mood {
+    held: HashMap<u64, std::boxed::Box<[u8]>>,
+    /// Pages that were stored and cannot be read any more.
+    bad: HashSet<u64>,
+    /// Pages held at most.
+    room: usize,
+    /// One load in so many fails, but never the same page twice in a row; 0 for none.
+    flaky: u64,
+    failed: HashSet<u64>,
+    random: u64,
+    /// Loads of bad pages so far, each page counted once.
+    losses: u64,
+    lost: HashSet<u64>,
+}
+
+/// A device that keeps pages in plain memory, and panics when it is not used as devices are to be.
+#[derive(Debug, Clone)]
+pub(super) struct Shelf {
+    mood: Arc<Mutex<Mood>>,
+    pages: u64,
+    compares: bool,
+    slow: bool,
+}
+
+#[cfg_attr(any(shuttle, not(feature = "process")), allow(dead_code))] // each of the two uses some
+impl Shelf {
+    pub(super) fn new(pages: u64) -> Shelf {
+        let mood = Mood { room: usize::MAX, ..Mood::default() };
+        Shelf { mood: Arc::new(Mutex::new(mood)), pages, compares: false, slow: false }
+    }
+
+    pub(super) fn compares(self) -> Shelf {
+        Shelf { compares: true, ..self }
+    }
+
+    pub(super) fn slow(self) -> Shelf {
+        Shelf { slow: true, ..self }
+    }
+
+    /// Has one load in `one_in` fail; 0 for none.
+    pub(super) fn set_flaky(&self, one_in: u64) {
+        self.mood.lock().flaky = one_in;
+    }
+
+    /// Has no more than `pages` pages taken from now on.
+    pub(super) fn set_room(&self, pages: usize) {
+        self.mood.lock().room = pages;
+    }
+
+    /// Makes up to `count` of the pages it holds unreadable, chosen by `seed`.
+    pub(super) fn break_some(&self, count: usize, seed: u64) {
+        let mut m = self.mood.lock();
+        let mut held: Vec<u64> = m.held.keys().copied().collect();
+        held.sort_unstable();
+        for i in 0..count.min(held.len()) {
+            let at = (seed as usize).wrapping_add(i * 7) % held.len();
+            m.bad.insert(held[at]);
+        }
+    }
+
+    /// Pages that could not be read when they were asked for.
+    pub(super) fn losses(&self) -> u64 {
+        self.mood.lock().losses
+    }
+
+    pub(super) fn held(&self) -> u64 {
+        self.mood.lock().held.len() as u64
+    }
+}
+
+impl Mood {
+    fn load(&mut self, first: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
+        for (i, out) in bytes.chunks_exact_mut(PAGE).enumerate() {
+            let page = first + i as u64;
+            let held = self.held.get(&page).unwrap_or_else(|| panic!("page {page} is loaded and was never stored"));
+            if self.bad.contains(&page) {
+                self.losses += self.lost.insert(page) as u64;
+                return Err(DeviceError::Corrupt);
+            }
+            self.random = self.random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            if self.flaky > 0 && (self.random >> 33).is_multiple_of(self.flaky) && self.failed.insert(page) {
+                return Err(DeviceError::Io(5));
+            }
+            self.failed.remove(&page);
+            out.copy_from_slice(held);
+        }
+        Ok(())
+    }
+}
+
+impl Device for Shelf {
+    fn describe(&self) -> Descriptor {
+        let d = Descriptor::private("shelf", self.pages);
+        let d = if self.compares { d.compares() } else { d };
+        if self.slow { d.slow() } else { d }
+    }
+
+    fn store(&self, batch: &mut [Store<'_>]) {
+        let mut m = self.mood.lock();
+        for store in batch {
+            let pages = store.page..store.page + (store.bytes.len() / PAGE) as u64;
+            let more = pages.clone().filter(|p| !m.held.contains_key(p)).count();
+            if m.held.len() + more > m.room {
+                store.result = Err(DeviceError::NoSpace);
+                continue;
+            }
+            for (page, bytes) in pages.zip(store.bytes.chunks_exact(PAGE)) {
+                m.held.insert(page, bytes.into());
+                m.bad.remove(&page);
+                m.lost.remove(&page);
+                m.failed.remove(&page);
+            }
+            store.result = Ok(());
+        }
+    }
+
+    fn load(&self, batch: &mut [Load<'_>]) {
+        let mut m = self.mood.lock();
+        for load in batch {
+            load.result = m.load(load.page, load.bytes);
+        }
+    }
+
+    fn freed(&self, pages: DevicePages) {
+        let mut m = self.mood.lock();
+        for page in pages.first..pages.first + pages.count {
+            assert!(m.held.remove(&page).is_some(), "page {page} is freed and was not held (rule Z6)");
+            m.bad.remove(&page);
+            m.lost.remove(&page);
+            m.failed.remove(&page);
+        }
+    }
+
+    fn holds(&self, page: u64, bytes: &[u8]) -> Result<bool, DeviceError> {
+        let m = self.mood.lock();
+        let held = m.held.get(&page).unwrap_or_else(|| panic!("page {page} is compared and was never stored"));
+        if m.bad.contains(&page) { Err(DeviceError::Corrupt) } else { Ok(**held == *bytes) }
+    }
+}
+
+/// What an access of the program came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Came {
+    /// It succeeded.
+    Done,
+    /// SIGBUS.
+    Lost,
+    /// SIGSEGV.
+    Refused,
+}
+
+/// An engine over a simulated kernel, and the program on it.
+pub(super) struct Rig {
+    pub(super) engine: Arc<Tried>,
+}
+
+impl Rig {
+    /// `alone`: one thread plays all the parts, so it receives messages while it waits for that.
+    pub(super) fn new(can: Capabilities, devices: impl IntoIterator<Item = Shelf>, alone: bool) -> Rig {
+        let (blocks, slots) = staging_layout(LIMIT);
+        let kernel = Inject::new(Sim::new(Setup { blocks, slots, can }));
+        let mut list: OwnVec<OwnBox<dyn Device>> = OwnVec::new_in(Own);
+        for device in devices {
+            list.push(allocator_api2::unsize_box!(OwnBox::new_in(device, Own)));
+        }
+        let policy: OwnBox<dyn Policy<SimWords>> = allocator_api2::unsize_box!(OwnBox::new_in(S3Fifo::new(), Own));
+        let config = Config { limit: LIMIT, ram: Pages(1 << 20), devices: list, policy, contexts: 4 };
+        let engine = Arc::new(Engine::new(kernel, config).unwrap());
+        if alone {
+            let receiver = Arc::downgrade(&engine);
+            engine.kernel.inner().while_waiting(move || {
+                if let Some(engine) = receiver.upgrade() {
+                    let _ = engine.receive();
+                }
+            });
+        }
+        Rig { engine }
+    }
+
+    pub(super) fn sim(&self) -> &Sim {
+        self.engine.kernel.inner()
+    }
+
+    /// A region of the engine's own.
+    pub(super) fn region(&self, blocks: u64) -> VaRange {
+        let range = self.sim().map(blocks * (2 << 20)).unwrap();
+        let _work = self.engine.contexts.take();
+        self.engine.add_region(Geometry::KIB4.pages_inside(range), Attributes::default()).unwrap();
+        range
+    }
+
+    fn access(&self, va: Va, access: Access, mut once: impl FnMut(&Sim) -> Result<(), Trap>) -> Came {
+        for _ in 0..100_000 {
+            match once(self.sim()) {
+                Ok(()) => return Came::Done,
+                Err(Trap::Lost) => return Came::Lost,
+                Err(Trap::Refused) => return Came::Refused,
+                Err(Trap::Fault { .. }) => match self.engine.fault(va, access, Wake::No, Patience::Waits) {
+                    Ok(Outcome::Resolved | Outcome::Refused) => {}
+                    Ok(Outcome::Poisoned) => return Came::Lost,
+                    // The mapping may have gone since; or it is there, and nobody knows it.
+                    Ok(Outcome::Foreign) => assert!(
+                        !matches!(once(self.sim()), Err(Trap::Fault { .. })) || self.engine.kernel.is_changing(),
+                        "{va} is registered and no region"
+                    ),
+                    Err(pause) => panic!("a fault that waits came back with {pause:?}"),
+                },
+            }
+        }
+        panic!("an access to {va} makes no headway");
+    }
+
+    pub(super) fn read(&self, va: Va, out: &mut [u8]) -> Came {
+        self.access(va, Access::Read, |sim| sim.read(va, out))
+    }
+
+    pub(super) fn write(&self, va: Va, bytes: &[u8]) -> Came {
+        self.access(va, Access::Write, |sim| sim.write(va, bytes))
+    }
+
+    /// Up to `steps` steps of reclaim.
+    pub(super) fn reclaim(&self, steps: usize) {
+        let mut work = self.engine.contexts.take();
+        for _ in 0..steps {
+            if self.engine.reclaim_step(&mut work, false) == Step::Stuck {
+                break;
+            }
+        }
+    }
+
+    /// Gives up a region of the engine's own.
+    pub(super) fn release(&self, range: VaRange) {
+        let mut at = range.start;
+        self.engine.release_region(range, |piece| {
+            let part = VaRange { start: at, end: Va(at.0 + piece.len()) };
+            self.sim().unmap(part).unwrap();
+            at = part.end;
+        });
+    }
+}

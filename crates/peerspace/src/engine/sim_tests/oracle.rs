@@ -1,0 +1,493 @@
+//! Random sequences against an oracle that knows each byte.
+//!
+//! The oracle is a copy of the program's memory as the program must see it. Every read is compared with it, at the end
+//! everything is; after each step the engine's own invariants are checked. Only pages that a device has refused to
+//! give back may be lost, and they stay lost until the program discards or unmaps them.
+
+use super::{ABLE, Came, PAGE, Rig, Shelf};
+use crate::engine::adopt::AdoptError;
+use peerspace_core::addr::{PageRange, Va, VaRange};
+use peerspace_core::entry::State;
+use peerspace_os::inject::Call;
+use peerspace_os::sim::Allowed;
+use peerspace_os::{Capabilities, Kernel};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+
+/// One thing that happens. Numbers are taken modulo what there is.
+#[derive(Debug, Clone)]
+enum Op {
+    Region { blocks: u64 },
+    Plain { pages: u64, fill: u64 },
+    Adopt { area: usize },
+    Disown { area: usize },
+    Release { area: usize },
+    Read { at: usize },
+    Write { at: usize, offset: usize, byte: u8 },
+    Stream { at: usize, pages: usize, write: bool, down: bool },
+    Reclaim { steps: usize },
+    ReadAhead,
+    Discard { at: usize, pages: usize },
+    Unmap { at: usize, pages: usize },
+    Remap { at: usize, pages: usize, over: Option<usize> },
+    Protect { at: usize, pages: usize, allowed: u8 },
+    Grow { area: usize, pages: u64 },
+    Fork { child: bool },
+    Break { count: usize, seed: u64 },
+    Flaky { one_in: u64 },
+    Room { pages: usize },
+    Fail { seed: u64, one_in: u32 },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let some = 0..usize::MAX;
+    let run = 1usize..80;
+    prop_oneof![
+        2 => (1u64..3).prop_map(|blocks| Op::Region { blocks }),
+        2 => (1u64..700, 0u64..700).prop_map(|(pages, fill)| Op::Plain { pages, fill }),
+        3 => some.clone().prop_map(|area| Op::Adopt { area }),
+        1 => some.clone().prop_map(|area| Op::Disown { area }),
+        1 => some.clone().prop_map(|area| Op::Release { area }),
+        8 => some.clone().prop_map(|at| Op::Read { at }),
+        10 => (some.clone(), 0usize..PAGE, any::<u8>()).prop_map(|(at, offset, byte)| Op::Write { at, offset, byte }),
+        10 => (some.clone(), 1usize..900, any::<bool>(), any::<bool>())
+            .prop_map(|(at, pages, write, down)| Op::Stream { at, pages, write, down }),
+        12 => (1usize..200).prop_map(|steps| Op::Reclaim { steps }),
+        3 => Just(Op::ReadAhead),
+        4 => (some.clone(), run.clone()).prop_map(|(at, pages)| Op::Discard { at, pages }),
+        2 => (some.clone(), run).prop_map(|(at, pages)| Op::Unmap { at, pages }),
+        3 => (some.clone(), 1usize..700, proptest::option::of(some.clone()))
+            .prop_map(|(at, pages, over)| Op::Remap { at, pages, over }),
+        2 => (some.clone(), 1usize..12, 0u8..3).prop_map(|(at, pages, allowed)| Op::Protect { at, pages, allowed }),
+        2 => (some.clone(), 1u64..40).prop_map(|(area, pages)| Op::Grow { area, pages }),
+        3 => any::<bool>().prop_map(|child| Op::Fork { child }),
+        2 => (1usize..40, any::<u64>()).prop_map(|(count, seed)| Op::Break { count, seed }),
+        2 => (0u64..6).prop_map(|one_in| Op::Flaky { one_in }),
+        1 => (2000usize..4000).prop_map(|pages| Op::Room { pages }),
+        3 => (any::<u64>(), 0u32..9).prop_map(|(seed, one_in)| Op::Fail { seed, one_in }),
+    ]
+}
+
+/// A page as the program must see it.
+#[derive(Clone)]
+struct Seen {
+    /// `None` for zeros.
+    bytes: Option<Box<[u8]>>,
+    allowed: Allowed,
+    lost: bool,
+}
+
+/// A stretch of the program's memory.
+struct Area {
+    range: VaRange,
+    /// A region of the engine's own: the program does not change its mapping.
+    own: bool,
+    managed: bool,
+    seen: Vec<Seen>,
+}
+
+impl Area {
+    fn new(range: VaRange, own: bool, managed: bool) -> Area {
+        let seen = Seen { bytes: None, allowed: Allowed::Write, lost: false };
+        Area { range, own, managed, seen: vec![seen; range.len() as usize / PAGE] }
+    }
+
+    fn va(&self, page: usize) -> Va {
+        Va(self.range.start.0 + (page * PAGE) as u64)
+    }
+
+    fn part(&self, first: usize, pages: usize) -> VaRange {
+        VaRange { start: self.va(first), end: self.va(first + pages) }
+    }
+
+    /// Cuts pages out: what is left before, the pages, and what is left behind.
+    fn cut(mut self, first: usize, pages: usize) -> [Area; 3] {
+        let behind = self.seen.split_off(first + pages);
+        let middle = self.seen.split_off(first);
+        let (a, b) = (self.va(first), self.va(first + pages));
+        let VaRange { start, end } = self.range;
+        let piece = |start, end, seen| Area { range: VaRange { start, end }, seen, ..self };
+        let [before, middle, behind] = [(start, a, None), (a, b, Some(middle)), (b, end, Some(behind))]
+            .map(|(s, e, seen)| piece(s, e, seen.unwrap_or_default()));
+        [Area { seen: self.seen, ..before }, middle, behind]
+    }
+}
+
+struct World {
+    rig: Rig,
+    shelves: Vec<Shelf>,
+    areas: Vec<Area>,
+    lost: u64,
+    limit_pages: usize,
+}
+
+fn allowed(n: u8) -> Allowed {
+    [Allowed::Nothing, Allowed::Read, Allowed::Write][n as usize]
+}
+
+/// The calls that may fail while a program runs. Room for the table is not among them: a mapping that moves cannot be
+/// followed without. Nor is discarding where the kernel does not tell of it: the table forgets the content first then.
+fn failing(can: Capabilities) -> Vec<Call> {
+    let not = [Call::Words, Call::Grow, Call::Map, Call::Bury];
+    let may = |c: &Call| !not.contains(c) && (can.move_pages || *c != Call::Discard);
+    Call::ALL.into_iter().filter(may).collect()
+}
+
+impl World {
+    fn new(can: Capabilities, compares: bool) -> World {
+        // The first device is small, so that there is a second one to go on with.
+        let first = if compares { Shelf::new(300).compares() } else { Shelf::new(300).slow() };
+        let shelves = vec![first, Shelf::new(8000)];
+        World { rig: Rig::new(can, shelves.clone(), true), shelves, areas: Vec::new(), lost: 0, limit_pages: 2400 }
+    }
+
+    fn has_room(&self, pages: usize) -> bool {
+        self.areas.iter().map(|a| a.seen.len()).sum::<usize>() + pages <= self.limit_pages
+    }
+
+    /// The area and the page that `at` stands for.
+    fn place(&self, at: usize) -> Option<(usize, usize)> {
+        let all: usize = self.areas.iter().map(|a| a.seen.len()).sum();
+        let mut at = at.checked_rem(all)?;
+        for (i, area) in self.areas.iter().enumerate() {
+            if at < area.seen.len() {
+                return Some((i, at));
+            }
+            at -= area.seen.len();
+        }
+        unreachable!("it lies inside")
+    }
+
+    fn losses(&self) -> u64 {
+        self.shelves.iter().map(Shelf::losses).sum()
+    }
+
+    /// What an access came to, against what it has to. True if it succeeded.
+    fn judge(&mut self, area: usize, page: usize, write: bool, came: Came) -> bool {
+        let va = self.areas[area].va(page);
+        let seen = &mut self.areas[area].seen[page];
+        let may = seen.allowed >= if write { Allowed::Write } else { Allowed::Read };
+        match came {
+            Came::Refused => assert!(!may, "an access to {va} was refused that is allowed"),
+            _ if !may => panic!("an access to {va} went on that is not allowed: {came:?}"),
+            Came::Done => assert!(!seen.lost, "the lost page {va} was accessed"),
+            Came::Lost => {
+                self.lost += !seen.lost as u64;
+                seen.lost = true;
+                let losses = self.losses();
+                assert!(self.lost <= losses, "page {va} is lost, and no device has lost it");
+            }
+        }
+        came == Came::Done
+    }
+
+    fn read(&mut self, area: usize, page: usize) {
+        let mut bytes = [0xaa; PAGE];
+        let va = self.areas[area].va(page);
+        let came = self.rig.read(va, &mut bytes);
+        if self.judge(area, page, false, came) {
+            match &self.areas[area].seen[page].bytes {
+                Some(want) => assert!(bytes[..] == want[..], "page {va} is not what was written"),
+                None => assert!(bytes == [0; PAGE], "page {va} was never written and is not zero"),
+            }
+        }
+    }
+
+    fn write(&mut self, area: usize, page: usize, offset: usize, byte: u8) {
+        let bytes = [byte; 16];
+        let bytes = &bytes[..16.min(PAGE - offset)];
+        let va = self.areas[area].va(page);
+        let came = self.rig.write(Va(va.0 + offset as u64), bytes);
+        if self.judge(area, page, true, came) {
+            let seen = &mut self.areas[area].seen[page];
+            let page = seen.bytes.get_or_insert_with(|| vec![0; PAGE].into());
+            page[offset..offset + bytes.len()].copy_from_slice(bytes);
+        }
+    }
+
+    fn at_rest(&self, fork: impl FnOnce()) {
+        let engine = &self.rig.engine;
+        engine.settle_changes();
+        engine.contexts.freeze();
+        while engine.release_ready() {}
+        engine.tiers.before_fork();
+        fork();
+        engine.contexts.thaw();
+    }
+
+    /// Counts the pages that the kernel populated by itself, as the keeper of a managed process does now and then.
+    fn count_native(&self) {
+        let engine = &self.rig.engine;
+        let native = |area: &Area| {
+            let pages = (0..area.seen.len()).map(|n| area.va(n));
+            let there = |va: &Va| {
+                let empty =
+                    engine.table.look(engine.geometry.vpn(*va)).is_some_and(|(e, _)| e.state() == State::Empty);
+                empty && self.rig.sim().is_present(*va).expect("it is a simulation")
+            };
+            pages.filter(there).count() as i64
+        };
+        engine.budget.set_native(self.areas.iter().filter(|a| a.managed).map(native).sum());
+    }
+
+    /// Puts `pieces` in the place of area `i`.
+    fn replace(&mut self, i: usize, pieces: impl IntoIterator<Item = Area>) {
+        self.areas.swap_remove(i);
+        self.areas.extend(pieces.into_iter().filter(|a| !a.seen.is_empty()));
+    }
+
+    fn run(&mut self, op: Op) {
+        match op {
+            Op::Region { blocks } if self.has_room(blocks as usize * 512) => {
+                let range = self.rig.region(blocks);
+                self.areas.push(Area::new(range, true, true));
+            }
+            Op::Plain { pages, fill } if self.has_room(pages as usize) => {
+                let range = self.rig.sim().map_plain(pages * PAGE as u64);
+                self.areas.push(Area::new(range, false, false));
+                for page in 0..fill.min(pages) {
+                    self.write(self.areas.len() - 1, page as usize, 0, page as u8 | 1);
+                }
+            }
+            Op::Adopt { area } if !self.areas.is_empty() => {
+                let i = area % self.areas.len();
+                let area = &mut self.areas[i];
+                if !area.managed {
+                    match self.rig.engine.adopt(area.range) {
+                        Ok(()) => area.managed = true,
+                        // The kernel was made to refuse; everything is as it was.
+                        Err(AdoptError::Kernel(_) | AdoptError::Table(_) | AdoptError::Changed) => {}
+                    }
+                }
+            }
+            Op::Disown { area } if !self.areas.is_empty() => {
+                let i = area % self.areas.len();
+                if self.areas[i].managed && !self.areas[i].own {
+                    let done = self.rig.engine.disown(self.areas[i].range).is_ok();
+                    self.areas[i].managed = !done;
+                }
+            }
+            Op::Release { area } if !self.areas.is_empty() => {
+                let i = area % self.areas.len();
+                if self.areas[i].own {
+                    self.rig.release(self.areas[i].range);
+                    self.replace(i, []);
+                }
+            }
+            Op::Read { at } => {
+                if let Some((area, page)) = self.place(at) {
+                    self.read(area, page);
+                }
+            }
+            Op::Write { at, offset, byte } => {
+                if let Some((area, page)) = self.place(at) {
+                    self.write(area, page, offset, byte);
+                }
+            }
+            Op::Stream { at, pages, write, down } => {
+                let Some((area, first)) = self.place(at) else { return };
+                let last = (first + pages).min(self.areas[area].seen.len());
+                let step = |i: usize| if down { last - 1 - (i - first) } else { i };
+                for i in first..last {
+                    if write {
+                        self.write(area, step(i), i % PAGE, at as u8);
+                    } else {
+                        self.read(area, step(i));
+                    }
+                }
+            }
+            Op::Reclaim { steps } => self.rig.reclaim(steps),
+            Op::ReadAhead => {
+                while let Some(what) = self.rig.engine.next_request() {
+                    self.rig.engine.bring_ahead(what);
+                }
+            }
+            Op::Discard { at, pages } => {
+                let Some((i, first)) = self.place(at) else { return };
+                let n = pages.min(self.areas[i].seen.len() - first);
+                let range = self.areas[i].part(first, n);
+                let done = if self.areas[i].own {
+                    self.rig.engine.discard_now(range).is_ok()
+                } else {
+                    self.program_discards(i, range)
+                };
+                if done {
+                    for seen in &mut self.areas[i].seen[first..first + n] {
+                        (seen.bytes, seen.lost) = (None, false);
+                    }
+                }
+            }
+            Op::Unmap { at, pages } => {
+                let Some((i, first)) = self.place(at) else { return };
+                if !self.areas[i].own {
+                    let n = pages.min(self.areas[i].seen.len() - first);
+                    let range = self.areas[i].part(first, n);
+                    self.rig.sim().munmap(range);
+                    let area = self.areas.swap_remove(i);
+                    let [before, gone, behind] = area.cut(first, n);
+                    self.areas.extend([before, behind].into_iter().filter(|a| !a.seen.is_empty()));
+                    assert_eq!(self.rig.read(gone.range.start, &mut [0]), Came::Refused);
+                }
+            }
+            Op::Remap { at, pages, over } => self.remap(at, pages, over),
+            Op::Protect { at, pages, allowed: n } => {
+                let Some((i, first)) = self.place(at) else { return };
+                if !self.areas[i].own {
+                    let n_pages = pages.min(self.areas[i].seen.len() - first);
+                    self.rig.sim().mprotect(self.areas[i].part(first, n_pages), allowed(n));
+                    self.areas[i].seen[first..first + n_pages].iter_mut().for_each(|s| s.allowed = allowed(n));
+                }
+            }
+            Op::Grow { area, pages } if !self.areas.is_empty() && self.has_room(pages as usize) => {
+                let i = area % self.areas.len();
+                let area = &mut self.areas[i];
+                if !area.own && self.rig.sim().grow_in_place(area.range.end, pages * PAGE as u64) {
+                    let like = area.seen.last().expect("an area has pages").allowed;
+                    let fresh = Seen { bytes: None, allowed: like, lost: false };
+                    area.seen.extend(vec![fresh; pages as usize]);
+                    area.range.end = Va(area.range.end.0 + pages * PAGE as u64);
+                }
+            }
+            Op::Fork { child: false } => self.at_rest(|| self.rig.sim().fork_in_parent()),
+            Op::Fork { child: true } => self.at_rest(|| {
+                let engine = &self.rig.engine;
+                engine.begin_life();
+                // What grew in place is registered and no region yet; a child registers regions alone, and the rest of
+                // the mapping is ordinary memory there, which nothing was ever taken from.
+                self.rig.sim().fork_in_child(engine.regions.iter().map(|r| engine.addresses(r.range)));
+            }),
+            Op::Break { count, seed } => self.shelves[seed as usize % 2].break_some(count, seed >> 8),
+            Op::Flaky { one_in } => {
+                self.shelves.iter().for_each(|s| s.set_flaky(if one_in < 2 { 0 } else { one_in }))
+            }
+            Op::Room { pages } => self.shelves[1].set_room(pages),
+            Op::Fail { seed, one_in } => {
+                let odds = if one_in < 3 { 0 } else { one_in };
+                let kernel = &self.rig.engine.kernel;
+                kernel.by_chance(seed, &failing(kernel.capabilities()), odds);
+            }
+            Op::Region { .. }
+            | Op::Plain { .. }
+            | Op::Adopt { .. }
+            | Op::Disown { .. }
+            | Op::Release { .. }
+            | Op::Grow { .. } => {}
+        }
+    }
+
+    /// MADV_DONTNEED by the program. False where the engine relies on hearing of it and this kernel does not tell.
+    fn program_discards(&self, area: usize, range: VaRange) -> bool {
+        if self.areas[area].managed && !self.rig.engine.kernel.capabilities().move_pages {
+            return self.rig.engine.discard_now(range).is_ok();
+        }
+        self.rig.sim().dontneed(range);
+        true
+    }
+
+    fn remap(&mut self, at: usize, pages: usize, over: Option<usize>) {
+        let Some((i, first)) = self.place(at) else { return };
+        let n = pages.min(self.areas[i].seen.len() - first);
+        let one = self.areas[i].seen[first..first + n].windows(2).all(|w| w[0].allowed == w[1].allowed);
+        if self.areas[i].own || !one {
+            return;
+        }
+        // Over other memory of the program's, if that is as long.
+        let target = over
+            .and_then(|o| self.place(o))
+            .filter(|(t, first)| *t != i && !self.areas[*t].own && first + n <= self.areas[*t].seen.len());
+        let from = self.areas[i].part(first, n);
+        let to = target.map(|(t, first)| self.areas[t].va(first));
+        // What grew in place may not be a region yet, and then moves as what it is: a mapping of its own.
+        let Some(to) = self.rig.sim().remap(from, to) else { return };
+        let mut moved = None;
+        let mut rest = Vec::new();
+        for (k, area) in std::mem::take(&mut self.areas).into_iter().enumerate() {
+            if k == i {
+                let [before, middle, behind] = area.cut(first, n);
+                moved = Some(Area { range: VaRange { start: to, end: Va(to.0 + from.len()) }, ..middle });
+                rest.extend([before, behind]);
+            } else if let Some((t, first)) = target
+                && k == t
+            {
+                let [before, _, behind] = area.cut(first, n);
+                rest.extend([before, behind]);
+            } else {
+                rest.push(area);
+            }
+        }
+        rest.extend(moved);
+        self.areas = rest.into_iter().filter(|a| !a.seen.is_empty()).collect();
+    }
+
+    fn finish(mut self) {
+        self.rig.engine.kernel.relent();
+        self.shelves.iter().for_each(|s| s.set_flaky(0));
+        for area in 0..self.areas.len() {
+            for page in 0..self.areas[area].seen.len() {
+                self.read(area, page);
+            }
+        }
+        self.rig.engine.check();
+        for area in std::mem::take(&mut self.areas) {
+            if area.own { self.rig.release(area.range) } else { self.rig.sim().munmap(area.range) }
+        }
+        let left: Vec<PageRange> = self.rig.engine.regions.iter().map(|r| r.range).collect();
+        assert!(left.is_empty(), "regions are left: {left:?}");
+        assert_eq!(self.rig.engine.check().device_pages, 0);
+        assert_eq!(self.shelves.iter().map(Shelf::held).sum::<u64>(), 0, "devices hold what nobody needs");
+    }
+}
+
+fn play(can: Capabilities, compares: bool, ops: Vec<Op>) {
+    let mut world = World::new(can, compares);
+    world.run(Op::Region { blocks: 2 });
+    world.run(Op::Plain { pages: 700, fill: 650 });
+    world.run(Op::Adopt { area: 1 });
+    for op in ops {
+        world.run(op);
+        world.count_native();
+        world.rig.engine.check();
+    }
+    world.finish();
+}
+
+/// `cases` cases, always the same; or as many as the environment asks for (PROPTEST_CASES), always others.
+fn config(cases: u32) -> ProptestConfig {
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok());
+    ProptestConfig {
+        cases: asked.unwrap_or(cases),
+        rng_seed: if asked.is_some() { RngSeed::Random } else { RngSeed::Fixed(7) },
+        failure_persistence: None,
+        max_shrink_iters: 3000,
+        max_shrink_time: 15_000,
+        ..ProptestConfig::default()
+    }
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    proptest::collection::vec(op(), 10..60)
+}
+
+proptest! {
+    #![proptest_config(config(12))]
+
+    #[test]
+    fn small_pages_keep_their_bytes(compares: bool, ops in ops()) {
+        play(ABLE, compares, ops);
+    }
+
+    #[test]
+    fn huge_pages_keep_their_bytes(compares: bool, ops in ops()) {
+        play(Capabilities { huge: true, ..ABLE }, compares, ops);
+    }
+
+    #[test]
+    fn kernels_that_cannot_move_pages_keep_bytes(ops in ops()) {
+        play(Capabilities { move_pages: false, poison: false, ..ABLE }, true, ops);
+    }
+
+    #[test]
+    fn kernels_that_cannot_protect_pages_keep_bytes(ops in ops()) {
+        play(Capabilities { write_protect: false, ..ABLE }, true, ops);
+    }
+}

@@ -1,0 +1,305 @@
+//! Several threads at once, in the interleavings that shuttle chooses: faults, reclaim, reading ahead, messages, and a
+//! program that changes its mappings meanwhile. Every byte read is compared with what was written.
+//!
+//! Each test also counts that what it is about has come to pass: a race that never happens proves nothing.
+
+use super::{ABLE, Came, PAGE, Rig, Shelf};
+use crate::engine::fault::{Outcome, Patience, Pause};
+use peerspace_core::addr::{Access, Va, VaRange};
+use peerspace_os::inject::Call;
+use peerspace_os::sim::Trap;
+use peerspace_os::{Capabilities, Kernel, Message, Wake};
+use shuttle::scheduler::{PctScheduler, RandomScheduler};
+use shuttle::{Config, FailurePersistence, Runner, thread};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+/// Samples `schedules` interleavings at random, and as many of those that need few switches (PCT).
+fn explore(schedules: usize, run: fn()) {
+    let mut config = Config::new();
+    // The fault path keeps its batches on the stack.
+    config.stack_size = 1 << 20;
+    config.failure_persistence = FailurePersistence::Print;
+    Runner::new(RandomScheduler::new(schedules), config.clone()).run(run);
+    Runner::new(PctScheduler::new(3, schedules), config).run(run);
+}
+
+fn page(range: VaRange, n: usize) -> Va {
+    Va(range.start.0 + (n * PAGE) as u64)
+}
+
+fn word(rig: &Rig, va: Va) -> Result<u64, Came> {
+    let mut bytes = [0; 8];
+    match rig.read(va, &mut bytes) {
+        Came::Done => Ok(u64::from_ne_bytes(bytes)),
+        other => Err(other),
+    }
+}
+
+fn put(rig: &Rig, va: Va, value: u64) {
+    assert_eq!(rig.write(va, &value.to_ne_bytes()), Came::Done, "a write to {va}");
+}
+
+/// A thread that receives messages until it is told to stop.
+struct Receiver {
+    stop: Arc<AtomicBool>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Receiver {
+    fn start(rig: &Arc<Rig>) -> Receiver {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (rig, stopped) = (rig.clone(), stop.clone());
+        let thread = thread::spawn(move || {
+            while !stopped.load(Relaxed) {
+                if rig.engine.kernel.wait_message(None) {
+                    let _ = rig.engine.receive();
+                }
+            }
+        });
+        Receiver { stop, thread }
+    }
+
+    fn end(self) {
+        self.stop.store(true, Relaxed);
+        self.thread.join().unwrap();
+    }
+}
+
+fn rig(can: Capabilities) -> (Arc<Rig>, Shelf) {
+    let shelf = Shelf::new(2000).compares();
+    (Arc::new(Rig::new(can, [shelf.clone()], false)), shelf)
+}
+
+/// Two threads write and read pages of their own and read each other's, while a third unmaps and evicts.
+fn faults_and_reclaim(can: Capabilities, failing: bool) {
+    const PAGES: usize = 3;
+    let (rig, shelf) = rig(can);
+    let region = rig.region(1);
+    if failing {
+        rig.engine.kernel.by_chance(
+            7,
+            &[Call::TakeOut, Call::CopyIn, Call::CopyStaged, Call::PutBack, Call::Protect],
+            4,
+        );
+    }
+    let seen = Arc::new([const { AtomicU64::new(0) }; 2 * PAGES]);
+    let writers: Vec<_> = (0..2)
+        .map(|who| {
+            let (rig, seen) = (rig.clone(), seen.clone());
+            thread::spawn(move || {
+                for round in 1..3u64 {
+                    for n in who * PAGES..(who + 1) * PAGES {
+                        assert_eq!(word(&rig, page(region, n)), Ok(seen[n].load(Relaxed)), "page {n}, by its writer");
+                        let at_most = n as u64 | round << 8;
+                        put(&rig, page(region, n), at_most);
+                        seen[n].store(at_most, Relaxed);
+                        // The other's page: what was seen before it, or something later.
+                        let other = (n + PAGES) % (2 * PAGES);
+                        let before = seen[other].load(Relaxed);
+                        let now = word(&rig, page(region, other)).unwrap();
+                        assert!(now >= before, "page {other} went back from {before} to {now}");
+                    }
+                }
+            })
+        })
+        .collect();
+    let reclaimer = {
+        let rig = rig.clone();
+        thread::spawn(move || {
+            for _ in 0..6 {
+                rig.reclaim(3);
+            }
+        })
+    };
+    writers.into_iter().for_each(|w| w.join().unwrap());
+    reclaimer.join().unwrap();
+    rig.engine.kernel.relent();
+    rig.engine.check();
+    for (n, value) in seen.iter().enumerate() {
+        assert_eq!(word(&rig, page(region, n)), Ok(value.load(Relaxed)), "page {n} at the end");
+    }
+    rig.release(region);
+    assert_eq!((rig.engine.check().device_pages, shelf.held()), (0, 0));
+}
+
+#[test]
+fn pages_survive_faults_and_reclaim() {
+    explore(40, || faults_and_reclaim(ABLE, false));
+}
+
+#[test]
+fn pages_survive_calls_that_fail() {
+    explore(30, || faults_and_reclaim(ABLE, true));
+}
+
+#[test]
+fn pages_survive_without_moves() {
+    explore(30, || faults_and_reclaim(Capabilities { move_pages: false, poison: false, ..ABLE }, false));
+}
+
+/// A program discards, unmaps and maps anew, moves: a reader never sees what was there before, nor zeros for what is.
+#[test]
+fn changes_of_mappings_race_with_faults_and_reclaim() {
+    explore(40, || {
+        let (rig, shelf) = rig(ABLE);
+        let receiver = Receiver::start(&rig);
+        let plain = rig.sim().map_plain(8 * PAGE as u64);
+        for n in 0..8 {
+            put(&rig, page(plain, n), 100 + n as u64);
+        }
+        rig.engine.adopt(plain).unwrap();
+        let part =
+            move |first: usize, pages: usize| VaRange { start: page(plain, first), end: page(plain, first + pages) };
+        let reclaimer = {
+            let rig = rig.clone();
+            thread::spawn(move || {
+                for _ in 0..6 {
+                    rig.reclaim(3);
+                }
+            })
+        };
+        // Pages that nobody changes stay as they are, whatever becomes of their neighbours.
+        let reader = {
+            let rig = rig.clone();
+            thread::spawn(move || {
+                for _ in 0..3 {
+                    for n in [0, 7] {
+                        assert_eq!(word(&rig, page(plain, n)), Ok(100 + n as u64), "page {n}");
+                    }
+                }
+            })
+        };
+        let changer = {
+            let rig = rig.clone();
+            thread::spawn(move || {
+                rig.sim().dontneed(part(1, 2));
+                assert_eq!(word(&rig, page(plain, 1)), Ok(0), "a discarded page");
+                put(&rig, page(plain, 2), 5);
+                assert_eq!(word(&rig, page(plain, 2)), Ok(5));
+                let to = rig.sim().remap(part(3, 2), None).unwrap();
+                assert_eq!(word(&rig, to), Ok(103), "a page that moved");
+                assert_eq!(word(&rig, Va(to.0 + PAGE as u64)), Ok(104), "a page that moved");
+                assert_eq!(word(&rig, page(plain, 3)), Err(Came::Refused), "where it was");
+                rig.sim().munmap(part(5, 1));
+                assert_eq!(word(&rig, page(plain, 5)), Err(Came::Refused), "a page that was unmapped");
+                to
+            })
+        };
+        let to = changer.join().unwrap();
+        reader.join().unwrap();
+        reclaimer.join().unwrap();
+        receiver.end();
+        while rig.engine.receive().is_some() {}
+        rig.engine.check();
+        assert_eq!(word(&rig, to), Ok(103));
+        assert_eq!(word(&rig, page(plain, 2)), Ok(5));
+        drop(shelf);
+    });
+}
+
+/// Faults that come by message: whoever waits is woken, also when the fault meets a change and is put aside.
+#[test]
+fn every_waiter_is_woken() {
+    static PUT_ASIDE: AtomicU64 = AtomicU64::new(0);
+    explore(40, || {
+        let (rig, _shelf) = rig(Capabilities { kernel_faults: true, ..ABLE });
+        let plain = rig.sim().map_plain(6 * PAGE as u64);
+        (0..6).for_each(|n| put(&rig, page(plain, n), 50 + n as u64));
+        rig.engine.adopt(plain).unwrap();
+        rig.reclaim(40);
+        let stop = Arc::new(AtomicBool::new(false));
+        // As serve_messages does, one reader at a time.
+        let server = {
+            let (rig, stop) = (rig.clone(), stop.clone());
+            thread::spawn(move || {
+                let mut aside: Vec<Va> = Vec::new();
+                let again =
+                    |va: Va| rig.engine.kernel.wake(VaRange { start: va, end: Va(va.0 + PAGE as u64) }).unwrap();
+                while !stop.load(Relaxed) {
+                    if !rig.engine.kernel.wait_message(None) {
+                        continue;
+                    }
+                    match rig.engine.receive() {
+                        Some(Message::Fault { va, write, .. }) => {
+                            let access = if write { Access::Write } else { Access::Read };
+                            match rig.engine.fault(va, access, Wake::Yes, Patience::Locks) {
+                                Ok(Outcome::Resolved | Outcome::Poisoned) => {}
+                                Ok(_) => again(va),
+                                Err(Pause::Changing) if rig.engine.kernel.is_changing() => {
+                                    PUT_ASIDE.fetch_add(1, Relaxed);
+                                    aside.push(va);
+                                }
+                                Err(_) => again(va),
+                            }
+                        }
+                        Some(_) => aside.drain(..).for_each(again),
+                        None => {}
+                    }
+                }
+            })
+        };
+        let users: Vec<_> = (0..2usize)
+            .map(|who| {
+                let rig = rig.clone();
+                thread::spawn(move || {
+                    for n in [who, 2, 3] {
+                        let va = page(plain, n);
+                        let mut bytes = [0; 8];
+                        loop {
+                            match rig.sim().read(va, &mut bytes) {
+                                Ok(()) => break,
+                                Err(Trap::Fault { protected }) => {
+                                    let waiting = rig.sim().send_fault(va, false, protected);
+                                    while rig.sim().is_waiting(waiting) {
+                                        thread::yield_now();
+                                    }
+                                }
+                                Err(other) => panic!("page {n}: {other:?}"),
+                            }
+                        }
+                        assert_eq!(u64::from_ne_bytes(bytes), 50 + n as u64, "page {n}");
+                    }
+                })
+            })
+            .collect();
+        rig.sim().dontneed(VaRange { start: page(plain, 4), end: page(plain, 6) });
+        users.into_iter().for_each(|u| u.join().unwrap());
+        stop.store(true, Relaxed);
+        server.join().unwrap();
+        rig.engine.check();
+    });
+    assert!(PUT_ASIDE.load(Relaxed) > 0, "no fault ever met a change");
+}
+
+/// A page that is lost is lost to all, and its neighbours to nobody; discarding it makes it zero again.
+#[test]
+fn a_lost_page_is_lost_to_all() {
+    explore(30, || {
+        let (rig, shelf) = rig(ABLE);
+        let region = rig.region(1);
+        (0..3).for_each(|n| put(&rig, page(region, n), 9 + n as u64));
+        rig.reclaim(40);
+        assert_eq!(shelf.held(), 3);
+        shelf.break_some(1, 1);
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                let rig = rig.clone();
+                thread::spawn(move || [0, 1, 2].map(|n| word(&rig, page(region, n))))
+            })
+            .collect();
+        let [a, b] = readers.into_iter().map(|r| r.join().unwrap()).collect::<Vec<_>>().try_into().unwrap();
+        assert_eq!(a, b);
+        let lost: Vec<usize> = (0..3).filter(|n| a[*n] == Err(Came::Lost)).collect();
+        assert_eq!(lost, [1]);
+        assert_eq!((a[0], a[2]), (Ok(9), Ok(11)));
+        assert_eq!(rig.engine.check().poisoned, 1);
+        let receiver = Receiver::start(&rig);
+        let gone = VaRange { start: page(region, 1), end: page(region, 2) };
+        rig.engine.discard_now(gone).unwrap();
+        assert_eq!(word(&rig, page(region, 1)), Ok(0));
+        receiver.end();
+        rig.release(region);
+        assert_eq!(shelf.held(), 0);
+    });
+}
