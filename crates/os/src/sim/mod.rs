@@ -97,6 +97,10 @@ impl Sim {
         assert!(self.waiting.set(Box::new(run)).is_ok(), "somebody plays the other parts already");
     }
 
+    fn is_alone(&self) -> bool {
+        self.waiting.get().is_some()
+    }
+
     fn idle(&self) {
         match self.waiting.get() {
             Some(run) => run(),

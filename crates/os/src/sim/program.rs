@@ -117,8 +117,7 @@ impl Sim {
             registered
         };
         if registered {
-            self.tell(Message::Move { from: range.start, to, len: range.len() });
-            self.tell(Message::Unmap(range));
+            self.tell_all(&[Message::Move { from: range.start, to, len: range.len() }, Message::Unmap(range)]);
         }
         Some(to)
     }
@@ -164,16 +163,28 @@ impl Sim {
 
     /// Sends a message about a change that was counted, and waits until it is received.
     pub(super) fn tell(&self, message: Message) {
-        let ticket = {
-            let mut m = self.step();
-            let ticket = m.ticket();
-            m.changes.push_back((ticket, message));
-            ticket
-        };
-        while self.step().changes.iter().any(|(t, _)| *t == ticket) {
-            self.idle();
+        self.tell_all(&[message]);
+    }
+
+    /// The same for several changes made by one call, which are announced one after the other. Who plays all the parts
+    /// gets them at once: a receiver may wait for the second one before it returns from the first.
+    fn tell_all(&self, messages: &[Message]) {
+        let at_once = if self.is_alone() { messages.len() } else { 1 };
+        for some in messages.chunks(at_once.max(1)) {
+            let last = {
+                let mut m = self.step();
+                let mut last = m.ticket();
+                for message in some {
+                    last = m.ticket();
+                    m.changes.push_back((last, *message));
+                }
+                last
+            };
+            while self.step().changes.iter().any(|(t, _)| *t == last) {
+                self.idle();
+            }
+            // The caller itself says that it goes on: until then, operations are refused although all has been received.
+            self.step().changing -= some.len() as u32;
         }
-        // The caller itself says that it goes on: until then, operations are refused although all has been received.
-        self.step().changing -= 1;
     }
 }
