@@ -221,7 +221,7 @@ impl<K: Kernel> Engine<K> {
             match self.receive() {
                 None => {}
                 Some(Message::Fault { va, write, thread, .. }) => {
-                    let _beside = placement.serve(thread);
+                    let beside = placement.serve(thread);
                     let access = if write { Access::Write } else { Access::Read };
                     match self.fault(va, access, Wake::Yes, Patience::Never) {
                         Err(Pause::Busy) => {
@@ -229,6 +229,8 @@ impl<K: Kernel> Engine<K> {
                             reader.unlock(&park);
                             let outcome = self.fault(va, access, Wake::Yes, Patience::Locks);
                             self.conclude(va, outcome);
+                            // Before any wait.
+                            drop(beside);
                             self.read_again();
                         }
                         outcome => self.conclude(va, outcome),
