@@ -3,7 +3,7 @@
 use crate::engine::adopt::{AdoptError, HoldError};
 use crate::error::Error;
 use crate::space::Space;
-use peerspace_core::addr::{Access, PageRange, Va, VaRange};
+use peerspace_core::addr::{Access, PageRange, Pfn, Va, VaRange, Vpn};
 use peerspace_os::linux::fork::is_arena_start;
 use peerspace_os::linux::map::ours_within;
 use peerspace_os::linux::scan::Vma;
@@ -136,18 +136,21 @@ impl Space {
         Ok(held)
     }
 
+    /// What to tell the program of the page `vpn`, which was on the device page `pfn`.
+    pub(crate) fn lost(&self, vpn: Vpn, pfn: Pfn) -> Error {
+        let engine = self.engine();
+        let tier = engine.tiers.of(pfn);
+        Error::Lost {
+            range: engine.geometry.range(PageRange { start: vpn, end: vpn + 1 }),
+            device: tier.info.name.clone(),
+            page: pfn - tier.range.base,
+        }
+    }
+
     /// What to tell the program of pages that could not be held.
     pub(crate) fn cannot_hold(&self, e: HoldError, bad: &dyn Fn(&'static str) -> Error) -> Error {
-        let engine = self.engine();
         match e {
-            HoldError::Lost(vpn, pfn) => {
-                let tier = engine.tiers.of(pfn);
-                Error::Lost {
-                    range: engine.geometry.range(PageRange { start: vpn, end: vpn + 1 }),
-                    device: tier.info.name.clone(),
-                    page: pfn - tier.range.base,
-                }
-            }
+            HoldError::Lost(vpn, pfn) => self.lost(vpn, pfn),
             HoldError::Foreign(_) => bad("part of it is not managed by this space"),
             HoldError::TooMany(_) => bad("a page of it is kept resident too many times"),
         }

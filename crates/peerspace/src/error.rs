@@ -56,7 +56,7 @@ pub enum Error {
     /// The data of a page is lost (rule Z9).
     #[error(
         "the page at {range} is lost: device {device} could not give its page {page} back. Everything else is as it \
-         was; once discarded, the page is usable again, and zero"
+         was; once discarded, the page is usable again, and zero (not on kernels before 6.6, with faults by threads)"
     )]
     Lost {
         /// The addresses that are lost.

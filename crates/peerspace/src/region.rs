@@ -4,6 +4,7 @@ use crate::error::Error;
 use crate::space::Space;
 use peerspace_core::addr::{Access, Va, VaRange};
 use peerspace_core::regions::Attributes;
+use peerspace_os::Kernel;
 use peerspace_os::linux::memory::Memory;
 use peerspace_os::linux::signal::without_signals;
 use std::fmt;
@@ -203,7 +204,16 @@ impl Region {
         if whole.is_empty() {
             return Ok(());
         }
-        engine.discard_now(whole).map_err(|why| Error::Kernel { what: format!("discard {range}"), why })
+        let lost = || match engine.still_lost(engine.geometry.pages_inside(whole)) {
+            Some((vpn, pfn)) => Err(self.space.lost(vpn, pfn)),
+            None => Ok(()),
+        };
+        // Where the table is emptied first, it does not know afterwards.
+        if !engine.kernel.capabilities().move_pages {
+            lost()?;
+        }
+        engine.discard_now(whole).map_err(|why| Error::Kernel { what: format!("discard {range}"), why })?;
+        lost()
     }
 }
 

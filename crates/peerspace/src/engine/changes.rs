@@ -80,6 +80,7 @@ impl<K: Kernel> Engine<K> {
     fn note(&self, change: Message, news: &mut News, counters: &Counters) {
         match change {
             Message::Discard(range) => self.discard(self.geometry.pages_inside(range), counters),
+            Message::Unmap(range) if self.service.graves.is_ours(self.geometry.pages_inside(range)) => {}
             Message::Unmap(range) => match news.due.iter().position(|d| *d == range) {
                 Some(i) => drop(news.due.swap_remove(i)),
                 None => self.forget_range(range, counters),

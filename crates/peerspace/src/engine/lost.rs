@@ -12,9 +12,10 @@ use super::context::Context;
 use super::{Engine, Entry};
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{PageRange, Vpn};
+use peerspace_core::addr::{PageRange, Pages, Pfn, Vpn};
 use peerspace_core::entry::State;
-use peerspace_core::sync::{AtomicU32, Ordering};
+use peerspace_core::regions::Attributes;
+use peerspace_core::sync::{AtomicU32, AtomicU64, Ordering};
 use peerspace_os::{Kernel, Trouble};
 use std::time::Duration;
 
@@ -28,11 +29,18 @@ pub(crate) struct Graves {
     count: AtomicU32,
     /// How many threads are burying, for which somebody has to receive messages.
     digging: AtomicU32,
+    /// The page (plus one) of a region of ours that is being buried: it stays in its region. Only one thread buries.
+    ours: AtomicU64,
 }
 
 impl Graves {
     pub(crate) fn new() -> Graves {
-        Graves { wanted: Mutex::new(ArrayVec::new_const()), count: AtomicU32::new(0), digging: AtomicU32::new(0) }
+        Graves {
+            wanted: Mutex::new(ArrayVec::new_const()),
+            count: AtomicU32::new(0),
+            digging: AtomicU32::new(0),
+            ours: AtomicU64::new(0),
+        }
     }
 
     /// In a forked child, at rest: the child's own faults ask again.
@@ -40,6 +48,7 @@ impl Graves {
         self.wanted.lock().clear();
         self.count.store(0, Ordering::Relaxed);
         self.digging.store(0, Ordering::Relaxed);
+        self.ours.store(0, Ordering::Relaxed);
     }
 
     /// Has `vpn` buried, soon. False when there is no room. The caller has a context.
@@ -58,6 +67,14 @@ impl Graves {
     pub(crate) fn digging(&self) -> bool {
         // Sequentially consistent, like the flag that stops: see bury_lost.
         self.digging.load(Ordering::SeqCst) > 0
+    }
+
+    /// Whether news that `pages` were unmapped is about a burial, after which the page still belongs to its region. Such
+    /// news comes once.
+    pub(crate) fn is_ours(&self, pages: PageRange) -> bool {
+        let expected = pages.start.0 + 1;
+        pages.pages() == Pages(1)
+            && self.ours.compare_exchange(expected, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
     fn next(&self) -> Option<Vpn> {
@@ -124,10 +141,24 @@ impl<K: Kernel> Engine<K> {
         self.bury_lost();
     }
 
+    /// The first lost page of `pages` that cannot be made good by discarding it, because it is buried: after a discarding
+    /// of all of them. Without a context.
+    pub(crate) fn still_lost(&self, pages: PageRange) -> Option<(Vpn, Pfn)> {
+        let can = self.kernel.capabilities();
+        if can.poison || !can.kernel_faults {
+            return None;
+        }
+        self.wait_for_changes();
+        pages.iter().find_map(|vpn| match self.table.look(vpn)?.0.state() {
+            State::Poisoned { pfn } => Some((vpn, pfn)),
+            _ => None,
+        })
+    }
+
     /// Whether every access to what is lost of `pages` fails by itself; sees to it as far as that can be done at once.
     /// The engine is at rest.
     pub(crate) fn all_lost_marked(&self, pages: PageRange) -> bool {
-        // What is buried belongs to no region any more.
+        // What is buried of adopted memory belongs to no region any more.
         self.lost(pages)
             .all(|vpn| matches!(self.kernel.poison(self.geometry.va(vpn)), Ok(()) | Err(Trouble::Present)))
     }
@@ -141,23 +172,27 @@ impl<K: Kernel> Engine<K> {
             return true;
         };
         let va = self.geometry.va(vpn);
-        loop {
+        let adopted = loop {
             let work = self.contexts.take();
             let Ok(entry) = self.table.lock(vpn) else { return true };
             // Look again: the program may have unmapped or discarded it.
-            if !matches!(entry.state(), State::Poisoned { .. }) || self.region(vpn).is_none() {
+            let Some(region) = self.region(vpn).filter(|_| matches!(entry.state(), State::Poisoned { .. })) else {
                 let _ = self.kernel.wake(self.addresses(entry.range()));
                 return true;
-            }
+            };
             if self.gate.enter(work.context()).is_some() && !self.kernel.is_changing() {
-                break;
+                break region.attributes.has(Attributes::ADOPTED);
             }
             drop(entry);
             drop(work);
             self.wait_for_changes();
-        }
+        };
+        // Of adopted memory, the program may map something else there, and nobody would tell.
+        let ours = &self.service.graves.ours;
+        ours.store(if adopted { 0 } else { vpn.0 + 1 }, Ordering::SeqCst);
         let buried = self.kernel.bury(va).is_ok();
         if !buried {
+            ours.store(0, Ordering::SeqCst);
             let _work = self.contexts.take();
             let _ = self.service.graves.request(vpn);
         }
