@@ -71,8 +71,8 @@ pub(crate) enum FaultsArg {
     Thread,
     /// By SIGBUS in the faulting thread: several times faster, and unprivileged. But a system call that meets memory
     /// that is away fails with EFAULT. The program's own calls of read, write and their kind are covered; what the C
-    /// library calls inside itself is not: buffered streams (stdio), file names, and structures passed by pointer. For
-    /// programs that compute, and programs made for it.
+    /// library calls inside itself is not: buffered streams (stdio) other than the standard ones, file names, and
+    /// structures passed by pointer. For programs that compute, and programs made for it.
     Signal,
 }
 

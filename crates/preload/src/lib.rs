@@ -9,6 +9,7 @@
 //! | [`processes`] | `_exit`, `exec*`, `posix_spawn*`, `system`, `popen`, `_Fork`, `__register_atfork` | reports, the environment, the order around a fork |
 //! | [`signals`] | `sigaction`, `signal`, masks, `sigaltstack` | where faults come by SIGBUS, the program must not take it away |
 //! | [`descriptors`] | `close` and its kind | where our descriptors are in the program's table, it must not close them |
+//! | [`streams`] | none | where faults come by signal, buffers of the standard streams are kept |
 //! | [`calls`] | `read`, `write` and their kind | where faults come by signal, buffers are made resident first |
 //!
 //! Without the options in the environment all of them pass straight on.
@@ -23,6 +24,7 @@ mod descriptors;
 mod processes;
 mod real;
 mod signals;
+mod streams;
 mod threads;
 
 use peerspace::process::{self, Options};
@@ -89,7 +91,12 @@ extern "C" fn constructor(_: c_int, _: *const *const c_char, environment: *const
     MODE.store(if options.by_signal { SIGNAL } else { THREADS }, Ordering::Relaxed);
     let fixed = process::first_thread_control(thread_pointer() as u64);
     match process::start(options, fixed) {
-        Ok(()) => processes::report_at_exit(),
+        Ok(()) => {
+            processes::report_at_exit();
+            if by_signal() {
+                streams::keep_buffers();
+            }
+        }
         Err(e) => {
             MODE.store(OFF, Ordering::Relaxed);
             complain(format_args!("this process is not managed: {e}"));
