@@ -20,6 +20,9 @@ use peerspace_core::stream::Direction;
 use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
 
+/// How often in a row a page alone must fail to load before it is lost. Two are not enough: between them, others may read
+/// the page for nothing.
+const TRIES: u32 = 3;
 /// Pages brought in by one fault.
 const MOST: usize = CLUSTER.0 as usize;
 
@@ -286,8 +289,8 @@ impl<K: Kernel> Engine<K> {
                 self.memmap.give_back(f);
             }
             self.spare_charges(ration);
-            if locks.len() > 1 || fault.failures == 0 {
-                // Once more, this page alone: it may be a neighbour that cannot be read, or a passing fault.
+            if locks.len() > 1 || fault.failures + 1 < TRIES {
+                // Again, this page alone: it may be a neighbour that cannot be read, or a passing failure.
                 fault.alone = true;
                 fault.failures += (locks.len() == 1) as u32;
                 return Err(Hold::Again);
