@@ -9,6 +9,7 @@
 use super::futex::Futex;
 use super::map::{Arena, Mapping};
 use super::memory::Memory;
+use super::moved::Sides;
 use super::scan::{Maps, Pagemap};
 use super::staging::{Staging, Use};
 use super::uffd::{FAULT_WP, FAULT_WRITE, Mode, Partial, Uffd, event, feature};
@@ -418,7 +419,14 @@ impl Kernel for Linux {
         }
         let _claim = self.staging.claim(from, Use::Alone);
         // SAFETY: the claim says that nobody refers to the staged bytes; at `to` no page was.
-        self.done(unsafe { self.uffd.move_pages(to.0, from.start.0, from.len(), wake == Wake::Yes) })
+        let answer = unsafe { self.uffd.move_pages(to.0, from.start.0, from.len(), wake == Wake::Yes) };
+        let sides = Sides { from, to: VaRange { start: to, end: Va(to.0 + from.len()) } };
+        let really = sides.returned(&self.pagemap, self.geometry.page_bytes() as u64, answer);
+        if really.0 > answer.0 && wake == Wake::Yes {
+            // The kernel wakes those who wait for what it counted. A range that is gone has nobody waiting.
+            let _ = self.uffd.wake(to.0 + answer.0, really.0 - answer.0);
+        }
+        self.done(really)
     }
 
     fn take_out(&self, to: Va, from: VaRange) -> Done {
@@ -426,10 +434,12 @@ impl Kernel for Linux {
         if !self.capabilities.move_pages {
             return self.take_out_by_copy(to, from);
         }
-        let _claim = self.staging.claim(VaRange { start: to, end: Va(to.0 + from.len()) }, Use::Alone);
+        let sides = Sides { from, to: VaRange { start: to, end: Va(to.0 + from.len()) } };
+        let _claim = self.staging.claim(sides.to, Use::Alone);
         // SAFETY: the claim says that nobody refers to staging there. The program's pages vanish from its sight
         // and come back on its next access: its references stay good.
-        self.done(unsafe { self.uffd.move_pages(to.0, from.start.0, from.len(), false) })
+        let answer = unsafe { self.uffd.move_pages(to.0, from.start.0, from.len(), false) };
+        self.done(sides.taken(&self.pagemap, self.geometry.page_bytes() as u64, answer))
     }
 
     fn protect(&self, range: VaRange, protect: Protect, wake: Wake) -> Result<(), Trouble> {

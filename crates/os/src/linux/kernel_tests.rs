@@ -391,3 +391,42 @@ fn a_page_that_moved_in_has_to_be_compared() {
     write(here.start, 7);
     assert_eq!((read(here.start), k.receive()), (7, None));
 }
+
+// --- moves that are miscounted ---
+
+/// Two threads take pages out of one huge page at once: each learns exactly which of its pages went. The kernel alone
+/// does not say so; see `moved`.
+#[test]
+fn pages_that_leave_a_huge_page_together_are_counted() {
+    let k = open();
+    let mut stopped = 0u64;
+    for round in 0..100u64 {
+        let r = region(&k);
+        let block = VaRange { start: k.staging().start, end: Va(k.staging().start.0 + r.len()) };
+        let bytes: Vec<u8> = (0..r.len()).map(|i| (i / PAGE % 251) as u8 + 1).collect();
+        k.write_staged(block, |b| b.copy_from_slice(&bytes));
+        assert_eq!(k.put_back(r.start, block, Wake::No), Done::all(Pages(512)));
+        let take = |first: u64, pages: u64, at: u64| {
+            let from = VaRange { start: page(r, first).start, end: page(r, first + pages).start };
+            let done = k.take_out(slot(&k, at).start, from);
+            for n in 0..pages {
+                let there = k.is_present(slot(&k, at + n).start).unwrap();
+                assert_eq!(there, n < done.pages.0, "page {n} of {done:?} in round {round}");
+                assert_ne!(there, k.is_present(page(r, first + n).start).unwrap(), "page {n} of {done:?}");
+                if there {
+                    let byte = k.read_staged(slot(&k, at + n), |b| b[17]);
+                    assert_eq!(byte, ((first + n) % 251) as u8 + 1);
+                }
+            }
+            (done.pages.0 != pages) as u64
+        };
+        thread::scope(|s| {
+            let other = s.spawn(|| take(23, 23, 23));
+            stopped += take(0, 1 + round % 3, 0);
+            stopped += other.join().unwrap();
+        });
+        k.drop_staged(VaRange { start: slot(&k, 0).start, end: slot(&k, 64).start }).unwrap();
+        k.unmap(r).unwrap();
+    }
+    assert!(stopped < 100, "every other move came to nothing");
+}

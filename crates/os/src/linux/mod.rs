@@ -8,6 +8,7 @@ pub mod kernel;
 pub mod lock;
 pub mod map;
 pub mod memory;
+mod moved;
 pub mod place;
 pub mod probe;
 pub mod raw_thread;

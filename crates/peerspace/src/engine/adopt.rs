@@ -437,7 +437,7 @@ impl<K: Kernel> Engine<K> {
             }
         }
         if let Some(slots) = slots {
-            self.ring.settle(slots, took as u32);
+            self.ring.settle(slots, done);
         }
         (took as u64, next)
     }

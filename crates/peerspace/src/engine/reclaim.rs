@@ -366,7 +366,7 @@ impl<K: Kernel> Engine<K> {
                     self.keep(entry, frame);
                 }
             }
-            self.ring.settle(slots, took as u32);
+            self.ring.settle(slots, done);
             unmapped += took as u64;
             if done.trouble == Some(Trouble::Changing) {
                 break;

@@ -25,6 +25,7 @@ use peerspace_core::memmap::Frame;
 use peerspace_core::sync::Ordering;
 use peerspace_core::words::Words;
 use peerspace_os::own::{Own, Vec};
+use peerspace_os::{Done, Trouble};
 
 /// Slots in a segment.
 pub(crate) const SEGMENT: u32 = 64;
@@ -156,16 +157,18 @@ impl<W: Words> Ring<W> {
         Some(Slots { first, count })
     }
 
-    /// Says that the first `present` of the slots handed out have a page now; the others stay empty, and are handed
-    /// out again if nobody was given any behind them. When that was the last news of a full segment, the segment joins
-    /// those that wait.
-    pub(crate) fn settle(&self, slots: Slots, present: u32) {
+    /// Says how far the slots handed out were filled; the others stay empty, and are handed out again if nobody was
+    /// given any behind them. When that was the last news of a full segment, the segment joins those that wait.
+    pub(crate) fn settle(&self, slots: Slots, done: Done) {
+        let present = done.pages.0 as u32;
+        // A slot in which there is something against all expectation is left alone until its segment was dropped.
+        let again = done.trouble != Some(Trouble::Present);
         let mut s = self.state.lock();
         let segment = slots.first / SEGMENT;
         let i = segment as usize;
         s.pending[i] -= slots.count;
         s.present[i] += present;
-        if s.filling == Some(segment) && slots.first + slots.count == segment * SEGMENT + s.used {
+        if again && s.filling == Some(segment) && slots.first + slots.count == segment * SEGMENT + s.used {
             s.used -= slots.count - present;
         }
         if s.full[i] && s.pending[i] == 0 {
@@ -343,6 +346,10 @@ mod tests {
     use super::*;
     use peerspace_core::words::zeroed;
 
+    fn filled(pages: u64) -> Done {
+        Done::all(Pages(pages))
+    }
+
     #[test]
     fn segments_come_back_in_the_order_they_were_filled() {
         let ring = Ring::new(Geometry::KIB4, Va(1 << 30), 3, zeroed(3 * SEGMENT as usize));
@@ -354,9 +361,9 @@ mod tests {
             assert_eq!(b.first, a.first + 40);
             // A segment does not wait before all of its slots are settled.
             let before = ring.waiting().0;
-            ring.settle(b, 24);
+            ring.settle(b, filled(24));
             assert_eq!(ring.waiting().0, before);
-            ring.settle(a, 39);
+            ring.settle(a, filled(39));
             assert_eq!(ring.waiting().0, before + 1);
             last = Some(a.first / SEGMENT);
         }
@@ -370,7 +377,7 @@ mod tests {
         assert_eq!(ring.oldest(), None);
         ring.close_filling();
         assert_eq!(ring.waiting().0, 0); // one slot is not settled
-        ring.settle(Slots { first: first * SEGMENT, count: 1 }, 1);
+        ring.settle(Slots { first: first * SEGMENT, count: 1 }, filled(1));
         assert_eq!(ring.oldest(), Some(first));
     }
 
@@ -378,14 +385,18 @@ mod tests {
     fn slots_that_stay_empty_are_handed_out_again() {
         let ring = Ring::new(Geometry::KIB4, Va(1 << 30), 2, zeroed(2 * SEGMENT as usize));
         let a = ring.reserve(10).unwrap();
-        ring.settle(a, 4);
+        ring.settle(a, filled(4));
         let b = ring.reserve(10).unwrap();
         assert_eq!((b.first, b.count), (a.first + 4, 10));
+        // Not those that turned out to be in use.
+        ring.settle(b, Done::stopped(Pages(0), Trouble::Present));
+        let b = ring.reserve(10).unwrap();
+        assert_eq!(b.first, a.first + 14);
         // Not while somebody has slots behind them.
         let c = ring.reserve(5).unwrap();
-        ring.settle(b, 0);
+        ring.settle(b, filled(0));
         assert_eq!(ring.reserve(1).unwrap().first, c.first + c.count);
-        ring.settle(c, 5);
+        ring.settle(c, filled(5));
         assert_eq!(ring.pages(), Pages(9));
         assert_eq!(ring.waiting().0, 0);
     }
