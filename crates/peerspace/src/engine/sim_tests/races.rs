@@ -4,11 +4,10 @@
 //! Each test also counts that what it is about has come to pass: a race that never happens proves nothing.
 
 use super::{ABLE, Came, PAGE, Rig, Shelf};
-use crate::engine::fault::{Outcome, Patience, Pause};
-use peerspace_core::addr::{Access, Va, VaRange};
+use peerspace_core::addr::{Va, VaRange};
 use peerspace_os::inject::Call;
 use peerspace_os::sim::Trap;
-use peerspace_os::{Capabilities, Kernel, Message, Wake};
+use peerspace_os::{Capabilities, Kernel};
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, FailurePersistence, Runner, thread};
 use std::sync::Arc;
@@ -208,37 +207,10 @@ fn every_waiter_is_woken() {
         (0..6).for_each(|n| put(&rig, page(plain, n), 50 + n as u64));
         rig.engine.adopt(plain).unwrap();
         rig.reclaim(40);
-        let stop = Arc::new(AtomicBool::new(false));
-        // As serve_messages does, one reader at a time.
-        let server = {
-            let (rig, stop) = (rig.clone(), stop.clone());
-            thread::spawn(move || {
-                let mut aside: Vec<Va> = Vec::new();
-                let again =
-                    |va: Va| rig.engine.kernel.wake(VaRange { start: va, end: Va(va.0 + PAGE as u64) }).unwrap();
-                while !stop.load(Relaxed) {
-                    if !rig.engine.kernel.wait_message(None) {
-                        continue;
-                    }
-                    match rig.engine.receive() {
-                        Some(Message::Fault { va, write, .. }) => {
-                            let access = if write { Access::Write } else { Access::Read };
-                            match rig.engine.fault(va, access, Wake::Yes, Patience::Locks) {
-                                Ok(Outcome::Resolved | Outcome::Poisoned) => {}
-                                Ok(_) => again(va),
-                                Err(Pause::Changing) if rig.engine.kernel.is_changing() => {
-                                    PUT_ASIDE.fetch_add(1, Relaxed);
-                                    aside.push(va);
-                                }
-                                Err(_) => again(va),
-                            }
-                        }
-                        Some(_) => aside.drain(..).for_each(again),
-                        None => {}
-                    }
-                }
-            })
-        };
+        let servers = [(); 2].map(|()| {
+            let rig = rig.clone();
+            thread::spawn(move || rig.engine.serve_messages())
+        });
         let users: Vec<_> = (0..2usize)
             .map(|who| {
                 let rig = rig.clone();
@@ -265,8 +237,9 @@ fn every_waiter_is_woken() {
             .collect();
         rig.sim().dontneed(VaRange { start: page(plain, 4), end: page(plain, 6) });
         users.into_iter().for_each(|u| u.join().unwrap());
-        stop.store(true, Relaxed);
-        server.join().unwrap();
+        rig.engine.service.stop(&rig.engine.kernel.park());
+        servers.into_iter().for_each(|s| s.join().unwrap());
+        PUT_ASIDE.fetch_add(rig.engine.sums().changes, Relaxed);
         rig.engine.check();
     });
     assert!(PUT_ASIDE.load(Relaxed) > 0, "no fault ever met a change");
