@@ -143,9 +143,9 @@ pub(crate) fn execute(args: &RunArgs, prepare: impl FnOnce(&mut Command)) -> Res
     })?;
     let by_signal = args.faults == FaultsArg::Signal;
     check_machine(by_signal)?;
-    for device in &devices {
-        device.probe(args.host.0).map_err(|e| Refusal::new(125, e.to_string()))?;
-    }
+    let reserved: Result<Vec<_>, _> = devices.iter().map(|d| d.reserve(args.host.0)).collect();
+    // Until the end: it may need them late.
+    let _reserved = reserved.map_err(|e| Refusal::new(125, e.to_string()))?;
     let place = args.report.as_deref().map(ReportPlace::take).transpose()?;
     let broken = |what: &str, e: std::io::Error| Refusal::new(125, format!("{what}: {e}"));
     let library = Library::find().map_err(|e| broken("the library to preload", e))?;

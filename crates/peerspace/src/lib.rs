@@ -103,4 +103,4 @@ pub use peerspace_os::linux::thread::unmanaged;
 pub use region::{Hint, Region};
 pub use report::{DeviceStatistics, FaultStatistics, Statistics};
 pub use space::{Builder, Faults, Space};
-pub use spec::{DeviceSpec, KINDS as DEVICE_KINDS, Size, SizeError, SpecError};
+pub use spec::{DeviceSpec, KINDS as DEVICE_KINDS, Reservation, Size, SizeError, SpecError};

@@ -131,6 +131,14 @@ impl fmt::Display for DeviceSpec {
     }
 }
 
+/// A device that is kept for a process to be started: see [`DeviceSpec::reserve`].
+#[derive(Debug, Default)]
+pub struct Reservation(
+    #[cfg(feature = "file")]
+    #[allow(dead_code)]
+    Option<crate::device::file::Reservation>,
+);
+
 /// A device that was opened, in our own memory.
 pub(crate) type OpenDevice = peerspace_os::own::Box<dyn Device>;
 
@@ -173,22 +181,30 @@ impl DeviceSpec {
         }
     }
 
-    /// Whether the device can be opened now, without keeping it. A file that was not there is not left behind.
+    /// Opens the device on trial, and keeps a named file for the process that is to
+    /// [have](DeviceSpec::open_reserved) the device, until what is returned is dropped.
     ///
     /// # Errors
-    /// As [`open`](DeviceSpec::open).
-    pub fn probe(&self, host: u64) -> Result<(), SpecError> {
-        let fresh = match self {
-            DeviceSpec::File(path, _) => std::fs::symlink_metadata(path).is_err().then_some(path),
-            _ => None,
-        };
-        let device = self.open(host)?;
-        if let Some(path) = fresh {
-            // While it is open, and so locked: nobody else relies on it.
-            let _ = std::fs::remove_file(path);
+    /// As [`open`](DeviceSpec::open). A file that was not there is not left behind.
+    pub fn reserve(&self, host: u64) -> Result<Reservation, SpecError> {
+        #[cfg(feature = "file")]
+        if let DeviceSpec::File(path, size) = self {
+            let file = crate::device::file::Reservation::new(path, size.map(|s| s.0));
+            return file.map(Reservation).map_err(|e| SpecError::CannotOpen(self.to_string(), e.to_string()));
         }
-        drop(device);
-        Ok(())
+        drop(self.open(host)?);
+        Ok(Reservation::default())
+    }
+
+    /// Opens the device in a process for which it was [reserved](DeviceSpec::reserve).
+    #[cfg(feature = "process")]
+    pub(crate) fn open_reserved(&self, host: u64) -> Result<OpenDevice, SpecError> {
+        #[cfg(feature = "file")]
+        if let DeviceSpec::File(path, size) = self {
+            let file = crate::device::file::File::open_reserved(path, size.map(|s| s.0));
+            return file.map(own).map_err(|e| SpecError::CannotOpen(self.to_string(), e.to_string()));
+        }
+        self.open(host)
     }
 
     /// The same device for a process that is elsewhere: its path from the root on.
@@ -251,10 +267,10 @@ mod tests {
     fn trying_a_device_out_leaves_nothing_behind() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("named");
-        DeviceSpec::File(path.clone(), Some(Size(1 << 24))).probe(1 << 24).unwrap();
+        DeviceSpec::File(path.clone(), Some(Size(1 << 24))).reserve(1 << 24).unwrap();
         assert!(!path.exists());
         std::fs::write(&path, b"").unwrap();
-        DeviceSpec::File(path.clone(), Some(Size(1 << 24))).probe(1 << 24).unwrap();
+        DeviceSpec::File(path.clone(), Some(Size(1 << 24))).reserve(1 << 24).unwrap();
         assert!(path.exists());
     }
 

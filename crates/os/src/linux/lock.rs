@@ -9,12 +9,21 @@ use super::keeping_errno;
 use rustix::io::Errno;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-fn whole_file(kind: i32) -> libc::flock {
-    // SAFETY: a zeroed flock is valid; it means the whole file, from the start.
+/// The bytes that stand for the file. The one behind them, far from any content, stands for its [reservation](reserve).
+const FILE: libc::off_t = 1 << 62;
+
+fn bytes(kind: i32, start: libc::off_t, len: libc::off_t) -> libc::flock {
+    // SAFETY: a zeroed flock is valid.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = kind as _;
     lock.l_whence = libc::SEEK_SET as _;
+    lock.l_start = start;
+    lock.l_len = len;
     lock
+}
+
+fn whole_file(kind: i32) -> libc::flock {
+    bytes(kind, 0, FILE)
 }
 
 fn command(file: BorrowedFd<'_>, command: i32, lock: &mut libc::flock) -> Result<(), Errno> {
@@ -46,6 +55,15 @@ pub fn share(file: BorrowedFd<'_>) -> Result<(), Errno> {
 /// As for [`share`], when another description holds any lock.
 pub fn exclude(file: BorrowedFd<'_>) -> Result<(), Errno> {
     command(file, libc::F_OFD_SETLK, &mut whole_file(libc::F_WRLCK))
+}
+
+/// Locks the right to use the file at all against all others, whatever becomes of the file. Does not wait. The file is
+/// open for writing.
+///
+/// # Errors
+/// As for [`exclude`], when another description holds this lock.
+pub fn reserve(file: BorrowedFd<'_>) -> Result<(), Errno> {
+    command(file, libc::F_OFD_SETLK, &mut bytes(libc::F_WRLCK, FILE, 1))
 }
 
 /// Whether another description holds a lock on the file. Changes nothing.
@@ -92,5 +110,17 @@ mod tests {
         drop(b);
         assert!(!is_shared(a.as_fd()).unwrap());
         exclude(a.as_fd()).unwrap();
+    }
+
+    #[test]
+    fn a_reservation_is_apart_from_the_file() {
+        let a = memfd_create(c"lock", MemfdFlags::CLOEXEC).unwrap();
+        let b = again(&a);
+        reserve(a.as_fd()).unwrap();
+        assert!(reserve(b.as_fd()).is_err());
+        assert!(!is_shared(b.as_fd()).unwrap());
+        exclude(b.as_fd()).unwrap();
+        drop(a);
+        reserve(b.as_fd()).unwrap();
     }
 }

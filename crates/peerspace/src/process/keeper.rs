@@ -426,7 +426,7 @@ impl Process {
         for spec in self.options.specs().map_err(|e| plain(&e))? {
             // A file with a name is the first process's.
             let spec = if first { spec } else { spec.beside() };
-            devices.push(spec.open(self.options.host).map_err(|e| plain(&e))?);
+            devices.push(spec.open_reserved(self.options.host).map_err(|e| plain(&e))?);
         }
         let (blocks, slots) = engine::staging_layout(limit);
         let delivery = if self.options.by_signal { Delivery::Signal } else { Delivery::Messages };

@@ -37,14 +37,17 @@ mod layout;
 mod open;
 mod raw;
 mod record;
+mod reservation;
 #[cfg(test)]
 mod tests;
 mod transfer;
 
 pub use error::FileError;
+pub use reservation::Reservation;
 
 use super::{Descriptor, Device, DevicePages, ForkSide, Load, Store, Usage};
 use disk::Disk;
+use open::Claim;
 use peerspace_os::own::{Own, Vec as OwnVec};
 use raw::System;
 use std::fmt;
@@ -118,8 +121,19 @@ impl File {
     /// # Errors
     /// See [`FileError`]; nothing was changed then.
     pub fn open(path: impl AsRef<Path>, size: Option<u64>) -> Result<File, FileError> {
-        let path = path.as_ref();
-        let opened = open::open(path, size)?;
+        File::open_by(path.as_ref(), size, Claim::Unreserved)
+    }
+
+    /// Opens a device in `path`, which a [`Reservation`] keeps for this process.
+    ///
+    /// # Errors
+    /// See [`FileError`]; nothing was changed then.
+    pub fn open_reserved(path: impl AsRef<Path>, size: Option<u64>) -> Result<File, FileError> {
+        File::open_by(path.as_ref(), size, Claim::Reserved)
+    }
+
+    fn open_by(path: &Path, size: Option<u64>, claim: Claim) -> Result<File, FileError> {
+        let opened = open::open(path, size, claim)?;
         let (system, batches) = match opened.quick {
             true => (System::plain(), Batches::OneByOne),
             false => match System::with_rings() {

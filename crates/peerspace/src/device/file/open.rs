@@ -4,7 +4,7 @@
 //! step fails; a file of ours that was found is emptied only when nothing but the disk can fail any more.
 //!
 //! Locks: a named file is locked exclusively from before its content is looked at until the last process that uses
-//! it closes it. So a file that looks left behind really is.
+//! it closes it. So a file that looks left behind really is. A second lock is its [reservation](super::reservation).
 
 use super::error::{FileError, refused};
 use super::layout::{HEADER, Layout, expected, header, least_bytes, recognise};
@@ -141,8 +141,17 @@ impl Drop for Fresh<'_> {
     }
 }
 
+/// By what right a named file is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// None yet: nobody else may have reserved it.
+    Unreserved,
+    /// It is reserved for this process.
+    Reserved,
+}
+
 /// Opens `path` as [`File::open`](super::File::open) says.
-pub(super) fn open(path: &Path, size: Option<u64>) -> Result<Opened, FileError> {
+pub(super) fn open(path: &Path, size: Option<u64>, claim: Claim) -> Result<Opened, FileError> {
     if let Some(given) = size.filter(|s| *s < least_bytes()) {
         return Err(FileError::TooSmall { given, least: least_bytes() });
     }
@@ -151,7 +160,7 @@ pub(super) fn open(path: &Path, size: Option<u64>) -> Result<Opened, FileError> 
         match rustix::fs::stat(path) {
             Ok(stat) => match FileType::from_raw_mode(stat.st_mode) {
                 FileType::Directory => return in_directory(path, size),
-                FileType::RegularFile => match existing(path, size) {
+                FileType::RegularFile => match existing(path, size, claim) {
                     Err(FileError::System { errno, .. }) if errno == Errno::NOENT.raw_os_error() => continue,
                     other => return other,
                 },
@@ -162,7 +171,7 @@ pub(super) fn open(path: &Path, size: Option<u64>) -> Result<Opened, FileError> 
                 if wants_directory || path.file_name().is_none() {
                     return Err(FileError::MissingDirectory { path: path.to_path_buf() });
                 }
-                match new(path, size) {
+                match new(path, size, claim) {
                     Err(FileError::System { errno, .. }) if errno == Errno::EXIST.raw_os_error() => continue,
                     other => return other,
                 }
@@ -206,7 +215,7 @@ fn in_directory(path: &Path, size: Option<u64>) -> Result<Opened, FileError> {
     prepare(path, file, directory, bytes, size.is_none(), false)
 }
 
-fn existing(path: &Path, size: Option<u64>) -> Result<Opened, FileError> {
+fn existing(path: &Path, size: Option<u64>, claim: Claim) -> Result<Opened, FileError> {
     let directory = open_directory(&parent(path))?;
     // Without waiting, in case it has become something one waits for.
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
@@ -216,7 +225,7 @@ fn existing(path: &Path, size: Option<u64>) -> Result<Opened, FileError> {
     if kind != FileType::RegularFile {
         return Err(FileError::NotRegular { path: path.to_path_buf(), found: word_for(kind) });
     }
-    seize(path, &file)?;
+    seize(path, &file, claim)?;
     // Nobody of ours changes it from here on.
     let stat = look()?;
     let len = stat.st_size as u64;
@@ -233,7 +242,7 @@ fn existing(path: &Path, size: Option<u64>) -> Result<Opened, FileError> {
     prepare(path, file, directory, bytes, size.is_none(), true)
 }
 
-fn new(path: &Path, size: Option<u64>) -> Result<Opened, FileError> {
+fn new(path: &Path, size: Option<u64>, claim: Claim) -> Result<Opened, FileError> {
     let directory = open_directory(&parent(path))?;
     let bytes = bytes_for(&parent(path), size, 0)?;
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
@@ -242,7 +251,7 @@ fn new(path: &Path, size: Option<u64>) -> Result<Opened, FileError> {
         e => refused("make", path, e),
     })?;
     // Another process may have found it, empty, before it was locked: then it is that one's.
-    seize(path, &file)?;
+    seize(path, &file, claim)?;
     let mut fresh = Fresh { path, keep: false };
     let opened = prepare(path, file, directory, bytes, size.is_none(), true)?;
     fresh.keep = true;
@@ -250,8 +259,16 @@ fn new(path: &Path, size: Option<u64>) -> Result<Opened, FileError> {
 }
 
 /// Locks a named file for this process.
-fn seize(path: &Path, file: &OwnedFd) -> Result<(), FileError> {
-    lock::exclude(file.as_fd()).map_err(|e| match e {
+fn seize(path: &Path, file: &OwnedFd, claim: Claim) -> Result<(), FileError> {
+    if claim == Claim::Unreserved {
+        claimed(path, lock::reserve(file.as_fd()))?;
+    }
+    claimed(path, lock::exclude(file.as_fd()))
+}
+
+/// What a lock on a named file says.
+pub(super) fn claimed(path: &Path, lock: Result<(), Errno>) -> Result<(), FileError> {
+    lock.map_err(|e| match e {
         Errno::AGAIN | Errno::ACCESS => FileError::InUse { path: path.to_path_buf() },
         e => refused("lock", path, e),
     })

@@ -121,7 +121,8 @@ fn shorten<'b>(bytes: &'b mut Bytes<'_>, n: usize) -> Bytes<'b> {
 /// A device in a new directory. `direct`: whether it may go past the page cache.
 fn disk(pages: u64, direct: bool) -> Disk<Faulty> {
     let dir = tempfile::tempdir().unwrap();
-    let mut opened = open::open(dir.path(), Some((pages + 1) * page_bytes() as u64)).unwrap();
+    let mut opened =
+        open::open(dir.path(), Some((pages + 1) * page_bytes() as u64), open::Claim::Unreserved).unwrap();
     if !direct {
         rustix::fs::fcntl_setfl(&opened.file, rustix::fs::OFlags::RDWR).unwrap();
         opened.direct = Err(Errno::INVAL);
