@@ -26,3 +26,9 @@ pub(crate) fn warning(what: fmt::Arguments<'_>) {
     // Nothing can be done if standard error is closed.
     let _ = rustix::io::write(rustix::stdio::stderr(), &line.bytes[..line.len]);
 }
+
+/// Says `what` on standard error, and ends the process: for when going on would be to go on with wrong data.
+pub(crate) fn end(what: fmt::Arguments<'_>) -> ! {
+    warning(what);
+    std::process::abort()
+}

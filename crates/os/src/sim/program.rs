@@ -94,6 +94,11 @@ impl Sim {
     /// What is at `to` is unmapped first. `None` when `range` is no mapping.
     pub fn remap(&self, range: VaRange, to: Option<Va>) -> Option<Va> {
         let from = pages_of(self.geometry, range);
+        // The kernel looks before it unmaps anything.
+        let registered = match self.step().pieces(from)[..] {
+            [(piece, kind)] if piece == from => kind.registered,
+            _ => return None,
+        };
         let to = match to {
             Some(to) => {
                 self.munmap(VaRange::new(to, range.len())?);
@@ -105,17 +110,12 @@ impl Sim {
                 free.start
             }
         };
-        let registered = {
+        {
             let mut m = self.step();
-            let registered = match m.pieces(from)[..] {
-                [(piece, kind)] if piece == from => kind.registered,
-                _ => return None,
-            };
             // Two changes: it is moved, and unmapped where it was.
             m.changing += 2 * registered as u32;
             m.relocate(from, self.geometry.vpn(to));
-            registered
-        };
+        }
         if registered {
             self.tell_all(&[Message::Move { from: range.start, to, len: range.len() }, Message::Unmap(range)]);
         }
@@ -134,7 +134,7 @@ impl Sim {
         let mut m = self.step();
         let before = self.geometry.vpn(Va(end.0 - 1));
         let Some((_, kind)) = m.pieces(PageRange { start: before, end: before + 1 }).pop() else { return false };
-        if !m.pieces(more).is_empty() {
+        if kind.buried || !m.pieces(more).is_empty() {
             return false;
         }
         m.map(more, kind);

@@ -318,10 +318,31 @@ impl<K: Kernel> Engine<K> {
                 self.insert_region(target, attributes, new)
             });
             if let Err(e) = moved {
-                crate::tell::warning(format_args!("a mapping that moved to {target:?} cannot be followed: {e}"));
+                self.lost_from_sight(piece, target, &e, counters);
             }
             self.release_table(piece);
         }
+    }
+
+    /// A mapping has moved to where there is no room to keep track of it. What of it is mapped goes on as ordinary memory.
+    /// What is not can neither be brought there, nor can accesses be made to fail, as long as the mappings are changing:
+    /// they would read zeros. So that is the end of the program.
+    fn lost_from_sight(&self, from: PageRange, to: PageRange, why: &AddError, counters: &Counters) {
+        let away = |vpn: Vpn| {
+            let state = self.table.look(vpn).map(|(entry, _)| entry.state());
+            !matches!(state, None | Some(State::Empty | State::Host { .. }))
+        };
+        let gone = from.iter().chain(to.iter()).filter(|vpn| away(*vpn)).count();
+        let range = self.addresses(to);
+        if gone > 0 {
+            crate::tell::end(format_args!(
+                "a mapping moved to {range}, and cannot be followed: {why}. {gone} pages of it are not in memory and would \
+                 be lost: the program is ended"
+            ));
+        }
+        crate::tell::warning(format_args!("a mapping moved to {range}, and is not managed from here on: {why}"));
+        self.discard(from, counters);
+        self.discard(to, counters);
     }
 
     fn relocate_entry(&self, entry: Entry<'_, K>, shift: impl Fn(Vpn) -> Vpn + Copy, counters: &Counters) {

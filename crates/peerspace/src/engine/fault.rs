@@ -183,7 +183,7 @@ impl<K: Kernel> Engine<K> {
         work: &mut Working<'_>,
         ration: &mut Ration,
     ) -> Result<Outcome, Hold> {
-        let Some(region) = self.region(fault.vpn) else { return self.unknown(fault.vpn, work) };
+        let Some(region) = self.region(fault.vpn) else { return self.unknown(fault, work) };
         let (seen, whole) = self.table.look(fault.vpn).ok_or(Hold::Again)?;
         let grain = plan::grain(GrainFacts {
             level: fault.level,
@@ -289,7 +289,8 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// A fault in no region: perhaps one that grew in place, which no message tells.
-    fn unknown(&self, vpn: Vpn, work: &mut Working<'_>) -> Result<Outcome, Hold> {
+    fn unknown(&self, fault: &Fault, work: &mut Working<'_>) -> Result<Outcome, Hold> {
+        let vpn = fault.vpn;
         if self.gate.enter(work.context()).is_none() || self.kernel.is_changing() {
             return Err(Hold::Changing);
         }
@@ -315,12 +316,25 @@ impl<K: Kernel> Engine<K> {
             }
             at = r.range.end;
         }
-        if !ours {
+        if !ours && !self.is_registered(fault, work)? {
             return Ok(Outcome::Foreign);
         }
         // Another thread may add the same range: then this fails, and the next attempt finds it.
         let _ = self.add_region(gap, Attributes::ADOPTED);
         Err(Hold::Again)
+    }
+
+    /// Whether the page of `fault`, in a mapping without a region, is registered with us all the same: what has grown in
+    /// place is, also when the region before it has gone elsewhere. Nothing of it has ever been taken out, so zeros are
+    /// what the program has to see, and the kernel lets us put them there if the page is ours.
+    fn is_registered(&self, fault: &Fault, work: &mut Working<'_>) -> Result<bool, Hold> {
+        let page = self.addresses(PageRange::new(fault.vpn, Pages(1)));
+        let _section = self.gate.enter(work.context()).ok_or(Hold::Changing)?;
+        match self.kernel.zero_in(page, Protect::No, fault.wake).trouble {
+            None | Some(Trouble::Present) => Ok(true),
+            Some(Trouble::Absent | Trouble::Unsuitable) => Ok(false),
+            Some(t) => Err(self.hold(t)),
+        }
     }
 
     fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault, work: &Working<'_>) -> Result<Outcome, Hold> {

@@ -129,11 +129,9 @@ impl<K: Kernel> Engine<K> {
             .filter(|v| self.table.look(*v).is_some_and(|(entry, _)| matches!(entry.state(), State::Poisoned { .. })))
     }
 
-    /// Buries what is lost of `pages`, whose faults are soon ours no longer, where it cannot be marked.
+    /// Buries what is lost of `pages`, whose faults are soon ours no longer. A mark would not do: if the range is adopted
+    /// once more, nobody knows what it stands for, and whatever is put in its place replaces it.
     pub(crate) fn bury_within(&self, pages: PageRange) {
-        if self.kernel.capabilities().poison {
-            return;
-        }
         for vpn in self.lost(pages) {
             let _work = self.contexts.take();
             let _ = self.service.graves.request(vpn);

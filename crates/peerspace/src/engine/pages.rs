@@ -193,7 +193,12 @@ impl<K: Kernel> Engine<K> {
             // A page of the kernel's own is there: in adopted memory the program had it all along. What the table
             // has for the page, if it has anything, is not what the program sees; that stays the kernel's.
             Some(Trouble::Present) if run.start + done.pages.0 == fault.vpn => {
-                let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
+                let page = self.addresses(PageRange::new(fault.vpn, Pages(1)));
+                if fault.access == Access::Write {
+                    // Before 5.19 the kernel left pages protected that were given up, and they may have come back.
+                    let _ = self.kernel.protect(page, Protect::No, Wake::No);
+                }
+                let _ = self.kernel.wake(page);
                 Ok(Outcome::Resolved)
             }
             // Or the run reaches over the end of a mapping: regions may span several.
