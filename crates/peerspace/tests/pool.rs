@@ -194,9 +194,10 @@ fn g12_a_pool_is_usable_on_both_sides_of_a_fork() {
         let pool = space.pool(256 * MIB as u64).unwrap();
         let stop = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|s| {
-            // Somebody is always in the middle of something.
+            // Somebody is always in the middle of something, until the test ends, however it does.
             let busy = pool.clone();
             let stop = &stop;
+            let _end = scopeguard(|| stop.store(true, std::sync::atomic::Ordering::Relaxed));
             s.spawn(move || {
                 while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                     let mut v: Vec<u64, Pool> = Vec::new_in(busy.clone());
@@ -222,8 +223,18 @@ fn g12_a_pool_is_usable_on_both_sides_of_a_fork() {
                 assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
                 assert_eq!(status, 0, "the child failed");
             }
-            stop.store(true, std::sync::atomic::Ordering::Relaxed);
         });
         space.check();
     }
+}
+
+/// Runs `f` when it is dropped.
+fn scopeguard<F: FnMut()>(f: F) -> impl Drop {
+    struct Guard<F: FnMut()>(F);
+    impl<F: FnMut()> Drop for Guard<F> {
+        fn drop(&mut self) {
+            (self.0)();
+        }
+    }
+    Guard(f)
 }

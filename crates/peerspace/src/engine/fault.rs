@@ -16,7 +16,7 @@
 use super::context::Working;
 use super::stats::count;
 use super::{Engine, Entry};
-use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Va, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::memmap::{Backing, Frame};
 use peerspace_core::plan::{self, FaultPlan, Grain, GrainFacts};
@@ -183,7 +183,7 @@ impl<K: Kernel> Engine<K> {
         work: &mut Working<'_>,
         ration: &mut Ration,
     ) -> Result<Outcome, Hold> {
-        let Some(region) = self.region(fault.vpn) else { return self.unknown(fault, work) };
+        let Some(region) = self.region(fault.vpn) else { return self.unknown(fault.vpn, work) };
         let (seen, whole) = self.table.look(fault.vpn).ok_or(Hold::Again)?;
         let grain = plan::grain(GrainFacts {
             level: fault.level,
@@ -289,8 +289,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// A fault in no region: perhaps one that grew in place, which no message tells.
-    fn unknown(&self, fault: &Fault, work: &mut Working<'_>) -> Result<Outcome, Hold> {
-        let vpn = fault.vpn;
+    fn unknown(&self, vpn: Vpn, work: &mut Working<'_>) -> Result<Outcome, Hold> {
         if self.gate.enter(work.context()).is_none() || self.kernel.is_changing() {
             return Err(Hold::Changing);
         }
@@ -316,25 +315,16 @@ impl<K: Kernel> Engine<K> {
             }
             at = r.range.end;
         }
-        if !ours && !self.is_registered(fault, work)? {
+        // What has grown in place is registered with us also when the region before it has gone elsewhere. Nothing of it
+        // was ever taken out. The kernel tells whose it is when asked to register it (once more): operations on pages do
+        // not, they go through whichever descriptor.
+        let adopts = |range: VaRange| !range.overlaps(self.kernel.staging()) && self.kernel.adopt(range).is_ok();
+        if !ours && !adopts(self.addresses(mapping)) {
             return Ok(Outcome::Foreign);
         }
         // Another thread may add the same range: then this fails, and the next attempt finds it.
         let _ = self.add_region(gap, Attributes::ADOPTED);
         Err(Hold::Again)
-    }
-
-    /// Whether the page of `fault`, in a mapping without a region, is registered with us all the same: what has grown in
-    /// place is, also when the region before it has gone elsewhere. Nothing of it has ever been taken out, so zeros are
-    /// what the program has to see, and the kernel lets us put them there if the page is ours.
-    fn is_registered(&self, fault: &Fault, work: &mut Working<'_>) -> Result<bool, Hold> {
-        let page = self.addresses(PageRange::new(fault.vpn, Pages(1)));
-        let _section = self.gate.enter(work.context()).ok_or(Hold::Changing)?;
-        match self.kernel.zero_in(page, Protect::No, fault.wake).trouble {
-            None | Some(Trouble::Present) => Ok(true),
-            Some(Trouble::Absent | Trouble::Unsuitable) => Ok(false),
-            Some(t) => Err(self.hold(t)),
-        }
     }
 
     fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault, work: &Working<'_>) -> Result<Outcome, Hold> {
