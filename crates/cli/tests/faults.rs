@@ -64,10 +64,14 @@ fn a_named_file_serves_one_run_after_the_other() {
         end(command.arg("--").arg(stress()).args(["limit", "64"])).well();
         assert!(named.exists());
     }
-    // And not two at once.
+    // And not two at once, from before the program starts.
     let mut first = run(24, &[&device], "thread");
-    first.arg("--").arg(stress()).args(["hold", "64"]);
+    let started = dir.path().join("started");
+    first.args(["--", "sh", "-c", ": > \"$1\"; exec \"$0\" hold 64"]).arg(stress()).arg(&started);
     let running = common::start(&mut first);
+    while !started.exists() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
     // Whether the first one needs its file already or not.
     for _ in 0..3 {
         let mut second = run(24, &[&device], "thread");

@@ -24,9 +24,12 @@ impl ForkHandler for ProcessForks {
     fn before(&self) {
         process().before_fork();
         files::carry_out();
+        // When the keeper is at rest, which looks at the stacks.
+        super::stacks::before_fork();
     }
 
     fn parent(&self) {
+        super::stacks::after_fork();
         files::carry_back();
         process().after_fork();
     }
@@ -36,6 +39,7 @@ impl ForkHandler for ProcessForks {
         files::at_home();
         let here = 0u8;
         super::stacks::forget_others(&raw const here as u64);
+        super::stacks::after_fork();
         process().renew();
         if let Err(e) = spawn_keeper(true) {
             crate::tell::warning(format_args!("a forked process cannot go on: {e}"));

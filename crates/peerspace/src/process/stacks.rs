@@ -7,6 +7,8 @@
 
 use crate::sync::Mutex;
 use peerspace_core::addr::VaRange;
+use peerspace_core::sync::Latch;
+use peerspace_os::linux::futex::Futex;
 use peerspace_os::own::{Own, Vec};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -17,7 +19,10 @@ struct Stack {
     used: bool,
 }
 
+/// Through [`with_stacks`] only, so that it is free when the process forks.
 static STACKS: Mutex<Vec<Stack>> = Mutex::new(Vec::new_in(Own));
+/// Held around every use of [`STACKS`], and by a thread that forks: the child has no other thread to let go of it.
+static IN_USE: Latch = Latch::new();
 /// Threads that have been asked for but have not said where their stack is.
 static STARTING: AtomicU32 = AtomicU32::new(0);
 
@@ -36,34 +41,52 @@ pub(super) fn any_starting() -> bool {
     STARTING.load(Ordering::SeqCst) != 0
 }
 
+fn with_stacks<T>(act: impl FnOnce(&mut Vec<Stack>) -> T) -> T {
+    IN_USE.lock(&Futex);
+    let out = act(&mut STACKS.lock());
+    IN_USE.unlock(&Futex);
+    out
+}
+
+/// Keeps everybody out until [`after_fork`]: on the thread that forks, before our own heap is kept from changing.
+pub(super) fn before_fork() {
+    IN_USE.lock(&Futex);
+}
+
+/// Undoes [`before_fork`], in the parent and in the child.
+pub(super) fn after_fork() {
+    IN_USE.unlock(&Futex);
+}
+
 /// A thread runs on this stack from now on.
 pub fn enter(range: VaRange) {
-    let mut stacks = STACKS.lock();
-    stacks.retain(|s| !s.range.overlaps(range));
-    stacks.push(Stack { range, used: true });
+    with_stacks(|stacks| {
+        stacks.retain(|s| !s.range.overlaps(range));
+        stacks.push(Stack { range, used: true });
+    });
 }
 
 /// The thread on this stack ends.
 pub fn leave(range: VaRange) {
-    for stack in STACKS.lock().iter_mut().filter(|s| s.range == range) {
-        stack.used = false;
-    }
+    with_stacks(|stacks| stacks.iter_mut().filter(|s| s.range == range).for_each(|s| s.used = false));
 }
 
 /// Calls `each` with every stack. One without a thread counts only while `is_mapping` says that it is a mapping of its
 /// own: otherwise its memory has been given back, and may be anything by now.
 pub(super) fn for_each(mut is_mapping: impl FnMut(VaRange) -> bool, mut each: impl FnMut(VaRange)) {
-    STACKS.lock().retain(|s| {
-        let stays = s.used || is_mapping(s.range);
-        if stays {
-            each(s.range);
-        }
-        stays
+    with_stacks(|stacks| {
+        stacks.retain(|s| {
+            let stays = s.used || is_mapping(s.range);
+            if stays {
+                each(s.range);
+            }
+            stays
+        });
     });
 }
 
 /// In a forked child: only the calling thread exists, on the stack that holds `here`; the other stacks have their
-/// pages but no thread.
+/// pages but no thread. Before [`after_fork`].
 pub(super) fn forget_others(here: u64) {
     STARTING.store(0, Ordering::SeqCst);
     for stack in STACKS.lock().iter_mut() {
