@@ -165,6 +165,30 @@ fn a_disowned_range_is_ordinary_memory<K: Kernel>(t: Tried<'_, K>) {
     assert_eq!(t.copy(6, 4, 1, Protect::No), Done::all(Pages(4)));
 }
 
+fn a_full_block_becomes_huge<K: Kernel>(t: Tried<'_, K>) {
+    // Not while a page is missing, nor while one is protected.
+    let _ = t.copy(0, 511, 3, Protect::No);
+    assert_eq!(t.k.collapse(t.region), Err(Trouble::Busy));
+    let _ = t.copy(511, 1, 4, Protect::No);
+    if t.k.capabilities().write_protect {
+        t.k.protect(t.pages(7, 1), Protect::Yes, Wake::No).unwrap();
+        assert_eq!(t.k.collapse(t.region), Err(Trouble::Unsuitable));
+        t.k.protect(t.pages(7, 1), Protect::No, Wake::No).unwrap();
+    }
+    assert_eq!(t.k.is_huge(t.region.start), Ok(false));
+    assert_eq!(t.k.collapse(t.region), Ok(()));
+    assert_eq!(t.k.is_huge(t.region.start), Ok(true));
+    assert_eq!(t.there(0, 512), [(0, 512)]);
+    // It travels whole, and so it comes back.
+    let block = VaRange { end: Va(t.k.staging().start.0 + t.region.len()), ..t.k.staging() };
+    if t.k.capabilities().move_pages {
+        assert_eq!(t.k.take_out(block.start, t.region), Done::all(Pages(512)));
+        assert_eq!(t.k.is_huge(block.start), Ok(true));
+        t.k.read_staged(block, |b| assert_eq!((b[0], b[b.len() / 2], b[b.len() - 1]), (3, 3, 4)));
+        t.k.drop_staged(block).unwrap();
+    }
+}
+
 fn words_grow_in_place<K: Kernel>(t: Tried<'_, K>) {
     use peerspace_core::sync::Ordering::Relaxed;
     let words = t.k.words(1 << 20, 10).unwrap();
@@ -186,6 +210,9 @@ fn all<K: Kernel>(k: &K) {
     }
     tried(k, poison_is_where_no_page_is);
     tried(k, a_disowned_range_is_ordinary_memory);
+    if k.capabilities().huge {
+        tried(k, a_full_block_becomes_huge);
+    }
     tried(k, words_grow_in_place);
 }
 
@@ -194,9 +221,9 @@ const ABLE: Capabilities =
 
 #[test]
 fn the_simulated_kernel() {
-    for can in
-        [ABLE, Capabilities { move_pages: false, poison: false, ..ABLE }, Capabilities { poison: false, ..ABLE }]
-    {
+    let huge = Capabilities { huge: true, ..ABLE };
+    let still = Capabilities { move_pages: false, poison: false, ..ABLE };
+    for can in [ABLE, huge, still, Capabilities { poison: false, ..ABLE }] {
         all(&Sim::new(SimSetup { blocks: BLOCKS, slots: SLOTS, can }));
     }
     all(&Inject::new(Sim::new(SimSetup { blocks: BLOCKS, slots: SLOTS, can: ABLE })));

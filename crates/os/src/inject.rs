@@ -42,6 +42,7 @@ pub enum Call {
     IsPresent,
     PresentRuns,
     IsHuge,
+    Collapse,
     Unshare,
     Discard,
     MappingAt,
@@ -71,6 +72,7 @@ impl Call {
         Call::IsPresent,
         Call::PresentRuns,
         Call::IsHuge,
+        Call::Collapse,
         Call::Unshare,
         Call::Discard,
         Call::MappingAt,
@@ -89,6 +91,7 @@ impl Call {
             Call::Protect | Call::Poison => &[Changing, NoMemory, Interrupted],
             Call::IsPresent | Call::PresentRuns | Call::IsHuge | Call::MappingAt => &[NoMemory, Interrupted],
             Call::Adopt => &[NoMemory, Busy, Unsuitable],
+            Call::Collapse => &[NoMemory, Busy, Unsuitable],
             Call::Unshare => &[NoMemory, Busy, Interrupted],
             Call::Words | Call::Grow | Call::Map | Call::Disown | Call::Discard | Call::DropStaged | Call::Bury => {
                 &[NoMemory]
@@ -342,6 +345,10 @@ impl<K: Kernel> Kernel for Inject<K> {
 
     fn is_huge(&self, va: Va) -> Result<bool, Trouble> {
         self.whole(Call::IsHuge, || self.kernel.is_huge(va))
+    }
+
+    fn collapse(&self, block: VaRange) -> Result<(), Trouble> {
+        self.whole(Call::Collapse, || self.kernel.collapse(block))
     }
 
     fn unshare(&self, range: VaRange) -> Result<(), Trouble> {

@@ -274,6 +274,14 @@ pub trait Kernel: Send + Sync + 'static {
     /// When it cannot be found out.
     fn is_huge(&self, va: Va) -> Result<bool, Trouble>;
 
+    /// Makes one huge page of a block (rule H3), all of whose pages are there and none of which is write-protected.
+    /// Nobody sees it happen; the mapping stays as it is if it cannot be done.
+    ///
+    /// # Errors
+    /// [`Trouble::Busy`] when a page is missing or somebody holds it, [`Trouble::NoMemory`] when there is no huge page
+    /// to be had, [`Trouble::Unsuitable`] when a page is protected or the mapping is of another kind.
+    fn collapse(&self, block: VaRange) -> Result<(), Trouble>;
+
     /// Gives the process pages of its own where it still shares them with a forked one. Pages that are there
     /// become writable. Not for threads that receive messages: it may have to wait for them.
     ///

@@ -184,6 +184,9 @@ pub(crate) fn start_threads<K: Kernel>(
     type Loop<K> = (&'static str, fn(&Engine<K>));
     let mut loops: Vec<Loop<K>> =
         vec![("peerspace-reclaim", Engine::serve_reclaim), ("peerspace-ahead", Engine::serve_ahead)];
+    if engine.has_huge() {
+        loops.push(("peerspace-collapse", Engine::serve_collapse));
+    }
     match delivery {
         Delivery::Signal => loops.push(("peerspace-changes", Engine::serve_changes)),
         Delivery::Messages => {

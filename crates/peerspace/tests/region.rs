@@ -5,7 +5,7 @@ mod common;
 use common::*;
 use peerspace::device::DeviceError;
 use peerspace::device::soft::Soft;
-use peerspace::{Error, Faults, Hint, Space};
+use peerspace::{Error, Faults, Hint, Region, Space};
 
 const HOST: usize = 4 * MIB;
 
@@ -176,4 +176,78 @@ fn hints_choose_the_size_of_folios() {
     sparse.advise(Hint::Normal).unwrap();
     sparse.bytes_mut()[4 * MIB..].fill(1);
     assert!(now().0 > huge, "streams are served in huge folios again");
+}
+
+/// H3, H4: small pages become huge folios on request, with their content; what is missing is brought in.
+#[test]
+fn h3_small_pages_are_collapsed_on_request() {
+    let space = space(Faults::Signal, 32 * MIB, Soft::new(64 * MIB as u64).unwrap());
+    if !huge_pages(&space) {
+        return;
+    }
+    let mut region = space.region(8 * MIB as u64).unwrap();
+    region.advise(Hint::Sparse).unwrap();
+    // All of three blocks, and every other page of the last one.
+    let used = |page: usize| page < 1536 || page.is_multiple_of(2);
+    for page in (0..2048).rev().filter(|p| used(*p)) {
+        region.bytes_mut()[page * 4096] = page as u8 | 1;
+    }
+    assert_eq!(space.statistics().huge_mapped, 0);
+    let error = region.collapse(0..8 * MIB).unwrap_err().to_string();
+    assert!(error.contains("Sparse"), "{error}");
+    region.advise(Hint::Normal).unwrap();
+    assert!(region.collapse(0..9 * MIB).is_err());
+    // Only what lies inside: one block.
+    let before = space.statistics().collapses;
+    assert_eq!(region.collapse(MIB..5 * MIB + 1).unwrap(), 2 * MIB);
+    assert_eq!(region.collapse(0..8 * MIB).unwrap(), 8 * MIB);
+    // The scanner may have been faster.
+    let statistics = space.statistics();
+    assert_eq!((statistics.collapses, before <= 3), (4, true), "{statistics:?}");
+    assert_eq!(statistics.used_bytes as usize, 8 * MIB);
+    let right = |region: &Region| {
+        (0..2048).all(|page| region.bytes()[page * 4096] == if used(page) { page as u8 | 1 } else { 0 })
+    };
+    assert!(right(&region));
+    space.check();
+    // They are folios like any other: they leave and come back whole.
+    let mut other = space.region(32 * MIB as u64).unwrap();
+    other.bytes_mut().fill(1);
+    assert!(right(&region));
+    space.check();
+    // A collapse of what is away brings it home.
+    other.bytes_mut().fill(2);
+    assert_eq!(region.collapse(0..2 * MIB).unwrap(), 2 * MIB);
+    assert!(right(&region));
+    space.check();
+}
+
+/// H3: in the background too, where the block lacks little; not where it is sparse.
+#[test]
+fn h3_dense_blocks_are_collapsed_in_the_background() {
+    let space = space(Faults::Signal, 64 * MIB, Soft::new(64 * MIB as u64).unwrap());
+    if !huge_pages(&space) {
+        return;
+    }
+    let mut region = space.region(16 * MIB as u64).unwrap();
+    region.advise(Hint::Sparse).unwrap();
+    // The first half lacks one page in sixteen, the second half all but one in sixteen.
+    let used = |page: usize| (page < 2048) != page.is_multiple_of(16);
+    for page in (0..4096).rev().filter(|p| used(*p)) {
+        region.bytes_mut()[page * 4096] = page as u8 | 1;
+    }
+    region.advise(Hint::Normal).unwrap();
+    // Enough faults for somebody to look.
+    let mut more = space.region(8 * MIB as u64).unwrap();
+    more.advise(Hint::Sparse).unwrap();
+    let started = std::time::Instant::now();
+    while space.statistics().collapses < 4 {
+        assert!(started.elapsed().as_secs() < 60, "{:?}", space.statistics());
+        more.discard(0..8 * MIB).unwrap();
+        more.bytes_mut().iter_mut().step_by(4096).rev().for_each(|b| *b = 1);
+    }
+    drop(more);
+    assert!((0..4096).all(|page| region.bytes()[page * 4096] == if used(page) { page as u8 | 1 } else { 0 }));
+    assert_eq!(space.statistics().collapses, 4, "what is sparse stays so");
+    space.check();
 }

@@ -500,6 +500,20 @@ impl Kernel for Linux {
         self.pagemap.is_huge(va).map_err(trouble)
     }
 
+    fn collapse(&self, block: VaRange) -> Result<(), Trouble> {
+        self.assert_foreign(block);
+        // SAFETY: the kernel puts the same bytes elsewhere; every reference to them stays good.
+        let done = unsafe { libc::madvise(block.start.0 as *mut _, block.len() as usize, libc::MADV_COLLAPSE) };
+        if done == 0 {
+            return Ok(());
+        }
+        match Errno::from_io_error(&std::io::Error::last_os_error()) {
+            // Something is in the way for now: pages that are held, or no huge page to be had.
+            Some(Errno::AGAIN | Errno::BUSY) => Err(Trouble::Busy),
+            other => Err(trouble(other.unwrap_or(Errno::INVAL))),
+        }
+    }
+
     fn unshare(&self, range: VaRange) -> Result<(), Trouble> {
         self.assert_foreign(range);
         // SAFETY: populating for writing gives each page of the range an own copy with the same content.

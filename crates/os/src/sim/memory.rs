@@ -380,6 +380,22 @@ impl Memory {
         }
     }
 
+    pub(super) fn collapse(&mut self, block: PageRange) -> Result<(), Trouble> {
+        if !is_block(block) || self.one_mapping(block).is_none_or(|k| k.buried) {
+            return Err(Trouble::Unsuitable);
+        }
+        for vpn in block.iter() {
+            match &self.places[&vpn.0].content {
+                Content::Page(page) if page.protected => return Err(Trouble::Unsuitable),
+                Content::Page(page) if !page.shared => {}
+                _ => return Err(Trouble::Busy),
+            }
+        }
+        self.huge.insert(block.start.block());
+        self.tables.remove(&block.start.block());
+        Ok(())
+    }
+
     pub(super) fn protect(&mut self, range: PageRange, on: bool) -> Result<(), Trouble> {
         if self.changing > 0 {
             return Err(Trouble::Changing);

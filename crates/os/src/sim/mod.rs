@@ -391,6 +391,14 @@ impl Kernel for Sim {
         Ok(self.step().is_huge(self.geometry.vpn(va)))
     }
 
+    fn collapse(&self, block: VaRange) -> Result<(), Trouble> {
+        let pages = self.foreign(block);
+        if !self.can.huge {
+            return Err(Trouble::Unsuitable);
+        }
+        self.step().collapse(pages)
+    }
+
     fn unshare(&self, range: VaRange) -> Result<(), Trouble> {
         let pages = self.foreign(range);
         self.step().unshare(pages)

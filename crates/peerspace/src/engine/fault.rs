@@ -22,11 +22,14 @@ use peerspace_core::memmap::{Backing, Frame};
 use peerspace_core::plan::{self, FaultPlan, Grain, GrainFacts};
 use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_core::stream::{Direction, Level};
+use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_os::{Kernel, Protect, Trouble, Wake};
 use std::time::{Duration, Instant};
 
 /// Attempts before a fault that makes no headway is given up as a bug. Each waits for what it met.
 const ATTEMPTS: u32 = 1_000_000;
+/// So many faults of one thread may have made blocks dense.
+const COLLAPSE_AFTER: u64 = 512;
 
 /// How long a fault goes on trying while the kernel refuses, for want of memory or whatever reason, to let the page be
 /// there. After that the access fails, rather than hang.
@@ -168,7 +171,9 @@ impl<K: Kernel> Engine<K> {
         };
         self.return_ration(ration);
         if result.is_ok() {
-            count(&work.counters.faults);
+            if work.counters.faults.fetch_add(1, Relaxed) % COLLAPSE_AFTER == COLLAPSE_AFTER - 1 && self.has_huge() {
+                self.service.wake_collapse(&self.kernel.park());
+            }
             work.latency.record(started.elapsed());
         } else if level > 0 {
             // The fault comes again, and still belongs to its stream.
@@ -267,7 +272,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     fn huge_possible(&self, region: RegionInfo, vpn: Vpn) -> bool {
-        self.huge.load(peerspace_core::sync::Ordering::Relaxed) && self.block_inside(region, vpn)
+        self.has_huge() && self.block_inside(region, vpn)
     }
 
     /// What a kernel operation that did not do anything means for the attempt.

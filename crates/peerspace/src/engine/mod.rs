@@ -38,6 +38,7 @@ pub(crate) mod block;
 pub(crate) mod budget;
 pub(crate) mod changes;
 pub(crate) mod check;
+pub(crate) mod collapse;
 pub(crate) mod context;
 pub(crate) mod evict;
 pub(crate) mod fault;
@@ -286,6 +287,11 @@ impl<K: Kernel> Engine<K> {
     /// The region that holds `vpn`.
     pub(crate) fn region(&self, vpn: Vpn) -> Option<RegionInfo> {
         self.regions.find(vpn)
+    }
+
+    /// Whether huge pages are to be had.
+    pub(crate) fn has_huge(&self) -> bool {
+        self.huge.load(Relaxed)
     }
 
     /// True when the whole block of `vpn` lies in `region`.

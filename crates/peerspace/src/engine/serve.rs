@@ -44,6 +44,7 @@ pub(crate) struct Service {
     waiting: AtomicUsize,
     reclaim: AtomicU64,
     ahead: AtomicU64,
+    collapse: AtomicU64,
     requests: Mutex<ArrayVec<Ahead, REQUESTS>>,
     said_full: AtomicBool,
     said_refused: AtomicBool,
@@ -61,6 +62,7 @@ impl Service {
             waiting: AtomicUsize::new(0),
             reclaim: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
+            collapse: AtomicU64::new(0),
             requests: Mutex::new(ArrayVec::new_const()),
             said_full: AtomicBool::new(false),
             said_refused: AtomicBool::new(false),
@@ -72,7 +74,7 @@ impl Service {
     /// Ends the loops, once they look.
     pub(crate) fn stop(&self, park: &impl Park) {
         self.stop.store(true, Ordering::SeqCst);
-        for word in [&self.reclaim, &self.ahead] {
+        for word in [&self.reclaim, &self.ahead, &self.collapse] {
             word.store(1, Ordering::Release);
             park.wake(word);
         }
@@ -84,6 +86,7 @@ impl Service {
         self.reader.reset();
         self.reclaim.store(0, Ordering::Relaxed);
         self.ahead.store(0, Ordering::Relaxed);
+        self.collapse.store(0, Ordering::Relaxed);
         self.requests.lock().clear();
         self.aside.lock().clear();
         self.waiting.store(0, Ordering::Relaxed);
@@ -102,6 +105,25 @@ impl Service {
 
     pub(crate) fn wake_reclaim(&self, park: &impl Park) {
         ring(&self.reclaim, park);
+    }
+
+    /// Has blocks looked through that may have become dense.
+    pub(crate) fn wake_collapse(&self, park: &impl Park) {
+        ring(&self.collapse, park);
+    }
+
+    /// The word that is 0 while the threads are not to begin yet.
+    pub(super) fn started(&self) -> &AtomicU64 {
+        &self.go
+    }
+
+    pub(super) fn collapse_bell(&self) -> &AtomicU64 {
+        &self.collapse
+    }
+
+    /// All blocks were looked through; whoever rings from here on is heard.
+    pub(super) fn answer_collapse(&self) {
+        self.collapse.store(self.stopped() as u64, Ordering::Release);
     }
 
     /// Asks for something to be read ahead. False when the queue is full or taken.
@@ -133,7 +155,7 @@ fn ring(bell: &AtomicU64, park: &impl Park) {
 }
 
 /// Sleeps until the bell rings.
-fn await_bell(bell: &AtomicU64, park: &impl Park) {
+pub(super) fn await_bell(bell: &AtomicU64, park: &impl Park) {
     while bell.load(Ordering::Acquire) == 0 {
         park.wait(bell, 0);
     }

@@ -522,10 +522,13 @@ pub(super) fn start_services(engine: &Shared<Real>) {
     let mut loops: [Option<fn(usize)>; 16] = [None; 16];
     loops[0] = Some(|_| process().engine.get().expect("armed").serve_reclaim());
     loops[1] = Some(|_| process().engine.get().expect("armed").serve_ahead());
+    if engine.has_huge() {
+        loops[2] = Some(|_| process().engine.get().expect("armed").serve_collapse());
+    }
     match engine.kernel.delivery() {
-        Delivery::Signal => loops[2] = Some(|_| process().engine.get().expect("armed").serve_changes()),
+        Delivery::Signal => loops[3] = Some(|_| process().engine.get().expect("armed").serve_changes()),
         Delivery::Messages => {
-            for l in &mut loops[2..2 + handlers] {
+            for l in &mut loops[3..3 + handlers] {
                 *l = Some(|_| process().engine.get().expect("armed").serve_messages());
             }
         }

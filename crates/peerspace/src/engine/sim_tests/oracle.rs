@@ -27,6 +27,7 @@ enum Op {
     Stream { at: usize, pages: usize, write: bool, down: bool },
     Reclaim { steps: usize },
     ReadAhead,
+    Collapse { at: usize },
     Discard { at: usize, pages: usize },
     Unmap { at: usize, pages: usize },
     Remap { at: usize, pages: usize, over: Option<usize> },
@@ -54,6 +55,7 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(at, pages, write, down)| Op::Stream { at, pages, write, down }),
         12 => (1usize..200).prop_map(|steps| Op::Reclaim { steps }),
         3 => Just(Op::ReadAhead),
+        3 => some.clone().prop_map(|at| Op::Collapse { at }),
         4 => (some.clone(), run.clone()).prop_map(|(at, pages)| Op::Discard { at, pages }),
         2 => (some.clone(), run).prop_map(|(at, pages)| Op::Unmap { at, pages }),
         3 => (some.clone(), 1usize..700, proptest::option::of(some.clone()))
@@ -302,6 +304,18 @@ impl World {
             Op::ReadAhead => {
                 while let Some(what) = self.rig.engine.next_request() {
                     self.rig.engine.bring_ahead(what);
+                }
+            }
+            Op::Collapse { at } => {
+                if let Some((area, page)) = self.place(at) {
+                    let engine = &self.rig.engine;
+                    let before = engine.sums().collapses;
+                    let outcome = engine.collapse(engine.geometry.vpn(self.areas[area].va(page)));
+                    assert_eq!(engine.sums().collapses - before, outcome.is_ok() as u64, "{outcome:?}");
+                    if outcome.is_ok() {
+                        let va = Va(self.areas[area].va(page).0 & !((2 << 20) - 1));
+                        assert_eq!(self.rig.sim().is_huge(va), Ok(true));
+                    }
                 }
             }
             Op::Discard { at, pages } => {

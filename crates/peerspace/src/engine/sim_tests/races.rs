@@ -5,6 +5,7 @@
 
 use super::{ABLE, Came, PAGE, Rig, Shelf};
 use peerspace_core::addr::{Va, VaRange};
+use peerspace_core::regions::Attributes;
 use peerspace_os::inject::Call;
 use peerspace_os::sim::Trap;
 use peerspace_os::{Capabilities, Kernel};
@@ -135,6 +136,61 @@ fn pages_survive_calls_that_fail() {
 #[test]
 fn pages_survive_without_moves() {
     explore(30, || faults_and_reclaim(Capabilities { move_pages: false, poison: false, ..ABLE }, false));
+}
+
+/// H3, H12: a block is collapsed while its pages are read, written, discarded and evicted.
+#[test]
+fn pages_survive_a_collapse() {
+    static COLLAPSED: AtomicU64 = AtomicU64::new(0);
+    explore(8, || {
+        let (rig, shelf) = rig(Capabilities { huge: true, ..ABLE });
+        let region = rig.region(1);
+        let all = rig.engine.geometry.pages_inside(region);
+        let set = |a: Attributes| rig.engine.advise(all, |_| a).unwrap();
+        set(Attributes::NO_HUGE);
+        (0..512).for_each(|n| put(&rig, page(region, n), n as u64 + 1));
+        set(Attributes::default());
+        let receiver = Receiver::start(&rig);
+        let collapser = {
+            let rig = rig.clone();
+            thread::spawn(move || {
+                let done = (0..3).any(|_| rig.engine.collapse(all.start).is_ok());
+                COLLAPSED.fetch_add(done as u64, Relaxed);
+            })
+        };
+        let reclaimer = {
+            let rig = rig.clone();
+            thread::spawn(move || rig.reclaim(2))
+        };
+        let user = {
+            let rig = rig.clone();
+            thread::spawn(move || {
+                for n in [0, 255, 511] {
+                    assert_eq!(word(&rig, page(region, n)), Ok(n as u64 + 1), "page {n}");
+                    put(&rig, page(region, n), n as u64 + 1000);
+                }
+                rig.sim().dontneed(VaRange { start: page(region, 7), end: page(region, 9) });
+                assert_eq!(word(&rig, page(region, 8)), Ok(0), "a discarded page");
+            })
+        };
+        collapser.join().unwrap();
+        reclaimer.join().unwrap();
+        user.join().unwrap();
+        receiver.end();
+        while rig.engine.receive().is_some() {}
+        rig.engine.check();
+        for n in 0..512 {
+            let want = match n {
+                0 | 255 | 511 => n as u64 + 1000,
+                7 | 8 => 0,
+                n => n as u64 + 1,
+            };
+            assert_eq!(word(&rig, page(region, n)), Ok(want), "page {n} at the end");
+        }
+        rig.release(region);
+        assert_eq!((rig.engine.check().device_pages, shelf.held()), (0, 0));
+    });
+    assert!(COLLAPSED.load(Relaxed) > 0, "no block was ever collapsed");
 }
 
 /// A program discards, unmaps and maps anew, moves: a reader never sees what was there before, nor zeros for what is.

@@ -1,0 +1,208 @@
+//! Collapse: the small pages of a block become one huge folio again (rules H3, H4, H12).
+//!
+//! The kernel puts the bytes together in place, so that there is no moment at which the program misses them. What is
+//! seen to here is that the block is one that can be: all of its pages mapped and writable, nobody relying on where one
+//! of them is. From the last look to the new entry all entries of the block are locked, which keeps everybody else away
+//! from it; a fault waits.
+//!
+//! In the background ([`Engine::serve_collapse`]) blocks are looked through in turn, in a bounded share of the time, and
+//! those are chosen that lack few pages ([`MOST_MISSING`]): what they lack becomes memory that the program did not ask
+//! for, and what of them was clean has to be stored once more.
+
+use super::serve::await_bell;
+use super::stats::count;
+use super::{Engine, fault};
+use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Vpn};
+use peerspace_core::entry::{Dirt, Entry as Word, State};
+use peerspace_core::memmap::{Arrival, Backing, Frame};
+use peerspace_core::regions::Attributes;
+use peerspace_os::{Kernel, Trouble, Wake};
+use std::time::{Duration, Instant};
+
+/// Pages of a block that may be missing, or clean, for a collapse in the background: less than a tenth.
+pub(crate) const MOST_MISSING: u64 = BLOCK_PAGES / 10;
+/// The scanner rests so many times as long as it has worked.
+const REST: u32 = 19;
+/// And at least so long, so that it does not run for every block.
+const LEAST_REST: Duration = Duration::from_millis(2);
+/// Blocks looked at between rests.
+const BLOCKS_AT_ONCE: usize = 64;
+
+/// Why a block was not collapsed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NoCollapse {
+    /// It is one huge folio already.
+    Huge,
+    /// It is not inside a region, or the region or this kernel has no huge pages.
+    Unsuitable,
+    /// Pages are missing, or protected, and were not to be brought.
+    Sparse,
+    /// Somebody relies on where its pages are, or works with them just now.
+    Busy,
+    /// There is no frame or no memory for it.
+    NoRoom,
+}
+
+impl<K: Kernel> Engine<K> {
+    /// Makes the block at `start` one huge folio, bringing what is missing, zeros included. Without a context.
+    pub(crate) fn collapse(&self, start: Vpn) -> Result<(), NoCollapse> {
+        let pages = PageRange::block(start.block());
+        let region = self.region(pages.start).ok_or(NoCollapse::Unsuitable)?;
+        if !self.block_inside(region, pages.start) || region.attributes.has(Attributes::NO_HUGE) || !self.has_huge() {
+            return Err(NoCollapse::Unsuitable);
+        }
+        // The kernel collapses no page that is protected, and none that is not there.
+        for vpn in pages.iter() {
+            match self.table.look(vpn).map(|(entry, whole)| (entry.state(), whole)) {
+                Some((State::Host { .. }, true)) => return Err(NoCollapse::Huge),
+                Some((State::Host { writable: true, .. }, false)) => {}
+                Some((State::Poisoned { .. }, _)) => return Err(NoCollapse::Unsuitable),
+                Some(_) => {
+                    let _ = self.fault(self.geometry.va(vpn), Access::Write, Wake::Yes, fault::Patience::Waits);
+                }
+                None => return Err(NoCollapse::Unsuitable),
+            }
+        }
+        self.join_block(pages)
+    }
+
+    /// Joins a block, all of whose pages should be mapped and writable.
+    fn join_block(&self, pages: PageRange) -> Result<(), NoCollapse> {
+        let work = self.contexts.take();
+        let frame = self.memmap.take_block().ok_or(NoCollapse::NoRoom)?;
+        let mut why = NoCollapse::Busy;
+        let joined = self.table.join(pages.start.block(), |block| {
+            let state = |i: u64| block.entry(i as usize).state();
+            let part = |i: u64| match state(i) {
+                State::Host { pfn, .. } => self.memmap.page(pfn),
+                _ => unreachable!("all pages are mapped"),
+            };
+            for i in 0..BLOCK_PAGES {
+                match state(i) {
+                    State::Host { pfn, writable: true, .. } if self.memmap.pins(self.memmap.page(pfn)) == 0 => {}
+                    State::Host { writable: true, .. } => return None,
+                    _ => {
+                        why = NoCollapse::Sparse;
+                        return None;
+                    }
+                }
+            }
+            let collapsed = match self.gate.enter(work.context()) {
+                Some(_section) => self.kernel.collapse(self.addresses(pages)),
+                None => Err(Trouble::Changing),
+            };
+            if let Err(t) = collapsed {
+                why = match t {
+                    Trouble::NoMemory => NoCollapse::NoRoom,
+                    Trouble::Unsuitable => NoCollapse::Unsuitable,
+                    _ => NoCollapse::Busy,
+                };
+                return None;
+            }
+            self.retract_all((0..BLOCK_PAGES).map(part));
+            for part in (0..BLOCK_PAGES).map(part) {
+                // The page as a folio of its own is no more; its memory is that of the huge one, which stays charged.
+                let backing = self.memmap.backing(part);
+                self.free_frame(part, false);
+                self.free_backing(backing, Order::BASE);
+            }
+            Some(Word::new(State::Host { pfn: self.memmap.pfn(frame), writable: true, dirt: Dirt::Dirty }))
+        });
+        let Ok(Some(entry)) = joined else {
+            self.memmap.reset(frame);
+            self.memmap.give_back(frame);
+            return Err(why);
+        };
+        self.memmap.reset(frame);
+        self.memmap.place(frame, pages.start, self.life());
+        self.memmap.set_backing(frame, Backing::None);
+        // Its pages were in use: it is no newcomer.
+        self.announce(frame, Arrival::Reuse);
+        drop(entry);
+        count(&work.counters.collapses);
+        count(&work.counters.huge_mapped);
+        Ok(())
+    }
+
+    /// Takes mapped frames off the policy's lists. Their entries are locked.
+    fn retract_all(&self, frames: impl Iterator<Item = Frame>) {
+        let mut policy = self.policy.lock();
+        self.incoming.drain(&self.memmap, &mut **policy);
+        frames.for_each(|frame| policy.remove(&self.memmap, frame));
+    }
+
+    /// Collapses blocks that have become dense, until stopped.
+    pub(crate) fn serve_collapse(&self) {
+        let park = self.kernel.park();
+        await_bell(self.service.started(), &park);
+        let mut hand = Vpn(0);
+        while !self.service.stopped() {
+            await_bell(self.service.collapse_bell(), &park);
+            let mut found = 0;
+            loop {
+                let started = Instant::now();
+                let (next, n) = self.collapse_some(hand);
+                found += n;
+                hand = next.unwrap_or(Vpn(0));
+                self.rest_after(started.elapsed());
+                // Once through all there is, and once more as long as that is worth it.
+                if self.service.stopped() || next.is_none() && std::mem::take(&mut found) == 0 {
+                    break;
+                }
+            }
+            self.service.answer_collapse();
+        }
+    }
+
+    fn rest_after(&self, worked: Duration) {
+        /// The longest nap: whoever ends the service waits for it.
+        const NAP: Duration = Duration::from_millis(5);
+        let mut rest = (worked * REST).max(LEAST_REST);
+        while !rest.is_zero() && !self.service.stopped() {
+            crate::sync::sleep(rest.min(NAP));
+            rest = rest.saturating_sub(NAP);
+        }
+    }
+
+    /// Looks at some blocks from `hand` on. Returns where to go on, if there is more, and how many were collapsed.
+    fn collapse_some(&self, hand: Vpn) -> (Option<Vpn>, u64) {
+        let mut at = hand;
+        let mut collapsed = 0;
+        for _ in 0..BLOCKS_AT_ONCE {
+            let Some(region) = self.regions.next(at) else { return (None, collapsed) };
+            at = at.max(region.range.start);
+            let block = PageRange::block(at.block());
+            at = block.end;
+            if !region.attributes.has(Attributes::NO_HUGE)
+                && region.range.covers(block)
+                // Room for what is missing, and then some: else reclaim would take the block apart again.
+                && self.budget.left() > BLOCK_PAGES as i64
+                && self.is_dense(block)
+            {
+                match self.collapse(block.start) {
+                    Ok(()) => collapsed += 1,
+                    Err(NoCollapse::NoRoom) => return (None, collapsed),
+                    Err(_) => {}
+                }
+            }
+        }
+        (Some(at), collapsed)
+    }
+
+    /// Whether the block is split and lacks few pages. One that is clean is lacking too: a huge page cannot be protected
+    /// from its first moment on, so its pages would have to be stored anew.
+    fn is_dense(&self, block: PageRange) -> bool {
+        let mut missing = 0;
+        for vpn in block.iter() {
+            match self.table.look(vpn).map(|(entry, whole)| (entry.state(), whole)) {
+                Some((State::Host { writable: true, .. }, false)) => {}
+                Some((State::Poisoned { .. }, _) | (_, true)) | None => return false,
+                Some(_) => missing += 1,
+            }
+            if missing > MOST_MISSING {
+                return false;
+            }
+        }
+        true
+    }
+}
