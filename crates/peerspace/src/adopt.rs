@@ -3,7 +3,7 @@
 use crate::engine::adopt::{AdoptError, HoldError};
 use crate::error::Error;
 use crate::space::Space;
-use peerspace_core::addr::{Access, PageRange, Pfn, Va, VaRange, Vpn};
+use peerspace_core::addr::{Access, PageRange, Pages, Pfn, Va, VaRange, Vpn};
 use peerspace_os::linux::fork::is_arena_start;
 use peerspace_os::linux::map::ours_within;
 use peerspace_os::linux::scan::Vma;
@@ -43,6 +43,8 @@ pub struct Adopted {
 pub struct Resident {
     space: Space,
     pages: PageRange,
+    /// As they were counted.
+    pinned: Pages,
 }
 
 impl Space {
@@ -116,19 +118,26 @@ impl Space {
     /// (with [`Use::Write`] if the call writes to it) and for as long as the kernel may use it. With threads that is
     /// only needed for memory that must not move: buffers registered with io_uring, or used by a device.
     ///
-    /// What is resident counts towards the budget, and nothing else can leave in its place: a resident range larger
-    /// than the budget exceeds it.
+    /// What is resident counts towards the budget, and nothing else can leave in its place. So there is a
+    /// [limit](crate::Builder::pin_limit), by default three quarters of the budget. Its pages are pinned (rule H5): no
+    /// folio is moved or taken apart of which one is.
     ///
     /// # Errors
-    /// [`Error::Lost`] if a page cannot be had back; [`Error::BadRange`] if one is not managed by this space. Nothing
-    /// is kept then.
+    /// [`Error::TooManyPinned`] beyond the limit; [`Error::Lost`] if a page cannot be had back; [`Error::BadRange`] if
+    /// one is not managed by this space. Nothing is kept then.
     pub fn make_resident(&self, start: *const u8, len: usize, how: Use) -> Result<Resident, Error> {
         let engine = self.engine();
         let bad = |why| Error::BadRange { what: format!("{len} bytes at {start:p}"), why };
         let range = VaRange::new(Va(start as u64), len as u64).ok_or_else(|| bad("the range wraps"))?;
         let pages = engine.geometry.pages_out(range);
+        engine.budget.pin(pages.pages()).map_err(|e| Error::TooManyPinned {
+            asked: engine.geometry.bytes(pages.pages()),
+            pinned: engine.geometry.bytes(e.pinned),
+            most: engine.geometry.bytes(e.most),
+        })?;
         // What is held already is let go of again if the rest cannot be.
-        let mut held = Resident { space: self.clone(), pages: PageRange { start: pages.start, end: pages.start } };
+        let none = PageRange { start: pages.start, end: pages.start };
+        let mut held = Resident { space: self.clone(), pages: none, pinned: pages.pages() };
         for piece in pages.by_block() {
             without_signals(|| engine.hold_pages(piece, how.into())).map_err(|e| self.cannot_hold(e, &bad))?;
             held.pages.end = piece.end;
@@ -203,6 +212,7 @@ impl Drop for Resident {
         for piece in self.pages.by_block() {
             without_signals(|| self.space.engine().let_go(piece));
         }
+        self.space.engine().budget.unpin(self.pinned);
     }
 }
 

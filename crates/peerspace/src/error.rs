@@ -45,6 +45,19 @@ pub enum Error {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// More would be pinned than may be.
+    #[error(
+        "{asked} bytes cannot be kept resident: {pinned} bytes are, and {most} may be. Let some go first, or allow more \
+         with Builder::pin_limit"
+    )]
+    TooManyPinned {
+        /// What was asked for, in whole pages.
+        asked: u64,
+        /// What is kept resident already; a page that is so twice counts twice.
+        pinned: u64,
+        /// What may be.
+        most: u64,
+    },
     /// The kernel refused.
     #[error("{what}: {why}")]
     Kernel {

@@ -25,6 +25,8 @@ pub struct Statistics {
     pub standby_bytes: u64,
     /// Of the bytes in use, those in adopted memory that nobody has looked at yet: the kernel populated them.
     pub native_bytes: u64,
+    /// Bytes that are kept resident; those that are so several times count several times.
+    pub pinned_bytes: u64,
     /// Faults.
     pub faults: FaultStatistics,
     /// Pages brought in from devices, those read ahead included.
@@ -125,6 +127,7 @@ impl Statistics {
             forced_bytes: g.bytes(engine.budget.forced()),
             standby_bytes: g.bytes(engine.standby_pages()),
             native_bytes: (engine.budget.native().max(0) as u64) << g.page_shift(),
+            pinned_bytes: g.bytes(engine.budget.pinned()),
             faults: FaultStatistics {
                 total: s.faults,
                 zero_fill: s.zero_fill,

@@ -55,6 +55,7 @@ pub struct Builder {
     policy: Option<OwnBox<dyn Policy<<Linux as Kernel>::Words>>>,
     handlers: usize,
     without: u64,
+    pin_limit: Option<u64>,
 }
 
 impl fmt::Debug for Builder {
@@ -97,6 +98,12 @@ impl Builder {
     pub fn policy(mut self, policy: impl Policy<<Linux as Kernel>::Words> + 'static) -> Builder {
         self.policy = Some(allocator_api2::unsize_box!(OwnBox::new_in(policy, Own)));
         self
+    }
+
+    /// How many bytes may be kept [resident](Space::make_resident) at once; three quarters of the budget otherwise. What
+    /// goes beyond the budget exceeds it.
+    pub fn pin_limit(self, bytes: u64) -> Builder {
+        Builder { pin_limit: Some(bytes), ..self }
     }
 
     /// How many threads serve faults when they are delivered to [threads](Faults::Threads). One for each two
@@ -145,6 +152,9 @@ impl Builder {
             EngineError::Memory(why) => Error::Kernel { what: "reserve memory for tables".into(), why },
             EngineError::Device(name, why) => Error::Device { name, why },
         })?;
+        if let Some(bytes) = self.pin_limit {
+            engine.budget.set_most_pinned(geometry.pages_in(bytes));
+        }
         let handlers = if self.handlers == 0 { (cpus / 2).clamp(2, 8) } else { self.handlers };
         Space::start(Shared::new(engine), handlers)
     }
@@ -204,14 +214,25 @@ pub(crate) fn start_threads<K: Kernel>(
 impl<K: Kernel> FaultHandler for Engine<K> {
     fn fault(&self, va: Va, access: Access) -> bool {
         use crate::engine::fault::{Outcome, Patience};
-        matches!(Engine::fault(self, va, access, Wake::No, Patience::Waits), Ok(Outcome::Resolved))
+        match Engine::fault(self, va, access, Wake::No, Patience::Waits) {
+            Ok(Outcome::Foreign) => self.fill_unknown(va),
+            outcome => matches!(outcome, Ok(Outcome::Resolved)),
+        }
     }
 }
 
 impl Space {
     /// Begins to make a space.
     pub fn builder() -> Builder {
-        Builder { host: 0, faults: Faults::Auto, devices: OwnVec::new_in(Own), policy: None, handlers: 0, without: 0 }
+        Builder {
+            host: 0,
+            faults: Faults::Auto,
+            devices: OwnVec::new_in(Own),
+            policy: None,
+            handlers: 0,
+            without: 0,
+            pin_limit: None,
+        }
     }
 
     fn start(engine: Shared<Real>, handlers: usize) -> Result<Space, Error> {

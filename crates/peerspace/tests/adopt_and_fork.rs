@@ -1,7 +1,7 @@
 //! Memory the program already has (G1, G2, G5), memory kept resident, and forks (G12).
 
 use peerspace::device::soft::Soft;
-use peerspace::{Error, Faults, Space, Use};
+use peerspace::{Error, Faults, Hint, Space, Use};
 use std::io::{Read, Write};
 
 const MIB: usize = 1 << 20;
@@ -101,6 +101,48 @@ fn resident_memory_can_be_handed_to_the_kernel() {
     verify(region.typed(), 5);
     space.check();
     assert!(space.make_resident(std::ptr::null(), 4096, Use::Read).is_err());
+}
+
+/// H5: what is pinned is counted and bounded, nothing is changed beyond the limit, and a folio with a pinned page stays
+/// together.
+#[test]
+fn h5_pins_are_counted_and_bounded() {
+    let space = space(Faults::Signal, 16 * MIB);
+    let mut region = space.region(32 * MIB as u64).unwrap();
+    fill(region.typed_mut(), 8);
+    let pinned = || space.statistics().pinned_bytes as usize;
+    let pin = |at: usize, len: usize| space.make_resident(region.as_ptr().wrapping_add(at), len, Use::Write);
+    // Three quarters of the budget.
+    let a = pin(0, 8 * MIB).unwrap();
+    let b = pin(8 * MIB, 4 * MIB - 1).unwrap();
+    assert_eq!(pinned(), 12 * MIB);
+    let e = pin(20 * MIB, 1).unwrap_err();
+    assert!(matches!(e, Error::TooManyPinned { asked: 4096, .. }), "{e}");
+    assert!(e.to_string().contains("12582912") && e.to_string().contains("pin_limit"), "{e}");
+    // Ranges that are not the space's, and such that wrap.
+    drop(b);
+    assert!(space.make_resident(std::ptr::null(), MIB, Use::Read).is_err());
+    assert!(pin(31 * MIB, 2 * MIB).is_err());
+    assert!(pin(0, usize::MAX).is_err());
+    assert_eq!(pinned(), 8 * MIB);
+    // The same page twice counts twice, and is let go of when both are.
+    let c = pin(MIB + 5, 10).unwrap();
+    assert_eq!(pinned(), 8 * MIB + 4096);
+    drop(a);
+    drop(c);
+    assert_eq!(pinned(), 0);
+    space.check();
+    // A page in the midst of a block.
+    region.advise(Hint::Sparse).unwrap();
+    region.discard(0..2 * MIB).unwrap();
+    for page in (0..512).rev() {
+        region.bytes_mut()[page * 4096] = 1;
+    }
+    let one = space.make_resident(region.as_ptr().wrapping_add(MIB), 1, Use::Write).unwrap();
+    region.advise(Hint::Normal).unwrap();
+    assert_eq!(region.collapse(0..2 * MIB).unwrap(), 0, "a pinned page does not move");
+    drop(one);
+    space.check();
 }
 
 /// Pages that are held stay where they are while everything else has to go.

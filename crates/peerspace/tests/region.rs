@@ -55,7 +55,7 @@ fn lost_pages(faults: Faults) {
     assert!(matches!(e, Error::Lost { .. }), "{e}");
     region.try_read((i - 1) * page(), &mut three[..page()]).unwrap();
     assert!(three[..page()].iter().all(|b| *b == 9), "what comes before is written");
-    let e = space.make_resident(region.as_ptr(), region.len(), peerspace::Use::Read).unwrap_err();
+    let e = space.make_resident(region.as_ptr(), MIB, peerspace::Use::Read).unwrap_err();
     assert!(matches!(e, Error::Lost { .. }), "{e}");
     if CAN_TRY {
         let first = |i: usize| read_byte(region.as_ptr().wrapping_add(i * page()));

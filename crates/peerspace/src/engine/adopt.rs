@@ -16,7 +16,7 @@ use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Pfn, Va
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Arrival, Frame};
 use peerspace_core::plan::CLUSTER;
-use peerspace_core::regions::Attributes;
+use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
 
@@ -91,26 +91,58 @@ impl<K: Kernel> Engine<K> {
     /// program's mappings: the number from [`settled`](Engine::settled), and the mapping that `range` begins in.
     pub(crate) fn adopt_settled(&self, range: VaRange, seen: Option<(u64, VaRange)>) -> Result<(), AdoptError> {
         let pages = self.geometry.pages_inside(range);
-        let _work = self.contexts.take();
-        let _changes = self.region_changes.lock();
+        let work = self.contexts.take();
+        let changes = self.region_changes.lock();
         let turn = self.settled().ok_or(AdoptError::Changed)?;
         if let Some((then, mapping)) = seen
             && (turn != then || self.kernel.mapping_at(range.start) != Ok(Some(mapping)))
         {
             return Err(AdoptError::Changed);
         }
+        let around = self.around(range);
         // The region first: from the moment of registration on, faults in it come. Until that moment no page may
         // leave, since the kernel would put zeros in its place.
         let new = self.cover(pages).map_err(AdoptError::Table)?;
         self.insert_region(pages, Attributes::ADOPTED.with(Attributes::KEPT), new).map_err(AdoptError::Table)?;
-        if let Err(t) = self.kernel.adopt(range) {
+        // Once more, as late as can be: of memory that is not registered no change is told.
+        let same = seen.is_none_or(|(_, mapping)| self.kernel.mapping_at(range.start) == Ok(Some(mapping)));
+        let registered =
+            if same { self.kernel.adopt(range).map_err(AdoptError::Kernel) } else { Err(AdoptError::Changed) };
+        if let Err(e) = registered {
             let _ = self.regions.remove(pages, |_| {});
             self.table.uncover(self.lonely_blocks(pages));
-            return Err(AdoptError::Kernel(t));
+            return Err(e);
+        }
+        // Until then changes were not told. If there was one, part of another mapping may be registered, or a hole of
+        // what is ours be filled with what is not.
+        if seen.is_some() && (self.around(range) != around || !self.is_one_mapping(range)) {
+            if self.settled() != Some(turn) {
+                // What is on the way may be about a mapping that moved to here, which must stay registered. As it is
+                // now, nothing of the region ever leaves.
+                return Ok(());
+            }
+            let _ = self.kernel.disown(range);
+            let _ = self.regions.remove(pages, |_| {});
+            // Nothing of it has left: what the table knows of it is there.
+            self.discard(pages, &work.counters);
+            drop(changes);
+            self.release_table(pages);
+            return Err(AdoptError::Changed);
         }
         // Without room for that, the region stays as it is: right, if of little use.
         let _ = self.regions.update(pages, |a| a.without(Attributes::KEPT));
         Ok(())
+    }
+
+    /// Where the mapping that reaches to the start of `range` begins, and where the one from its end on ends. Registration
+    /// does not change that, whether it cuts a mapping or joins two.
+    fn around(&self, range: VaRange) -> (Option<Va>, Option<Va>) {
+        let at = |va: Va| self.kernel.mapping_at(va).ok().flatten();
+        (at(Va(range.start.0 - 1)).map(|m| m.start), at(range.end).map(|m| m.end))
+    }
+
+    fn is_one_mapping(&self, range: VaRange) -> bool {
+        self.kernel.mapping_at(range.start).is_ok_and(|m| m.is_some_and(|m| m.end >= range.end))
     }
 
     /// Stops managing `range`: brings everything home, even beyond the limit, and leaves it to the kernel. What is
@@ -317,7 +349,10 @@ impl<K: Kernel> Engine<K> {
         }
         let frame = self.memmap.take_block()?;
         let done = match self.gate.enter(work.context()) {
-            Some(_section) => self.take_native_out(self.blocks.range(frame).start, self.addresses(block)),
+            Some(_section) if self.may_take(block) => {
+                self.take_native_out(self.blocks.range(frame).start, self.addresses(block))
+            }
+            Some(_) => Done::stopped(Pages(0), Trouble::Absent),
             None => Done::stopped(Pages(0), Trouble::Changing),
         };
         if done.pages.0 == 0 {
@@ -353,6 +388,16 @@ impl<K: Kernel> Engine<K> {
         }
         self.blocks.put_on_standby(frame);
         Some(done.pages.0)
+    }
+
+    /// Whether native `pages` may be taken in hand. To be asked in the section in which they are, because until then the
+    /// region may have gone, and something else, which is not registered, have taken its place; news that comes later
+    /// finds what was taken.
+    fn may_take(&self, pages: PageRange) -> bool {
+        let managed = |r: RegionInfo| {
+            r.range.covers(pages) && r.attributes.has(Attributes::ADOPTED) && !r.attributes.has(Attributes::KEPT)
+        };
+        self.region(pages.start).is_some_and(managed) && !self.going.may_hold(pages)
     }
 
     /// Moves native pages to staging, in a section; makes them this process's own first where that is needed.
@@ -407,8 +452,12 @@ impl<K: Kernel> Engine<K> {
         let done = match slots {
             Some(slots) => match self.gate.enter(work.context()) {
                 Some(_section) => {
-                    let from = self.addresses(PageRange::new(run.start, Pages(n as u64)));
-                    self.take_native_out(self.ring.range(slots).start, from)
+                    let pages = PageRange::new(run.start, Pages(n as u64));
+                    if self.may_take(pages) {
+                        self.take_native_out(self.ring.range(slots).start, self.addresses(pages))
+                    } else {
+                        Done::stopped(Pages(0), Trouble::Absent)
+                    }
                 }
                 None => Done::stopped(Pages(0), Trouble::Changing),
             },

@@ -18,6 +18,16 @@ pub(crate) struct Budget {
     peak: AtomicI64,
     /// Pages charged although the limit was reached, because no device had room for what would have to go.
     forced: AtomicU64,
+    /// Pages that users keep resident, as often as they do, and how many they may.
+    pinned: AtomicU64,
+    most_pinned: AtomicU64,
+}
+
+/// So many pages cannot be pinned in addition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TooManyPinned {
+    pub(crate) pinned: Pages,
+    pub(crate) most: Pages,
 }
 
 impl Budget {
@@ -28,7 +38,34 @@ impl Budget {
             native: AtomicI64::new(0),
             peak: AtomicI64::new(0),
             forced: AtomicU64::new(0),
+            pinned: AtomicU64::new(0),
+            most_pinned: AtomicU64::new(limit.0 / 4 * 3),
         }
+    }
+
+    /// Sets how many pages may be pinned: otherwise three quarters of the limit.
+    pub(crate) fn set_most_pinned(&self, most: Pages) {
+        self.most_pinned.store(most.0, Relaxed);
+    }
+
+    pub(crate) fn pinned(&self) -> Pages {
+        Pages(self.pinned.load(Relaxed))
+    }
+
+    /// Takes note that `pages` are going to be pinned, if that many may be.
+    pub(crate) fn pin(&self, pages: Pages) -> Result<(), TooManyPinned> {
+        let most = self.most_pinned.load(Relaxed);
+        let fits = |pinned: u64| pinned.checked_add(pages.0).filter(|sum| *sum <= most);
+        // Relaxed: a counter.
+        match self.pinned.fetch_update(Relaxed, Relaxed, fits) {
+            Ok(_) => Ok(()),
+            Err(pinned) => Err(TooManyPinned { pinned: Pages(pinned), most: Pages(most) }),
+        }
+    }
+
+    pub(crate) fn unpin(&self, pages: Pages) {
+        let before = self.pinned.fetch_sub(pages.0, Relaxed);
+        debug_assert!(before >= pages.0, "more pages are let go of than were pinned");
     }
 
     pub(crate) fn limit(&self) -> Pages {

@@ -79,7 +79,11 @@ impl<K: Kernel> Engine<K> {
     /// Acts on `change` and on what was postponed because of it; or postpones it.
     fn note(&self, change: Message, news: &mut News, counters: &Counters) {
         match change {
-            Message::Discard(range) => self.discard(self.geometry.pages_inside(range), counters),
+            Message::Discard(range) => {
+                let pages = self.geometry.pages_inside(range);
+                self.going.note(pages);
+                self.discard(pages, counters);
+            }
             Message::Unmap(range) if self.service.graves.is_ours(self.geometry.pages_inside(range)) => {}
             Message::Unmap(range) => match news.due.iter().position(|d| *d == range) {
                 Some(i) => drop(news.due.swap_remove(i)),

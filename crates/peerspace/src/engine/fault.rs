@@ -16,7 +16,7 @@
 use super::context::Working;
 use super::stats::count;
 use super::{Engine, Entry};
-use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Va, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::memmap::{Backing, Frame};
 use peerspace_core::plan::{self, FaultPlan, Grain, GrainFacts};
@@ -295,9 +295,13 @@ impl<K: Kernel> Engine<K> {
 
     /// A fault in no region: perhaps one that grew in place, which no message tells.
     fn unknown(&self, vpn: Vpn, work: &mut Working<'_>) -> Result<Outcome, Hold> {
-        if self.gate.enter(work.context()).is_none() || self.kernel.is_changing() {
+        // In one section: news of a change that comes later than the look at the mappings is also acted on later, and
+        // takes back what is no longer so. Without waiting for the lock, whose holder may wait for the gate.
+        let _section = self.gate.enter(work.context()).ok_or(Hold::Changing)?;
+        if self.kernel.is_changing() {
             return Err(Hold::Changing);
         }
+        let Some(_changes) = self.region_changes.try_lock() else { return Err(Hold::Busy) };
         if self.region(vpn).is_some() {
             return Err(Hold::Again);
         }
@@ -320,16 +324,28 @@ impl<K: Kernel> Engine<K> {
             }
             at = r.range.end;
         }
-        // What has grown in place is registered with us also when the region before it has gone elsewhere. Nothing of it
-        // was ever taken out. The kernel tells whose it is when asked to register it (once more): operations on pages do
-        // not, they go through whichever descriptor.
-        let adopts = |range: VaRange| !range.overlaps(self.kernel.staging()) && self.kernel.adopt(range).is_ok();
-        if !ours && !adopts(self.addresses(mapping)) {
+        if !ours {
             return Ok(Outcome::Foreign);
         }
-        // Another thread may add the same range: then this fails, and the next attempt finds it.
-        let _ = self.add_region(gap, Attributes::ADOPTED);
+        // Without room for it the fault comes again.
+        let _ = self.cover(gap).and_then(|new| self.insert_region(gap, Attributes::ADOPTED, new));
         Err(Hold::Again)
+    }
+
+    /// A page in no region was accessed just now, by the calling thread: what has grown in place is registered with us,
+    /// also when the region before it has gone elsewhere. Nothing of it was ever taken out, so zeros are what the program
+    /// has to see. False if it is not ours.
+    ///
+    /// Whose it is the kernel tells when it is asked to register it (once more). Operations on pages do not, they go
+    /// through whichever descriptor; and the mapping around the page may be another by now.
+    pub(crate) fn fill_unknown(&self, va: Va) -> bool {
+        let page = self.addresses(PageRange::new(self.geometry.vpn(va), Pages(1)));
+        if page.overlaps(self.kernel.staging()) || self.kernel.adopt(page).is_err() {
+            return false;
+        }
+        // If there is something in the way, the access faults again.
+        let _ = self.kernel.zero_in(page, Protect::No, Wake::Yes);
+        true
     }
 
     fn poisoned(&self, entry: Entry<'_, K>, fault: &Fault, work: &Working<'_>) -> Result<Outcome, Hold> {

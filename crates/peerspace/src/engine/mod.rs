@@ -43,6 +43,7 @@ pub(crate) mod context;
 pub(crate) mod evict;
 pub(crate) mod fault;
 pub(crate) mod gate;
+mod going;
 #[cfg(all(test, feature = "soft", not(any(shuttle, miri))))]
 mod inject_tests;
 pub(crate) mod lost;
@@ -102,6 +103,8 @@ pub(crate) struct Engine<K: Kernel> {
     pub(crate) epoch: AtomicU32,
     /// Pages evicted so far: the clock that refault distances are measured by.
     evictions: AtomicU64,
+    /// What the program has discarded of late.
+    pub(crate) going: going::Going,
     /// Pages on the policy's protected list, as of its last work.
     protected: AtomicU64,
     pub(crate) huge: AtomicBool,
@@ -193,6 +196,7 @@ impl<K: Kernel> Engine<K> {
             service: serve::Service::new(),
             epoch: AtomicU32::new(0),
             evictions: AtomicU64::new(0),
+            going: going::Going::new(),
             protected: AtomicU64::new(0),
             huge: AtomicBool::new(huge),
             native_hand: AtomicU64::new(0),

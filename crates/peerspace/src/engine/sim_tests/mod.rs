@@ -240,7 +240,9 @@ impl Rig {
                     Ok(Outcome::Poisoned) => return Came::Lost,
                     // The mapping may have gone since; or it is there, and nobody knows it.
                     Ok(Outcome::Foreign) => assert!(
-                        !matches!(once(self.sim()), Err(Trap::Fault { .. })) || self.engine.kernel.is_changing(),
+                        self.engine.fill_unknown(va)
+                            || !matches!(once(self.sim()), Err(Trap::Fault { .. }))
+                            || self.engine.kernel.is_changing(),
                         "{va} is registered and no region"
                     ),
                     Err(pause) => panic!("a fault that waits came back with {pause:?}"),

@@ -1,0 +1,70 @@
+//! Pages that are about to go: discarded by the program, and still there.
+//!
+//! The kernel tells of a discard, and discards, when the news has been received, as soon as the thread that asked for it
+//! runs again. In between the table knows nothing of the pages any more, and they look as if the kernel had populated
+//! them just now. Whoever took them in hand then would keep what the program has thrown away, and give it back to it. No
+//! news tells when the pages are gone, so they are left alone for longer than any thread has to wait for a processor.
+
+use crate::sync::Mutex;
+use arrayvec::ArrayVec;
+use peerspace_core::addr::PageRange;
+use std::time::{Duration, Instant};
+
+/// How long.
+const WHILE: Duration = Duration::from_millis(250);
+/// Ranges that are told apart.
+const RANGES: usize = 64;
+
+/// What the program has discarded of late. Locked with a context in hand only.
+#[derive(Debug)]
+pub(crate) struct Going {
+    ranges: Mutex<ArrayVec<(PageRange, Instant), RANGES>>,
+}
+
+impl Going {
+    pub(crate) fn new() -> Going {
+        Going { ranges: Mutex::new(ArrayVec::new_const()) }
+    }
+
+    /// The program discards `pages` now.
+    pub(crate) fn note(&self, pages: PageRange) {
+        let now = Instant::now();
+        let mut ranges = self.ranges.lock();
+        ranges.retain(|(_, then)| now - *then < WHILE);
+        if let Err(full) = ranges.try_push((pages, now)) {
+            // Rather too much than too little.
+            let (range, then) = ranges.last_mut().expect("it is full");
+            let (pages, now) = full.element();
+            *range = PageRange { start: range.start.min(pages.start), end: range.end.max(pages.end) };
+            *then = now;
+        }
+    }
+
+    /// Whether some of `pages` may be about to go.
+    pub(crate) fn may_hold(&self, pages: PageRange) -> bool {
+        let ranges = self.ranges.lock();
+        ranges
+            .iter()
+            .any(|(range, then)| range.start < pages.end && pages.start < range.end && then.elapsed() < WHILE)
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use peerspace_core::addr::{Pages, Vpn};
+
+    #[test]
+    fn what_was_discarded_of_late_is_about_to_go() {
+        let going = Going::new();
+        let pages = |start: u64, pages: u64| PageRange::new(Vpn(start), Pages(pages));
+        going.note(pages(10, 5));
+        assert!(going.may_hold(pages(14, 1)) && going.may_hold(pages(0, 100)));
+        assert!(!going.may_hold(pages(15, 5)) && !going.may_hold(pages(5, 5)));
+        // More than can be told apart: none is forgotten.
+        (0..200).for_each(|n| going.note(pages(1000 + 10 * n, 2)));
+        assert!((0..200).all(|n| going.may_hold(pages(1001 + 10 * n, 1))) && going.may_hold(pages(12, 1)));
+        std::thread::sleep(WHILE);
+        assert!(!going.may_hold(pages(0, 10_000)));
+    }
+}
