@@ -340,7 +340,9 @@ impl<K: Kernel> Engine<K> {
     /// through whichever descriptor; and the mapping around the page may be another by now.
     pub(crate) fn fill_unknown(&self, va: Va) -> bool {
         let page = self.addresses(PageRange::new(self.geometry.vpn(va), Pages(1)));
-        if page.overlaps(self.kernel.staging()) || self.kernel.adopt(page).is_err() {
+        // Files and shared memory raise SIGBUS for reasons of their own, and could be registered all the same.
+        let plain = matches!(self.kernel.mapping_at(va), Ok(Some(_)));
+        if !plain || page.overlaps(self.kernel.staging()) || self.kernel.adopt(page).is_err() {
             return false;
         }
         // If there is something in the way, the access faults again.
