@@ -129,11 +129,10 @@ fn a_join_and_a_lock_exclude_each_other() {
         let joiner = {
             let t = t.clone();
             thread::spawn(move || {
-                let all_empty = || (0..BLOCK_PAGES as usize);
-                t.join(0, |b| all_empty().all(|i| b.entry(i).is_empty()).then_some(Entry::EMPTY))
-                    .unwrap()
-                    .map(|lock| lock.commit(host(64)))
-                    .is_some()
+                let agree = |page: &dyn Fn(usize) -> Entry| {
+                    (0..BLOCK_PAGES as usize).all(|i| page(i).is_empty()).then_some(Entry::EMPTY)
+                };
+                t.join(0, agree).unwrap().map(|lock| lock.commit(host(64))).is_some()
             })
         };
         let lock = t.lock(Vpn(1)).unwrap();

@@ -297,15 +297,14 @@ impl<W: Words, P: Park> Table<W, P> {
     /// Joins a split block into one word, if nobody holds any of its pages and `agree` turns their entries into
     /// one. Returns the lock on the block word, whose entry is then what `agree` returned.
     ///
-    /// While `agree` runs, all pages of the block are locked (rule H12: a collapse excludes every walker). Entries
-    /// that it [sets](HeldLeaf::set) are what the block goes on with if it does not agree.
+    /// `agree` gets the entry of each page, in order, through a function.
     ///
     /// # Errors
     /// [`Uncovered`] when no region covers the block.
     pub fn join(
         &self,
         block: u64,
-        agree: impl FnOnce(&HeldLeaf<'_, W, P>) -> Option<Entry>,
+        agree: impl FnOnce(&dyn Fn(usize) -> Entry) -> Option<Entry>,
     ) -> Result<Option<Locked<'_, W, P>>, Uncovered> {
         let start = Vpn::of_block(block);
         let word = self.block_word(block).ok_or(Uncovered(start))?;
@@ -325,11 +324,11 @@ impl<W: Words, P: Park> Table<W, P> {
             }
             held += 1;
         }
-        let entries = HeldLeaf { table: self, leaf };
-        let joined = if held == LEAF_WORDS { agree(&entries) } else { None };
+        let entry = |i: usize| Entry::from_word(self.leaf_word(leaf, i).load(Ordering::Relaxed));
+        let joined = if held == LEAF_WORDS { agree(&entry) } else { None };
         let Some(joined) = joined else {
             for i in 0..held {
-                self.release(self.leaf_word(leaf, i), entries.entry(i));
+                self.release(self.leaf_word(leaf, i), entry(i));
             }
             self.release(word, Entry::from_word(seen));
             return Ok(None);
@@ -370,32 +369,6 @@ impl<W: Words, P: Park> Table<W, P> {
 impl<W, P> fmt::Debug for Table<W, P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Table").field("geometry", &self.geometry).finish_non_exhaustive()
-    }
-}
-
-/// The entries of a split block, all of them locked: see [`Table::join`].
-pub struct HeldLeaf<'t, W: Words, P: Park> {
-    table: &'t Table<W, P>,
-    leaf: u32,
-}
-
-impl<W: Words, P: Park> HeldLeaf<'_, W, P> {
-    /// The entry of the block's page `i`.
-    pub fn entry(&self, i: usize) -> Entry {
-        // Relaxed: the locks are held.
-        Entry::from_word(self.table.leaf_word(self.leaf, i).load(Ordering::Relaxed))
-    }
-
-    /// Changes the entry of page `i`.
-    pub fn set(&self, i: usize, entry: Entry) {
-        let word = self.table.leaf_word(self.leaf, i);
-        // A loop, because others may say meanwhile that they wait. Relaxed: letting go of the lock publishes it.
-        let mut now = word.load(Ordering::Relaxed);
-        while let Err(changed) =
-            word.compare_exchange(now, entry.word() | LOCK | (now & WAIT), Ordering::Relaxed, Ordering::Relaxed)
-        {
-            now = changed;
-        }
     }
 }
 

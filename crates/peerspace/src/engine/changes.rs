@@ -293,12 +293,13 @@ impl<K: Kernel> Engine<K> {
                 continue;
             }
             if self.table.look(Vpn::of_block(block)).is_some_and(|(_, whole)| !whole) {
-                let empty = peerspace_core::entry::Entry::EMPTY;
+                let all_empty = |page: &dyn Fn(usize) -> peerspace_core::entry::Entry| {
+                    (0..BLOCK_PAGES as usize)
+                        .all(|i| page(i).is_empty())
+                        .then_some(peerspace_core::entry::Entry::EMPTY)
+                };
                 // Somebody may hold an entry for a moment; then the leaf simply stays, and stays promised.
-                match self
-                    .table
-                    .join(block, |b| (0..BLOCK_PAGES as usize).all(|i| b.entry(i).is_empty()).then_some(empty))
-                {
+                match self.table.join(block, all_empty) {
                     Ok(Some(joined)) => drop(joined),
                     _ => continue,
                 }

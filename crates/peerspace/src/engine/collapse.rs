@@ -71,8 +71,8 @@ impl<K: Kernel> Engine<K> {
         let work = self.contexts.take();
         let frame = self.memmap.take_block().ok_or(NoCollapse::NoRoom)?;
         let mut why = NoCollapse::Busy;
-        let joined = self.table.join(pages.start.block(), |block| {
-            let state = |i: u64| block.entry(i as usize).state();
+        let joined = self.table.join(pages.start.block(), |page| {
+            let state = |i: u64| page(i as usize).state();
             let part = |i: u64| match state(i) {
                 State::Host { pfn, .. } => self.memmap.page(pfn),
                 _ => unreachable!("all pages are mapped"),
