@@ -119,8 +119,8 @@ impl Space {
     /// only needed for memory that must not move: buffers registered with io_uring, or used by a device.
     ///
     /// What is resident counts towards the budget, and nothing else can leave in its place. So there is a
-    /// [limit](crate::Builder::pin_limit), by default three quarters of the budget. Its pages are pinned (rule H5): no
-    /// folio is moved or taken apart of which one is.
+    /// [limit](crate::Builder::pin_limit), by default three quarters of the budget. Its pages are pinned (rule H5): they
+    /// stay where they are, and no collapse moves them.
     ///
     /// # Errors
     /// [`Error::TooManyPinned`] beyond the limit; [`Error::Lost`] if a page cannot be had back; [`Error::BadRange`] if

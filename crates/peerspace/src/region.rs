@@ -202,8 +202,8 @@ impl Region {
     /// what is missing of them is brought in, memory never used included. Returns how many bytes of them are huge then;
     /// the rest stays in small pages, because somebody relies on where they are, or there is no huge page to be had.
     ///
-    /// In the background the same happens to blocks that lack less than a tenth. It costs about as much as copying the
-    /// block.
+    /// In the background the same happens to blocks that lack less than a tenth. The kernel takes several times as long
+    /// for it as for copying the block.
     ///
     /// # Errors
     /// When the range does not lie inside the region, or a [hint](Hint::Sparse) says that it is to stay in small pages.
