@@ -133,11 +133,10 @@ impl fmt::Display for DeviceSpec {
 
 /// A device that is kept for a process to be started: see [`DeviceSpec::reserve`].
 #[derive(Debug, Default)]
-pub struct Reservation(
+pub struct Reservation {
     #[cfg(feature = "file")]
-    #[allow(dead_code)]
-    Option<crate::device::file::Reservation>,
-);
+    _file: Option<crate::device::file::Reservation>,
+}
 
 /// A device that was opened, in our own memory.
 pub(crate) type OpenDevice = peerspace_os::own::Box<dyn Device>;
@@ -155,30 +154,36 @@ impl DeviceSpec {
     /// # Errors
     /// When it cannot be had, or this build is without it.
     pub(crate) fn open(&self, host: u64) -> Result<OpenDevice, SpecError> {
-        #[allow(unused_variables)] // not without any device
-        let cannot = |e: &dyn fmt::Display| SpecError::CannotOpen(self.to_string(), e.to_string());
         let _ = host;
         match self {
             #[cfg(feature = "soft")]
-            DeviceSpec::Soft(size) => Ok(own(crate::device::soft::Soft::new(size.0).map_err(|e| cannot(&e))?)),
+            DeviceSpec::Soft(size) => {
+                Ok(own(crate::device::soft::Soft::new(size.0).map_err(|e| self.cannot_open(&e))?))
+            }
             #[cfg(not(feature = "soft"))]
             DeviceSpec::Soft(_) => Err(SpecError::NotBuilt(self.to_string(), "soft")),
             #[cfg(feature = "compressed")]
             DeviceSpec::Compressed(size) => {
                 let bytes = size.map_or(host, |s| s.0);
                 let store = crate::device::compressed::Compressed::new(bytes);
-                Ok(own(store.map_err(|_| cannot(&format_args!("there is no address space for {bytes} bytes")))?))
+                Ok(own(store
+                    .map_err(|_| self.cannot_open(&format_args!("there is no address space for {bytes} bytes")))?))
             }
             #[cfg(not(feature = "compressed"))]
             DeviceSpec::Compressed(_) => Err(SpecError::NotBuilt(self.to_string(), "compressed")),
             #[cfg(feature = "file")]
             DeviceSpec::File(path, size) => {
                 let file = crate::device::file::File::open(path, size.map(|s| s.0));
-                Ok(own(file.map_err(|e| cannot(&e))?))
+                Ok(own(file.map_err(|e| self.cannot_open(&e))?))
             }
             #[cfg(not(feature = "file"))]
             DeviceSpec::File(..) => Err(SpecError::NotBuilt(self.to_string(), "file")),
         }
+    }
+
+    #[allow(dead_code)] // not without any device
+    fn cannot_open(&self, why: &dyn fmt::Display) -> SpecError {
+        SpecError::CannotOpen(self.to_string(), why.to_string())
     }
 
     /// Opens the device on trial, and keeps a named file for the process that is to
@@ -190,7 +195,7 @@ impl DeviceSpec {
         #[cfg(feature = "file")]
         if let DeviceSpec::File(path, size) = self {
             let file = crate::device::file::Reservation::new(path, size.map(|s| s.0));
-            return file.map(Reservation).map_err(|e| SpecError::CannotOpen(self.to_string(), e.to_string()));
+            return file.map(|_file| Reservation { _file }).map_err(|e| self.cannot_open(&e));
         }
         drop(self.open(host)?);
         Ok(Reservation::default())
@@ -202,7 +207,7 @@ impl DeviceSpec {
         #[cfg(feature = "file")]
         if let DeviceSpec::File(path, size) = self {
             let file = crate::device::file::File::open_reserved(path, size.map(|s| s.0));
-            return file.map(own).map_err(|e| SpecError::CannotOpen(self.to_string(), e.to_string()));
+            return file.map(own).map_err(|e| self.cannot_open(&e));
         }
         self.open(host)
     }
