@@ -393,7 +393,7 @@ impl<K: Kernel> Engine<K> {
     /// Whether native `pages` may be taken in hand. To be asked in the section in which they are, because until then the
     /// region may have gone, and something else, which is not registered, have taken its place; news that comes later
     /// finds what was taken.
-    fn may_take(&self, pages: PageRange) -> bool {
+    pub(super) fn may_take(&self, pages: PageRange) -> bool {
         let managed = |r: RegionInfo| {
             r.range.covers(pages) && r.attributes.has(Attributes::ADOPTED) && !r.attributes.has(Attributes::KEPT)
         };
