@@ -10,6 +10,7 @@
 //! | [`signals`] | `sigaction`, `signal`, masks, `sigaltstack` | where faults come by SIGBUS, the program must not take it away |
 //! | [`descriptors`] | `close` and its kind | where our descriptors are in the program's table, it must not close them |
 //! | [`streams`] | none | where faults come by signal, buffers of the standard streams are kept |
+//! | [`mappings`] | `mremap` | what the program knows as one mapping may be several to the kernel |
 //! | [`calls`] | `read`, `write` and their kind | where faults come by signal, buffers are made resident first |
 //!
 //! Without the options in the environment all of them pass straight on.
@@ -21,6 +22,7 @@
 
 mod calls;
 mod descriptors;
+mod mappings;
 mod processes;
 mod real;
 mod signals;

@@ -79,6 +79,10 @@ impl Failure for () {
     const FAILURE: () = ();
 }
 
+impl Failure for *mut c_void {
+    const FAILURE: *mut c_void = libc::MAP_FAILED;
+}
+
 impl Failure for *mut libc::FILE {
     const FAILURE: *mut libc::FILE = std::ptr::null_mut();
 }

@@ -12,6 +12,7 @@ mod moved;
 pub mod place;
 pub mod probe;
 pub mod raw_thread;
+pub mod remap;
 pub mod scan;
 pub mod signal;
 mod staging;

@@ -1,0 +1,300 @@
+//! `mremap` of what the program knows as one mapping and the kernel keeps as several.
+//!
+//! Registration cuts a mapping where what is managed begins or ends, and the kernel does not always join the pieces
+//! again. To the program that shows in a single place: `mremap` fails with `EFAULT` when its old range spans mappings.
+//! Here the same is done piece by piece. Other threads may see the pieces move one after the other, which nobody can
+//! rely on: while a range moves, no address in it is good.
+
+use super::scan::{Maps, Vma};
+use peerspace_core::addr::{Va, VaRange};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap_anonymous, mremap, mremap_fixed, munmap};
+use std::ffi::c_void;
+
+/// How often a piece is looked up again that has changed since it was looked up: each time something was registered.
+const ATTEMPTS: u32 = 64;
+
+/// What `mremap` is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// The old range; page-aligned.
+    pub from: VaRange,
+    /// The new length in bytes; a multiple of the page size, and not zero.
+    pub len: u64,
+    /// Where it must be afterwards (`MREMAP_FIXED`); page-aligned.
+    pub to: Option<Va>,
+    /// Whether it may move.
+    pub may_move: bool,
+    /// Whether a mapping without content stays where it was (`MREMAP_DONTUNMAP`).
+    pub stays: bool,
+}
+
+fn common(a: VaRange, b: VaRange) -> VaRange {
+    VaRange { start: a.start.max(b.start), end: a.end.min(b.end) }
+}
+
+fn pointer(va: Va) -> *mut c_void {
+    va.0 as *mut c_void
+}
+
+impl Request {
+    /// Does it. Returns where the memory is then.
+    ///
+    /// # Safety
+    /// As for `mremap`: the caller owns the old range, and with `to` the new one as well.
+    ///
+    /// # Errors
+    /// `EFAULT` when the old range has holes, or its mappings are not of one kind, or not private and anonymous; what
+    /// `mremap` says otherwise. Nothing has moved then, unless the kernel refused to undo it.
+    pub unsafe fn carry_out(self) -> Result<Va, Errno> {
+        let maps = Maps::open().map_err(|_| Errno::FAULT)?;
+        let kind = self.kind(&maps)?;
+        let Request { from, len, to, .. } = self;
+        if self.stays && len != from.len() {
+            return Err(Errno::INVAL);
+        }
+        let shrunk = VaRange { end: Va(from.start.0 + len.min(from.len())), ..from };
+        // SAFETY: the caller's; so for all that is unmapped or moved below.
+        let cut = || unsafe {
+            if shrunk.end < from.end { munmap(pointer(shrunk.end), (from.len() - len) as usize) } else { Ok(()) }
+        };
+        if let Some(to) = to {
+            let target = VaRange::new(to, len).ok_or(Errno::INVAL)?;
+            if target.overlaps(from) || !self.may_move {
+                return Err(Errno::INVAL);
+            }
+            cut()?;
+            return self.pieces(&maps, shrunk, target).map(|()| to);
+        }
+        if !self.stays {
+            if len <= from.len() {
+                return cut().map(|()| from.start);
+            }
+            match self.grow_in_place(&maps) {
+                Err(Errno::NOMEM) if self.may_move => {}
+                other => return other.map(|()| from.start),
+            }
+        }
+        // SAFETY: a new mapping, of which nobody knows.
+        let room = unsafe {
+            mmap_anonymous(std::ptr::null_mut(), len as usize, kind, MapFlags::PRIVATE | MapFlags::NORESERVE)
+        }?;
+        let target = VaRange { start: Va(room as u64), end: Va(room as u64 + len) };
+        self.pieces(&maps, from, target).inspect_err(|_| {
+            // SAFETY: made above, and nothing is in it.
+            let _ = unsafe { munmap(room, len as usize) };
+        })?;
+        Ok(target.start)
+    }
+
+    /// What may be done with the old range, if it is all of one kind.
+    fn kind(&self, maps: &Maps) -> Result<ProtFlags, Errno> {
+        let permissions = |v: &Vma| (v.read, v.write, v.execute);
+        let mut at = self.from.start;
+        let mut first = None;
+        while at < self.from.end {
+            let vma = maps.at(at)?.filter(|v| !v.shared && !v.file).ok_or(Errno::FAULT)?;
+            if *first.get_or_insert(permissions(&vma)) != permissions(&vma) {
+                return Err(Errno::FAULT);
+            }
+            at = vma.range.end;
+        }
+        let (read, write, execute) = first.ok_or(Errno::FAULT)?;
+        let flag = |on: bool, flag: ProtFlags| if on { flag } else { ProtFlags::empty() };
+        Ok(flag(read, ProtFlags::READ) | flag(write, ProtFlags::WRITE) | flag(execute, ProtFlags::EXEC))
+    }
+
+    /// Makes the last piece longer.
+    fn grow_in_place(&self, maps: &Maps) -> Result<(), Errno> {
+        let more = self.len - self.from.len();
+        let last = |piece: VaRange| {
+            // SAFETY: the end of the caller's range; it does not move.
+            unsafe {
+                mremap(
+                    pointer(piece.start),
+                    piece.len() as usize,
+                    (piece.len() + more) as usize,
+                    MremapFlags::empty(),
+                )
+            }
+        };
+        for _ in 0..ATTEMPTS {
+            let vma = maps.at(Va(self.from.end.0 - 1))?.ok_or(Errno::FAULT)?;
+            if vma.range.end != self.from.end {
+                return Err(Errno::NOMEM); // something else follows
+            }
+            match last(common(vma.range, self.from)) {
+                Err(Errno::FAULT) => {}
+                done => return done.map(drop),
+            }
+        }
+        Err(Errno::FAULT)
+    }
+
+    /// Moves all of `from` to the start of `to`, and makes the last piece as long as `to` is.
+    fn pieces(&self, maps: &Maps, from: VaRange, to: VaRange) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < from.len() {
+            match self.piece(
+                maps,
+                VaRange { start: Va(from.start.0 + done), ..from },
+                VaRange { start: Va(to.start.0 + done), ..to },
+            ) {
+                Ok(len) => done += len,
+                Err(e) => {
+                    let back = |len: u64| VaRange { start: to.start, end: Va(to.start.0 + len) };
+                    if done > 0 && to.start != from.start {
+                        let undo = Request { from: back(done), len: done, to: Some(from.start), ..*self };
+                        let _ =
+                            undo.pieces(maps, undo.from, VaRange { start: from.start, end: Va(from.start.0 + done) });
+                    }
+                    return Err(e);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the first piece of `from`. Returns its length.
+    fn piece(&self, maps: &Maps, from: VaRange, to: VaRange) -> Result<u64, Errno> {
+        let flags = if self.stays { MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP } else { MremapFlags::MAYMOVE };
+        for _ in 0..ATTEMPTS {
+            let vma = maps.at(from.start)?.ok_or(Errno::FAULT)?;
+            let piece = common(vma.range, from);
+            let len = if piece.end == from.end { to.len() } else { piece.len() };
+            // SAFETY: the caller owns both ranges.
+            match unsafe {
+                mremap_fixed(pointer(piece.start), piece.len() as usize, len as usize, flags, pointer(to.start))
+            } {
+                Ok(_) => return Ok(piece.len()),
+                Err(Errno::FAULT) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Err(Errno::FAULT)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::mm::{MprotectFlags, mprotect};
+
+    fn page() -> u64 {
+        rustix::param::page_size() as u64
+    }
+
+    fn map(pages: u64) -> Va {
+        let rw = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: new memory.
+        let at = unsafe { mmap_anonymous(std::ptr::null_mut(), (pages * page()) as usize, rw, MapFlags::PRIVATE) };
+        Va(at.unwrap() as u64)
+    }
+
+    /// `n` pages from page `first` of what begins at `start`.
+    fn part(start: Va, first: u64, n: u64) -> VaRange {
+        let start = Va(start.0 + first * page());
+        VaRange { start, end: Va(start.0 + n * page()) }
+    }
+
+    fn unmap(range: VaRange) {
+        // SAFETY: memory of these tests.
+        unsafe { munmap(pointer(range.start), range.len() as usize) }.unwrap();
+    }
+
+    /// Five pages in three mappings that the kernel does not join, since each got its pages elsewhere, with eleven more
+    /// pages mapped behind them. Page `n` begins with 7 + `n`.
+    fn cut() -> VaRange {
+        let start = map(16);
+        for (first, n) in [(0, 2), (2, 1), (3, 2)] {
+            let (from, to) = (map(n), part(start, first, n));
+            for i in 0..n {
+                // SAFETY: mapped above.
+                unsafe { (part(from, i, 1).start.0 as *mut u64).write(7 + first + i) };
+            }
+            let len = to.len() as usize;
+            // SAFETY: both ranges were mapped above.
+            unsafe { mremap_fixed(pointer(from), len, len, MremapFlags::MAYMOVE, pointer(to.start)) }.unwrap();
+        }
+        part(start, 0, 5)
+    }
+
+    /// Compares pages of what began as [`cut`] and is now at `at`, and grew.
+    fn expect(at: Va, pages: std::ops::Range<u64>) {
+        for n in pages {
+            // SAFETY: mapped and readable.
+            let found = unsafe { (part(at, n, 1).start.0 as *const u64).read() };
+            assert_eq!(found, if n < 5 { 7 + n } else { 0 }, "page {n}");
+        }
+    }
+
+    fn is_mapped(va: Va) -> bool {
+        Maps::open().unwrap().at(va).unwrap().is_some()
+    }
+
+    fn ask(from: VaRange, pages: u64) -> Request {
+        Request { from, len: pages * page(), to: None, may_move: true, stays: false }
+    }
+
+    fn carry_out(request: Request) -> Result<Va, Errno> {
+        // SAFETY: memory of these tests.
+        unsafe { request.carry_out() }
+    }
+
+    #[test]
+    fn what_the_kernel_refuses_is_done_in_pieces() {
+        let from = cut();
+        let (old, new) = (from.len() as usize, 40 * page() as usize);
+        // SAFETY: our own memory.
+        let kernel = unsafe { mremap(pointer(from.start), old, new, MremapFlags::MAYMOVE) };
+        assert_eq!(kernel, Err(Errno::FAULT), "else this test shows nothing");
+        let to = carry_out(ask(from, 40)).unwrap();
+        assert_ne!(to, from.start);
+        expect(to, 0..40);
+        assert!(!is_mapped(from.start) && !is_mapped(part(from.start, 4, 1).start), "nothing is left where it was");
+    }
+
+    #[test]
+    fn it_grows_and_shrinks_in_place() {
+        let from = cut();
+        let stays = Request { may_move: false, ..ask(from, 9) };
+        assert_eq!(carry_out(stays), Err(Errno::NOMEM), "something is in the way");
+        unmap(part(from.start, 5, 11));
+        assert_eq!(carry_out(stays), Ok(from.start));
+        expect(from.start, 0..9);
+        assert_eq!(carry_out(ask(part(from.start, 0, 9), 3)), Ok(from.start));
+        expect(from.start, 0..3);
+        assert!(!is_mapped(part(from.start, 3, 1).start));
+    }
+
+    #[test]
+    fn it_goes_to_a_fixed_place_and_may_leave_an_empty_mapping() {
+        let (from, over) = (cut(), cut().start);
+        assert_eq!(carry_out(Request { to: Some(over), stays: true, ..ask(from, 5) }), Ok(over));
+        expect(over, 0..5);
+        for n in 0..5 {
+            // SAFETY: it stays mapped.
+            assert_eq!(unsafe { (part(from.start, n, 1).start.0 as *const u64).read() }, 0);
+        }
+        let back = Request { to: Some(from.start), ..ask(part(over, 0, 5), 9) };
+        assert_eq!(carry_out(back), Ok(from.start));
+        expect(from.start, 0..9);
+        assert!(!is_mapped(over));
+    }
+
+    #[test]
+    fn what_is_not_one_mapping_to_the_program_is_refused_and_stays() {
+        let from = cut();
+        let [second, last] = [1, 4].map(|n| part(from.start, n, 1).start);
+        assert_eq!(carry_out(Request { to: Some(second), ..ask(from, 5) }), Err(Errno::INVAL), "they overlap");
+        assert_eq!(carry_out(Request { stays: true, ..ask(from, 6) }), Err(Errno::INVAL));
+        // SAFETY: our own.
+        unsafe { mprotect(pointer(last), page() as usize, MprotectFlags::READ) }.unwrap();
+        assert_eq!(carry_out(ask(from, 40)), Err(Errno::FAULT));
+        expect(from.start, 0..5);
+        unmap(part(second, 0, 1));
+        assert_eq!(carry_out(ask(part(from.start, 0, 4), 40)), Err(Errno::FAULT));
+        expect(from.start, 0..1);
+        expect(from.start, 2..5);
+    }
+}
