@@ -1,6 +1,7 @@
 //! A region: memory of a space, to be used as bytes, typed slices or raw pointers.
 
 use crate::engine::collapse::NoCollapse;
+use crate::engine::own::MakeError;
 use crate::error::Error;
 use crate::space::Space;
 use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Va, VaRange};
@@ -52,24 +53,27 @@ impl Region {
         let block = engine.geometry.block_bytes() as u64;
         let len = bytes.checked_next_multiple_of(block).filter(|n| *n < 1 << 47);
         let len = len.ok_or_else(|| bad("it is larger than the address space"))?;
-        let memory = engine
-            .kernel
-            .map_memory(len)
-            .map_err(|why| Error::Kernel { what: format!("map a region of {bytes} bytes"), why })?;
-        let range = memory.range();
         // Without signals: a handler of the program that touched managed memory now could wait for this thread.
-        let added = without_signals(|| {
-            let _work = engine.contexts.take();
-            engine.add_region(engine.geometry.pages_inside(range), attributes)
+        let made = without_signals(|| {
+            let map = || {
+                engine.kernel.map_memory(len).map(|memory| {
+                    let range = memory.range();
+                    (memory, range)
+                })
+            };
+            // Refusal to unmap what is nobody's yet leaks address space and nothing else.
+            let unmap = |memory| {
+                let _ = engine.kernel.unmap_memory(memory);
+            };
+            engine.make_region(attributes, map, unmap)
         });
-        if let Err(e) = added {
-            // The mapping is nobody's yet; refusal to unmap it leaks address space and nothing else.
-            let _ = engine.kernel.unmap_memory(memory);
-            return Err(Error::BadRange {
+        let (memory, range) = made.map_err(|e| match e {
+            MakeError::Kernel(why) => Error::Kernel { what: format!("map a region of {bytes} bytes"), why },
+            MakeError::Table(range, e) => Error::BadRange {
                 what: format!("a region of {bytes} bytes at {range}: {e:?}"),
                 why: "the space has no room for it",
-            });
-        }
+            },
+        })?;
         Ok(Region { memory: Some(memory), range, space })
     }
 

@@ -12,7 +12,7 @@ use super::stats::count_n;
 use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Vpn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::plan;
-use peerspace_core::regions::RegionInfo;
+use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_core::stream::Level;
 use peerspace_os::{Kernel, Wake};
 
@@ -45,7 +45,8 @@ impl<K: Kernel> Engine<K> {
     fn block_to_read(&self, vpn: Vpn) -> bool {
         let Some((entry, true)) = self.table.look(vpn) else { return false };
         let State::Device { pfn, .. } = entry.state() else { return false };
-        self.tiers.of(pfn).info.compares && self.region(vpn).is_some_and(|r| self.block_inside(r, vpn))
+        self.tiers.of(pfn).info.compares
+            && self.region(vpn).is_some_and(|r| !r.attributes.has(Attributes::LEAVING) && self.block_inside(r, vpn))
     }
 
     /// Has small pages from `next` on read ahead.

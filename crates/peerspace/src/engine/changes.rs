@@ -188,31 +188,6 @@ impl<K: Kernel> Engine<K> {
         self.kernel.discard(range)
     }
 
-    /// Gives up a region of our own that nobody refers to any more. `unmap` unmaps pieces of it, without messages.
-    pub(crate) fn release_region(&self, range: VaRange, mut unmap: impl FnMut(VaRange)) {
-        /// Pages that may be mapped although they are no longer accounted for.
-        const BEHIND: i64 = 2048;
-        let pages = self.geometry.pages_inside(range);
-        let work = self.contexts.take();
-        let removed = self.remove_region(pages, |_| {});
-        debug_assert!(removed.is_ok(), "{removed:?}");
-        let (mut unmapped, mut behind) = (range.start, 0);
-        for piece in pages.by_block() {
-            let before = self.budget.charged();
-            self.discard(piece, &work.counters);
-            behind += (before - self.budget.charged()).max(0);
-            if behind >= BEHIND {
-                let end = self.addresses(piece).end;
-                unmap(VaRange { start: unmapped, end });
-                (unmapped, behind) = (end, 0);
-            }
-        }
-        if unmapped < range.end {
-            unmap(VaRange { start: unmapped, end: range.end });
-        }
-        self.release_table(pages);
-    }
-
     /// Empties an entry, and frees whatever it owned.
     fn drop_content(&self, entry: Entry<'_, K>) {
         let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };

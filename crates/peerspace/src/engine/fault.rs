@@ -189,6 +189,11 @@ impl<K: Kernel> Engine<K> {
         ration: &mut Ration,
     ) -> Result<Outcome, Hold> {
         let Some(region) = self.region(fault.vpn) else { return self.unknown(fault.vpn, work) };
+        if region.attributes.has(Attributes::LEAVING) {
+            // Too late: nobody refers to it any more. Whoever does all the same faults again, until it is unmapped.
+            let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
+            return Ok(Outcome::Resolved);
+        }
         let (seen, whole) = self.table.look(fault.vpn).ok_or(Hold::Again)?;
         let grain = plan::grain(GrainFacts {
             level: fault.level,

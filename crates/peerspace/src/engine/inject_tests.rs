@@ -2,10 +2,11 @@
 //!
 //! What has to end in SIGBUS is tried in a process of its own: the test starts itself again with a variable set.
 
+use super::fault::Patience;
 use super::{Config, Engine, staging_layout};
 use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store, soft::Soft};
 use crate::space::start_threads;
-use peerspace_core::addr::Pages;
+use peerspace_core::addr::{Access, Pages, Va, VaRange};
 use peerspace_core::reclaim::{Policy, S3Fifo};
 use peerspace_core::regions::Attributes;
 use peerspace_os::inject::{Call, Inject, Planned};
@@ -15,7 +16,7 @@ use peerspace_os::linux::signal::{Registration, register};
 use peerspace_os::linux::uffd::feature;
 use peerspace_os::linux::{Delivery, Linux, Setup};
 use peerspace_os::own::{Box as OwnBox, Own, Shared, Vec as OwnVec};
-use peerspace_os::{Kernel, Trouble};
+use peerspace_os::{Kernel, Trouble, Wake};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -50,10 +51,14 @@ impl Rig {
     }
 
     fn region(&self, bytes: usize) -> Memory {
-        let memory = self.engine.kernel.inner().map_memory(bytes as u64).unwrap();
-        let _work = self.engine.contexts.take();
-        self.engine.add_region(self.engine.geometry.pages_inside(memory.range()), Attributes::default()).unwrap();
-        memory
+        let kernel = self.engine.kernel.inner();
+        let map = || {
+            kernel.map_memory(bytes as u64).map(|memory| {
+                let range = memory.range();
+                (memory, range)
+            })
+        };
+        self.engine.make_region(Attributes::default(), map, |m| kernel.unmap_memory(m).unwrap()).unwrap().0
     }
 
     /// Moves everything that is mapped out to the devices.
@@ -428,4 +433,47 @@ fn a_lost_page_is_buried_alone() {
     rig.engine.check();
     rig.drop_region(memory);
     assert_eq!(rig.engine.check().device_pages, 0);
+}
+
+/// A fault that comes late finds a region that is being made, or has been given up, but is mapped and registered: it must
+/// not be taken for what the program has let grow in place beside another region.
+#[test]
+fn late_faults_make_no_regions_of_what_comes_and_goes() {
+    const MIB: u64 = 1 << 20;
+    let rig = Rig::new(Delivery::Messages, 0, soft());
+    let engine = &rig.engine;
+    let kernel = engine.kernel.inner();
+    let late = |at: Va| {
+        let engine = engine.clone();
+        let fault = std::thread::spawn(move || engine.fault(at, Access::Read, Wake::Yes, Patience::Waits).is_ok());
+        std::thread::sleep(Duration::from_millis(2));
+        fault
+    };
+    for round in 0..10 {
+        let mut faults = Vec::new();
+        let map = || {
+            let memory = kernel.map_memory(12 * MIB)?;
+            let range = memory.range();
+            faults.push(late(range.start));
+            Ok((memory, range))
+        };
+        let made = engine.make_region(Attributes::default(), map, |m| kernel.unmap_memory(m).unwrap());
+        let (memory, range) = made.unwrap_or_else(|e| panic!("round {round}: {e:?}"));
+        let at = |mib: u64| Va(range.start.0 + mib * MIB);
+        // The first third goes; what stays is the same mapping.
+        let mut rest = Some(memory);
+        let mut release = |from: u64, to: u64| {
+            engine.release_region(VaRange { start: at(from), end: at(to) }, |piece| {
+                faults.push(late(Va(piece.start.0 + PAGE as u64)));
+                rest = rest.take().and_then(|m| kernel.unmap_front(m, piece.len()).unwrap());
+            });
+        };
+        release(0, 4);
+        let left = engine.regions.next(engine.geometry.vpn(range.start)).map(|r| engine.geometry.range(r.range));
+        assert_eq!(left, Some(VaRange { start: at(4), end: at(12) }), "round {round}");
+        release(4, 12);
+        assert_eq!(engine.regions.len(), 0, "round {round}");
+        assert!(faults.into_iter().all(|f| f.join().unwrap()));
+    }
+    engine.check();
 }

@@ -10,6 +10,7 @@
 //! | [`staging`] | where frames are meanwhile |
 //! | [`tiers`] | the devices and who owns each of their pages |
 //! | [`adopt`] | memory the program already has |
+//! | [`own`] | regions of the space's own, made and given back |
 //! | [`changes`] | what the program itself does to its memory |
 //! | [`lost`] | pages that cannot be had back |
 //! | [`ahead`] | reading ahead of streams |
@@ -47,6 +48,7 @@ mod going;
 #[cfg(all(test, feature = "soft", not(any(shuttle, miri))))]
 mod inject_tests;
 pub(crate) mod lost;
+pub(crate) mod own;
 pub(crate) mod pages;
 pub(crate) mod reclaim;
 pub(crate) mod serve;
@@ -226,15 +228,6 @@ impl<K: Kernel> Engine<K> {
                 Err(_) => blocks /= 4,
             }
         }
-    }
-
-    /// Makes `range` managed. Its mapping exists and is registered, and no change of mappings is pending.
-    ///
-    /// The caller has a context, as for every lock of the engine.
-    pub(crate) fn add_region(&self, range: PageRange, attributes: Attributes) -> Result<(), AddError> {
-        let _changes = self.region_changes.lock();
-        let new = self.cover(range)?;
-        self.insert_region(range, attributes, new)
     }
 
     /// Makes the table's words for `range` usable, before it becomes a region. Returns how many blocks no region

@@ -58,6 +58,10 @@ impl<K: Kernel> Engine<K> {
                 _ => break,
             }
         }
+        // Whoever empties a region that is leaving waits for what was locked before that was said, and for nothing else.
+        if locks.len() > 1 && self.region(vpn) != Some(region) {
+            locks.retain(|l| l.vpn() == vpn);
+        }
         if direction == Direction::Down {
             locks.reverse();
         }

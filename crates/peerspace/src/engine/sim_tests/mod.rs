@@ -17,7 +17,7 @@ use super::reclaim::Step;
 use super::{Config, Engine, staging_layout};
 use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store};
 use crate::sync::Mutex;
-use peerspace_core::addr::{Access, Geometry, Pages, Va, VaRange};
+use peerspace_core::addr::{Access, Pages, Va, VaRange};
 use peerspace_core::reclaim::{Policy, S3Fifo};
 use peerspace_core::regions::Attributes;
 use peerspace_os::inject::Inject;
@@ -223,10 +223,8 @@ impl Rig {
 
     /// A region of the engine's own.
     pub(super) fn region(&self, blocks: u64) -> VaRange {
-        let range = self.sim().map(blocks * (2 << 20)).unwrap();
-        let _work = self.engine.contexts.take();
-        self.engine.add_region(Geometry::KIB4.pages_inside(range), Attributes::default()).unwrap();
-        range
+        let map = || self.sim().map(blocks * (2 << 20)).map(|range| (range, range));
+        self.engine.make_region(Attributes::default(), map, |range| self.sim().unmap(range).unwrap()).unwrap().1
     }
 
     fn access(&self, va: Va, access: Access, mut once: impl FnMut(&Sim) -> Result<(), Trap>) -> Came {
