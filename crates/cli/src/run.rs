@@ -307,6 +307,20 @@ pub(crate) fn summary(r: &Record) -> Table {
         row("brought in", bytes(r.bytes.in_));
         row("written out", bytes(r.bytes.out));
         row("dropped clean", format!("{} pages", r.pages.clean_dropped));
+        let thp = &r.folios.thp;
+        row("AnonHugePages", bytes(thp.anon_huge_bytes));
+        for (name, n) in [
+            ("thp_fault_alloc", thp.thp_fault_alloc),
+            ("thp_fault_fallback", thp.thp_fault_fallback),
+            ("thp_collapse_alloc", thp.thp_collapse_alloc),
+            ("thp_collapse_alloc_failed", thp.thp_collapse_alloc_failed),
+            ("thp_split_pmd", thp.thp_split_pmd),
+            ("thp_split_page", thp.thp_split_page),
+            ("thp_split_page_failed", thp.thp_split_page_failed),
+            ("thp_deferred_split_page", thp.thp_deferred_split_page),
+        ] {
+            row(name, format!("{n}"));
+        }
     }
     for d in &r.devices {
         row(&format!("{}, peak", d.name), bytes(d.peak_bytes));

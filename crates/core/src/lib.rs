@@ -9,6 +9,7 @@
 //! | [`addr`] | addresses, page numbers, sizes and orders as types |
 //! | [`entry`] | one word of the logical page table: the states of a page |
 //! | [`table`] | the logical page table, its locks, splitting and joining of blocks |
+//! | [`folio`] | the state word of a folio: references, mappings, pins |
 //! | [`memmap`] | 32-byte descriptors of the host's frames |
 //! | [`pagemap`] | which device a page frame number belongs to |
 //! | [`buddy`] | the allocator of device memory, over out-of-band bitmaps |
@@ -29,6 +30,7 @@ pub mod addr;
 pub mod bitmap;
 pub mod buddy;
 pub mod entry;
+pub mod folio;
 #[cfg(all(test, loom))]
 mod loom_tests;
 pub mod memmap;

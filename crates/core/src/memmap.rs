@@ -1,28 +1,32 @@
 //! The memmap of the host: one 32-byte descriptor per frame, our `struct page`.
 //!
 //! Host frames come in two kinds, each with a pfn range of its own. *Block frames* are 512 pages that were
-//! allocated as one huge folio; while whole, one descriptor stands for all of them (rule A8), and the 512
-//! descriptors of their parts are used only after a split. *Small frames* are single pages. Which of the two a
-//! table entry means follows from its pfn and from whether its block is whole.
+//! allocated as one huge folio; while that is mapped whole, one descriptor, its head, stands for all of them (rule A8).
+//! Once the mapping is [spread](Memmap::spread) over its pages each of them has a descriptor, a tail, that says what is
+//! per page; references and the place on a list stay with the head. Once the folio is
+//! [split](Memmap::split_frozen) its parts are folios of their own. *Small frames* are single pages. Which of the two
+//! kinds a table entry means follows from its pfn and from whether its block is whole.
 //!
 //! ```text
 //!  word   bits
-//!   0     47..32  pins       31..16 / 15..0  of the head of a split block: parts left in staging, parts left
-//!   1     63..12  vpn it is mapped at (the reverse map)     8 rewritten     7..0 epoch
+//!   0     the state word: references, mappings, pins (`folio.rs`)
+//!   1     63..12  vpn it is mapped at (the reverse map)     9 garbage     8 rewritten     7..0 epoch
 //!   2     63..32  previous in its list      31..0 next in its list, or the staging slot while on standby
 //!   3     39..0   backing: the page of a device with the same content    42..40 list    45..43 frequency   47..46 arrival
+//!         31..0   of the head of a split folio: parts left in staging (31..16), parts left (15..0)
 //! ```
 //!
-//! Who may change what: words 1 and the backing belong to whoever holds the lock of the table entry that refers
-//! to the frame. Word 2 belongs to the list the frame is on, and so to the lock of the reclaim policy; while
+//! Who may change what: word 0 says itself. Word 1 and the backing belong to whoever holds the lock of the table entry that
+//! refers to the frame. Word 2 belongs to the list the frame is on, and so to the lock of the reclaim policy; while
 //! the frame is on no list, to the holder of the entry. The list, frequency and arrival bits of word 3 change
 //! under the lock of the policy, except that a frame on no list is put on [`ListId::Incoming`] by the holder of
 //! its entry. Frames that are free belong to the free stacks.
 //!
-//! Orderings: everything here is Relaxed. Hand-over between threads goes through the table's locks, the
+//! Orderings: everything here but the state word is Relaxed. Hand-over between threads goes through the table's locks, the
 //! policy's lock, or the free stacks, each of which orders it.
 
 use crate::addr::{BLOCK_PAGES, Pages, Pfn, Vpn};
+use crate::folio::{Folio, Left, SplitBusy, Tail};
 use crate::sync::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use crate::words::{FreeStack, Words};
 
@@ -37,16 +41,15 @@ const FREQUENCY_MASK: u64 = 0x7 << FREQUENCY_SHIFT;
 const ARRIVAL_SHIFT: u32 = 46;
 const ARRIVAL_MASK: u64 = 0x3 << ARRIVAL_SHIFT;
 
-/// Word 0 of the head of a split block: parts that are left, and above them the pages left behind in staging.
+/// Word 3 of the head of a split folio: parts that are left, and above them the pages left behind in staging.
 const PARTS_MASK: u64 = 0xffff;
 const STAGED_SHIFT: u32 = 16;
 const STAGED_MASK: u64 = 0xffff;
-/// Word 0 of any frame: pins, above what the head of a split block keeps there. They change under the lock of the
-/// entry that maps the frame.
-const PINS_SHIFT: u32 = 32;
 
 /// Word 1: the page has been written since it last came from a device.
 const REWRITTEN: u64 = 1 << 8;
+/// Word 1 of a part that nobody needs: its page still lies in the block's staging.
+const GARBAGE: u64 = 1 << 9;
 
 /// In the place of a slot: the page lies in its block frame's staging.
 const IN_BLOCK: u32 = u32::MAX;
@@ -107,6 +110,7 @@ pub struct Memmap<W> {
     free_small: FreeStack,
     fresh_blocks: AtomicUsize,
     fresh_small: AtomicUsize,
+    whole: AtomicUsize,
 }
 
 impl<W: Words> Memmap<W> {
@@ -130,6 +134,7 @@ impl<W: Words> Memmap<W> {
             free_small: FreeStack::new(),
             fresh_blocks: AtomicUsize::new(0),
             fresh_small: AtomicUsize::new(0),
+            whole: AtomicUsize::new(0),
         }
     }
 
@@ -200,14 +205,57 @@ impl<W: Words> Memmap<W> {
         self.words.at(frame.0 as usize * DESCRIPTOR_WORDS + i)
     }
 
-    /// Takes a free small frame. Its words are whatever the last owner left.
+    /// Takes a free small frame, with one reference for its owner. Its other words are whatever the last owner left.
     pub fn take_small(&self) -> Option<Frame> {
         self.take(&self.free_small, &self.fresh_small, self.small as usize, self.blocks)
+            .inspect(|frame| self.folio(*frame).begin())
     }
 
-    /// Takes a free block frame.
+    /// Takes a free block frame, with one reference for its owner.
     pub fn take_block(&self) -> Option<Frame> {
         self.take(&self.free_blocks, &self.fresh_blocks, self.blocks as usize, 0)
+            .inspect(|frame| self.folio(*frame).begin())
+    }
+
+    /// The state word of `frame`: see [`Folio`] for who may do what with it.
+    pub fn folio(&self, frame: Frame) -> Folio<'_> {
+        Folio(self.word(frame, 0))
+    }
+
+    fn tail(&self, frame: Frame) -> Tail<'_> {
+        Tail(self.word(frame, 0))
+    }
+
+    /// The frame whose state word counts for `frame`, which is in use: its block's while that is one folio, else its own.
+    /// Stays the same while an entry that maps the page is locked.
+    pub fn head(&self, frame: Frame) -> Frame {
+        match self.head_of(frame) {
+            // H7: a tail has no references, a folio of its own has its owner's.
+            Some(head) if self.folio(frame).counts().refcount == 0 => head,
+            _ => frame,
+        }
+    }
+
+    /// One MMU more maps the page of `frame`, or the whole block.
+    pub fn map(&self, frame: Frame) {
+        match self.head(frame) {
+            head if head == frame => {
+                self.folio(frame).map_whole();
+                self.whole.fetch_add(self.is_block(frame) as usize, Relaxed);
+            }
+            head => self.folio(head).map_part(self.tail(frame)),
+        }
+    }
+
+    /// One MMU less maps the page of `frame`, or the whole block. Returns the folio it is of, and what is left of that.
+    pub fn unmap(&self, frame: Frame) -> (Frame, Left) {
+        match self.head(frame) {
+            head if head == frame => {
+                self.whole.fetch_sub(self.is_block(frame) as usize, Relaxed);
+                (frame, self.folio(frame).unmap_whole(self.pages(frame).0))
+            }
+            head => (head, self.folio(head).unmap_part(self.tail(frame), BLOCK_PAGES)),
+        }
     }
 
     fn take(&self, stack: &FreeStack, fresh: &AtomicUsize, limit: usize, base: u32) -> Option<Frame> {
@@ -224,8 +272,12 @@ impl<W: Words> Memmap<W> {
         None
     }
 
-    /// Gives back a whole block frame or a small frame that is on no list and that nobody maps.
+    /// Gives the owner's reference, or a scanner's, to a whole block frame or a small frame back. With the last one the
+    /// frame is free; it is on no list then.
     pub fn give_back(&self, frame: Frame) {
+        if !self.folio(frame).put() {
+            return;
+        }
         debug_assert_eq!(self.list(frame), ListId::None);
         if self.is_block(frame) {
             self.free_blocks.push(frame.0, self.word(frame, 2));
@@ -241,33 +293,34 @@ impl<W: Words> Memmap<W> {
         Some(Frame(part / BLOCK_PAGES as u32))
     }
 
-    /// A part of a split block frame is needed no more. `staged`: its page still lies in the block's staging,
-    /// as garbage. When it was the last part, returns how many such pages there are; the block frame is then
-    /// the caller's to clear and to give back.
-    pub fn part_gone(&self, frame: Frame, staged: bool) -> Option<Pages> {
-        let head = self.head_of(frame).expect("only parts of a split block go one by one");
-        let add: u64 = if staged { 1 << STAGED_SHIFT } else { 0 };
-        // Two parts go at most once each, so neither half can overflow or borrow.
-        // AcqRel: the thread that ends the last part has seen what the others did to theirs.
-        let before = self.word(head, 0).fetch_add(add.wrapping_sub(1), crate::sync::Ordering::AcqRel);
-        debug_assert!(before & PARTS_MASK > 0, "a part of a block frame went twice");
-        (before & PARTS_MASK == 1).then_some(Pages((before >> STAGED_SHIFT & STAGED_MASK) + staged as u64))
+    /// Says that the page of a part that nobody needs still lies in the block's staging.
+    pub fn set_garbage(&self, part: Frame) {
+        let word = self.word(part, 1);
+        word.store(word.load(Relaxed) | GARBAGE, Relaxed);
     }
 
-    /// Prepares the parts of a block frame for lives of their own. The caller owns the whole block, and has
-    /// taken the head off its list.
-    pub fn split_block(&self, head: Frame) {
-        debug_assert!(self.is_block(head));
-        // Whoever relies on the block relies on each of its parts.
-        let pins = self.word(head, 0).load(Relaxed) >> PINS_SHIFT << PINS_SHIFT;
-        self.word(head, 0).store(BLOCK_PAGES, Relaxed);
+    /// The last reference to a part of a split folio has gone. When it was the last part, returns how many pages still
+    /// lie in the block's staging, as garbage; the block frame is then the caller's to clear and to give back.
+    pub fn part_gone(&self, part: Frame) -> Option<Pages> {
+        let head = self.head_of(part).expect("only parts of a split block go one by one");
+        let garbage = self.word(part, 1).load(Relaxed) & GARBAGE != 0;
+        let add: u64 = if garbage { 1 << STAGED_SHIFT } else { 0 };
+        // Two parts go at most once each, so neither half can overflow or borrow.
+        // AcqRel: the thread that ends the last part has seen what the others did to theirs.
+        let before = self.word(head, 3).fetch_add(add.wrapping_sub(1), crate::sync::Ordering::AcqRel);
+        debug_assert!(before & PARTS_MASK > 0, "a part of a block frame went twice");
+        (before & PARTS_MASK == 1).then_some(Pages((before >> STAGED_SHIFT & STAGED_MASK) + garbage as u64))
+    }
+
+    /// Gives each page of a block frame a descriptor of its own, that of a tail. The caller owns the whole block.
+    fn make_tails(&self, head: Frame) {
         let backing = self.backing(head);
         let vpn = self.vpn(head);
         let epoch = self.epoch(head);
         for i in 0..BLOCK_PAGES {
             let part = self.page(self.pfn(head) + i);
             self.reset(part);
-            self.word(part, 0).store(pins, Relaxed);
+            self.tail(part).begin();
             self.place(part, vpn + i, epoch);
             self.set_backing(
                 part,
@@ -279,28 +332,73 @@ impl<W: Words> Memmap<W> {
         }
     }
 
-    /// How many users rely on the frame staying where it is.
-    pub fn pins(&self, frame: Frame) -> u16 {
-        (self.word(frame, 0).load(Relaxed) >> PINS_SHIFT) as u16
+    /// Splits the mapping of a whole block (rule H6: cannot fail): from now on its pages are mapped one by one. The folio
+    /// stays in one piece. The caller owns the whole block.
+    pub fn spread(&self, head: Frame) {
+        debug_assert!(self.is_block(head));
+        self.make_tails(head);
+        self.folio(head).split_mapping(BLOCK_PAGES, |i| self.tail(self.page(self.pfn(head) + i)));
+        self.whole.fetch_sub(1, Relaxed);
+        self.set_backing(head, Backing::None);
     }
 
-    /// One more user relies on the frame. False when there are as many as can be counted.
-    #[must_use]
-    pub fn pin(&self, frame: Frame) -> bool {
-        let full = self.pins(frame) == u16::MAX;
-        if !full {
-            self.word(frame, 0).fetch_add(1 << PINS_SHIFT, Relaxed);
-        }
-        !full
+    /// The reverse of [`spread`](Memmap::spread), for a folio all of whose pages are mapped and hold the only copy of their
+    /// data. The caller owns the whole block.
+    pub fn gather(&self, head: Frame) {
+        self.folio(head).join_mapping(BLOCK_PAGES, |i| self.tail(self.page(self.pfn(head) + i)));
+        self.folio(head).unqueue();
+        self.whole.fetch_add(1, Relaxed);
     }
 
-    /// One user less relies on the frame. False when there was none.
-    pub fn unpin(&self, frame: Frame) -> bool {
-        let any = self.pins(frame) > 0;
-        if any {
-            self.word(frame, 0).fetch_sub(1 << PINS_SHIFT, Relaxed);
+    /// How many blocks are mapped by one entry, each MMU that does so counted.
+    pub fn whole_mappings(&self) -> u64 {
+        self.whole.load(Relaxed) as u64
+    }
+
+    /// Begins to split a folio into its pages; the caller owns the whole block, and gives the owner's reference for it.
+    ///
+    /// # Errors
+    /// [`SplitBusy`]; nothing has changed (rule H6).
+    pub fn freeze(&self, head: Frame) -> Result<(), SplitBusy> {
+        self.folio(head).freeze()
+    }
+
+    /// Splits a [frozen](Memmap::freeze) folio, which is on no list: each page is a folio of its own, with an owner's
+    /// reference, also where nobody maps it.
+    pub fn split_frozen(&self, head: Frame) {
+        debug_assert_eq!(self.list(head), ListId::None);
+        self.change(head, PFN_MASK, BLOCK_PAGES);
+        for i in 0..BLOCK_PAGES {
+            self.folio(self.page(self.pfn(head) + i)).begin_split();
         }
-        any
+        self.folio(head).thaw();
+    }
+
+    /// Splits a block frame that nobody maps and nobody relies on. The caller owns the whole block, and has taken the head
+    /// off its list. Scanners that look at it just now are waited for: they never wait themselves.
+    pub fn split_block(&self, head: Frame) {
+        debug_assert_eq!(self.folio(head).counts().mappings, 0);
+        self.make_tails(head);
+        self.split_idle(head);
+    }
+
+    /// The same for one that is mapped whole and that nobody relies on: its pages are mapped one by one then.
+    pub fn split_mapped_block(&self, head: Frame) {
+        self.spread(head);
+        self.split_idle(head);
+    }
+
+    fn split_idle(&self, head: Frame) {
+        while let Err(busy) = self.freeze(head) {
+            debug_assert!(!matches!(busy, SplitBusy::Pinned(_)), "nobody relies on it");
+            crate::sync::spin_hint();
+        }
+        self.split_frozen(head);
+    }
+
+    /// How many users rely on the folio of `frame` staying where it is (rule H5).
+    pub fn pins(&self, frame: Frame) -> u64 {
+        self.folio(self.head(frame)).pins()
     }
 
     /// The page this frame holds the data of.
@@ -400,9 +498,9 @@ impl<W: Words> Memmap<W> {
         self.change(frame, ARRIVAL_MASK, (arrival as u64) << ARRIVAL_SHIFT);
     }
 
-    /// Makes the words of a frame just taken those of a frame on no list, with nothing known about it.
+    /// Makes the words of a frame that is on no list, apart from the state word, those of one about which nothing is known.
     pub fn reset(&self, frame: Frame) {
-        for i in 0..DESCRIPTOR_WORDS {
+        for i in 1..DESCRIPTOR_WORDS {
             self.word(frame, i).store(0, Relaxed);
         }
     }
@@ -475,9 +573,14 @@ mod tests {
             assert_eq!(m.vpn(part), Vpn(1024 + i));
             assert_eq!(m.backing(part), Backing::Page(Pfn(5120 + i)));
             assert_eq!(m.epoch(part), 3);
-            assert_eq!(m.head_of(part), Some(f));
-            assert_eq!(m.part_gone(part, i % 2 == 0), (i == 511).then_some(Pages(256)));
+            assert_eq!((m.head_of(part), m.head(part)), (Some(f), part));
+            if i % 2 == 0 {
+                m.set_garbage(part);
+            }
+            assert!(m.folio(part).put());
+            assert_eq!(m.part_gone(part), (i == 511).then_some(Pages(256)));
         }
+        m.reset(f);
         m.give_back(f);
         assert_eq!(m.take_block(), Some(f));
     }

@@ -124,7 +124,8 @@ pub const CLUSTER: Pages = Pages(16);
 /// the region's user knows better (rules H2, H4).
 pub fn grain(facts: GrainFacts) -> Grain {
     let huge = facts.attributes.has(Attributes::HUGE) || facts.level >= HUGE_LEVEL;
-    if huge && facts.whole && facts.huge_possible && !facts.attributes.has(Attributes::NO_HUGE) {
+    let never = facts.attributes.has(Attributes::NO_HUGE) || facts.attributes.has(Attributes::ON_REQUEST);
+    if huge && facts.whole && facts.huge_possible && !never {
         return Grain::Block;
     }
     Grain::Pages(match facts.level {
@@ -208,7 +209,9 @@ mod tests {
         assert_eq!(grain(GrainFacts { level: 9, whole: false, ..facts }), Grain::Pages(CLUSTER));
         assert_eq!(grain(GrainFacts { level: 9, huge_possible: false, ..facts }), Grain::Pages(CLUSTER));
         assert_eq!(grain(GrainFacts { attributes: Attributes::HUGE, ..facts }), Grain::Block);
-        assert_eq!(grain(GrainFacts { level: 9, attributes: Attributes::NO_HUGE, ..facts }), Grain::Pages(CLUSTER));
+        for never in [Attributes::NO_HUGE, Attributes::ON_REQUEST] {
+            assert_eq!(grain(GrainFacts { level: 9, attributes: never, ..facts }), Grain::Pages(CLUSTER));
+        }
     }
 
     #[test]

@@ -25,6 +25,8 @@ impl Attributes {
     pub const HUGE: Attributes = Attributes(4);
     /// Reclaim leaves the region alone: it is about to go.
     pub const KEPT: Attributes = Attributes(8);
+    /// Use huge folios only where somebody asks for them.
+    pub const ON_REQUEST: Attributes = Attributes(32);
     /// Being given back: nobody refers to it any more, and no fault in it is resolved.
     pub const LEAVING: Attributes = Attributes(16);
 

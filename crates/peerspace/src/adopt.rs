@@ -1,6 +1,7 @@
 //! Memory the program got elsewhere, taken into a space; and memory kept resident for the kernel's use.
 
-use crate::engine::adopt::{AdoptError, HoldError};
+use crate::engine::adopt::AdoptError;
+use crate::engine::hold::HoldError;
 use crate::error::Error;
 use crate::space::Space;
 use peerspace_core::addr::{Access, PageRange, Pages, Pfn, Va, VaRange, Vpn};

@@ -101,6 +101,6 @@ pub use heap::{Heap, Pool};
 pub use peerspace_os::linux::signal::forward as forward_sigbus;
 pub use peerspace_os::linux::thread::unmanaged;
 pub use region::{Hint, Region};
-pub use report::{DeviceStatistics, FaultStatistics, Statistics};
+pub use report::{DeviceStatistics, FaultStatistics, Statistics, ThpStatistics};
 pub use space::{Builder, Faults, Space};
 pub use spec::{DeviceSpec, KINDS as DEVICE_KINDS, Reservation, Size, SizeError, SpecError};

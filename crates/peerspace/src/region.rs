@@ -24,6 +24,8 @@ pub enum Hint {
     Dense,
     /// Single pages here and there: never huge folios, so that what is not used takes up no RAM.
     Sparse,
+    /// Small pages, and huge folios only where [`collapse`](Region::collapse) makes them.
+    OnRequest,
 }
 
 /// Memory of a [`Space`]. It begins as zeros, and takes up RAM only where it is used.
@@ -160,6 +162,7 @@ impl Region {
             Hint::Normal => Attributes::default(),
             Hint::Dense => Attributes::HUGE,
             Hint::Sparse => Attributes::NO_HUGE,
+            Hint::OnRequest => Attributes::ON_REQUEST,
         };
         without_signals(|| engine.advise(engine.geometry.pages_inside(self.range), |old| old.without(both).with(set)))
             .map_err(|_| Error::BadRange {

@@ -47,6 +47,8 @@ pub struct Statistics {
     pub splits: u64,
     /// Small pages put together into huge ones, in huge mappings.
     pub collapses: u64,
+    /// Huge folios, by the names of `/proc/vmstat`.
+    pub thp: ThpStatistics,
     /// Pages unmapped to standby.
     pub unmapped: u64,
     /// Pages of adopted memory that were looked at for the first time.
@@ -66,6 +68,32 @@ pub struct Statistics {
     pub device_errors: u64,
     /// The devices, in the order in which they are tried.
     pub devices: Vec<DeviceStatistics>,
+}
+
+/// Transparent huge pages (rules H1 to H11), by the names that the kernel has for the same things in `/proc/vmstat` and
+/// `/proc/meminfo`. Events are counted from the start; sizes are those of now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "process", derive(serde::Serialize, serde::Deserialize), serde(default))]
+#[non_exhaustive]
+pub struct ThpStatistics {
+    /// Faults that a huge folio resolved.
+    pub thp_fault_alloc: u64,
+    /// Faults that wanted a huge folio, and made do with small pages because none was to be had (H2).
+    pub thp_fault_fallback: u64,
+    /// Blocks of small pages that became huge folios (H3).
+    pub thp_collapse_alloc: u64,
+    /// Blocks that did not, because there was no huge page to be had.
+    pub thp_collapse_alloc_failed: u64,
+    /// Huge folios split into folios of one page (H6).
+    pub thp_split_page: u64,
+    /// Splits that were refused because somebody relied on the folio or worked with it (H5, H6).
+    pub thp_split_page_failed: u64,
+    /// Huge folios queued to be split when memory is short, because parts of them were discarded (H11).
+    pub thp_deferred_split_page: u64,
+    /// Huge mappings split into mappings of single pages (H6).
+    pub thp_split_pmd: u64,
+    /// Bytes of managed memory that are mapped in huge folios now (`AnonHugePages`).
+    pub anon_huge_bytes: u64,
 }
 
 /// Faults by what they took.
@@ -148,6 +176,17 @@ impl Statistics {
             huge_mapped: s.huge_mapped,
             splits: s.splits,
             collapses: s.collapses,
+            thp: ThpStatistics {
+                thp_fault_alloc: s.huge_faults,
+                thp_fault_fallback: s.huge_fallbacks,
+                thp_collapse_alloc: s.collapses,
+                thp_collapse_alloc_failed: s.collapses_failed,
+                thp_split_page: s.folio_splits,
+                thp_split_page_failed: s.folio_splits_failed,
+                thp_deferred_split_page: engine.blocks.deferrals(),
+                thp_split_pmd: s.splits,
+                anon_huge_bytes: engine.memmap.whole_mappings() * g.block_bytes() as u64,
+            },
             unmapped: s.unmapped,
             taken_in_hand: s.taken_in_hand,
             busy: s.busy,

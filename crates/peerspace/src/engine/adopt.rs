@@ -7,15 +7,14 @@
 //! nothing until memory is scarce.
 
 use super::context::Working;
-use super::fault::{Hold, Outcome};
+use super::fault::Hold;
 use super::stats::{count, count_n};
 use super::{AddError, Engine, Entry};
 use crate::device::Load;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Pfn, Va, VaRange, Vpn};
+use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Arrival, Frame};
-use peerspace_core::plan::CLUSTER;
 use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
@@ -34,17 +33,6 @@ pub(crate) enum AdoptError {
     Kernel(Trouble),
     /// The program is changing its mappings, or has since somebody looked at them.
     Changed,
-}
-
-/// A page was lost and cannot be held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum HoldError {
-    /// Its data is gone (rule Z9), with this page of a device.
-    Lost(Vpn, Pfn),
-    /// It lies in no region of the space.
-    Foreign(Vpn),
-    /// As many users rely on it as can be counted.
-    TooMany(Vpn),
 }
 
 impl<K: Kernel> Engine<K> {
@@ -489,136 +477,5 @@ impl<K: Kernel> Engine<K> {
             self.ring.settle(slots, done);
         }
         (took as u64, next)
-    }
-
-    /// Makes `pages` resident, with permission for `access`, and keeps them so until [`let_go`](Engine::let_go).
-    ///
-    /// # Errors
-    /// [`HoldError`]; nothing is held then.
-    pub(crate) fn hold_pages(&self, pages: PageRange, access: Access) -> Result<(), HoldError> {
-        let mut at = pages.start;
-        while at < pages.end {
-            match self.hold_at(at, pages, access) {
-                Ok(n) => at = at + n,
-                Err(e) => {
-                    self.let_go(PageRange { start: pages.start, end: at });
-                    return Err(e);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Holds the page at `vpn`, or its whole block where `pages` covers it. Returns how many pages.
-    fn hold_at(&self, vpn: Vpn, pages: PageRange, access: Access) -> Result<u64, HoldError> {
-        loop {
-            let va = self.geometry.va(vpn);
-            match self.fault(va, access, Wake::Yes, super::fault::Patience::Waits) {
-                Ok(Outcome::Resolved) => {}
-                Ok(Outcome::Foreign) => return Err(HoldError::Foreign(vpn)),
-                _ => {}
-            }
-            let work = self.contexts.take();
-            let Ok(entry) = self.table.lock(vpn) else { return Err(HoldError::Foreign(vpn)) };
-            match entry.state() {
-                State::Host { pfn, writable, .. } if writable || access == Access::Read => {
-                    if entry.is_whole() && !(pages.covers(entry.range()) && vpn.is_block_start()) {
-                        self.split_mapped(entry, &work.counters);
-                        continue;
-                    }
-                    let whole = entry.is_whole();
-                    let frame = if whole { self.memmap.block(pfn) } else { self.memmap.page(pfn) };
-                    if !self.memmap.pin(frame) {
-                        return Err(HoldError::TooMany(vpn));
-                    }
-                    return Ok(if whole { BLOCK_PAGES } else { 1 });
-                }
-                // A native page: it is there, but the table knows nothing of it yet.
-                State::Empty => {
-                    if let Some(frame) = self.track_native(entry) {
-                        let _ = self.memmap.pin(frame);
-                        return Ok(1);
-                    }
-                }
-                State::Poisoned { pfn } => return Err(HoldError::Lost(vpn, pfn)),
-                // Gone again, before it could be held.
-                _ => {}
-            }
-        }
-    }
-
-    /// Holds some pages at the start of `pages`, to be copied and [let go](Engine::let_go): the block of the first if
-    /// that is mapped whole, else a few single pages. Returns what is held. Pages that are mapped already take no fault.
-    ///
-    /// # Errors
-    /// [`HoldError`] for the first page; nothing is held then.
-    pub(crate) fn hold_some(&self, pages: PageRange, access: Access) -> Result<PageRange, HoldError> {
-        if let Some(held) = self.hold_mapped(pages, access) {
-            return Ok(held);
-        }
-        // What became of it is found out below.
-        let _ = self.fault(self.geometry.va(pages.start), access, Wake::Yes, super::fault::Patience::Waits);
-        if let Some(held) = self.hold_mapped(pages, access) {
-            return Ok(held);
-        }
-        let first = PageRange::new(pages.start, Pages(1));
-        self.hold_at(first.start, first, access)?;
-        Ok(first)
-    }
-
-    /// The same for what is mapped already; `None` if the first page is not, or may not be accessed so.
-    fn hold_mapped(&self, pages: PageRange, access: Access) -> Option<PageRange> {
-        let _work = self.contexts.take();
-        let mut held = PageRange { start: pages.start, end: pages.start };
-        while held.end < pages.end && held.pages() < CLUSTER {
-            let Ok(entry) = self.table.lock(held.end) else { break };
-            let State::Host { pfn, writable, .. } = entry.state() else { break };
-            if !writable && access == Access::Write {
-                break;
-            }
-            if entry.is_whole() {
-                let alone = held.is_empty() && self.memmap.pin(self.memmap.block(pfn));
-                return if alone { Some(entry.range()) } else { (!held.is_empty()).then_some(held) };
-            }
-            if !self.memmap.pin(self.memmap.page(pfn)) {
-                break;
-            }
-            held.end = held.end + 1;
-        }
-        (!held.is_empty()).then_some(held)
-    }
-
-    /// Takes a native page into the table where it is.
-    fn track_native(&self, entry: Entry<'_, K>) -> Option<Frame> {
-        if entry.is_whole() {
-            entry.split_evenly();
-            return None;
-        }
-        if !self.kernel.is_present(self.geometry.va(entry.vpn())).unwrap_or(false) {
-            return None;
-        }
-        let frame = self.new_frame(entry.vpn())?;
-        self.budget.take_native(1);
-        self.announce(frame, Arrival::New);
-        entry.commit(State::Host { pfn: self.memmap.pfn(frame), writable: true, dirt: Dirt::Dirty });
-        Some(frame)
-    }
-
-    /// Undoes [`hold_pages`](Engine::hold_pages).
-    pub(crate) fn let_go(&self, pages: PageRange) {
-        let mut at = pages.start;
-        while at < pages.end {
-            let _work = self.contexts.take();
-            let Ok(entry) = self.table.lock(at) else {
-                at = at + 1;
-                continue;
-            };
-            // Pages that the program has discarded meanwhile are nobody's to let go.
-            if let State::Host { pfn, .. } = entry.state() {
-                let frame = if entry.is_whole() { self.memmap.block(pfn) } else { self.memmap.page(pfn) };
-                self.memmap.unpin(frame);
-            }
-            at = if entry.is_whole() { entry.range().end } else { at + 1 };
-        }
     }
 }

@@ -226,6 +226,7 @@ impl<K: Kernel> Engine<K> {
             if now == Dirt::Dirty {
                 self.memmap.set_backing(frame, Backing::None);
             }
+            self.memmap.map(frame);
             self.announce(frame, arrival);
             entry.set(State::Host { pfn, writable, dirt: now });
             drop(entry);
@@ -275,6 +276,7 @@ impl<K: Kernel> Engine<K> {
                     self.tiers.free(copy, Order::BASE);
                 }
                 self.memmap.set_backing(part, Backing::None);
+                self.memmap.map(part);
                 self.announce(part, Arrival::New);
             } else {
                 self.memmap.set_slot(part, None);
@@ -291,17 +293,11 @@ impl<K: Kernel> Engine<K> {
         self.blocks.put_on_standby(frame);
     }
 
-    /// Splits the mapping of a whole block (rule H6): its pages go on alone, mapped as they are. The caller lets
-    /// go of the block by it.
+    /// Splits the mapping of a whole block (rule H6: cannot fail): its pages are mapped as they are, one by one. The folio
+    /// stays in one piece. The caller lets go of the block by it.
     pub(crate) fn split_mapped(&self, entry: Entry<'_, K>, counters: &Counters) {
         let State::Host { pfn, .. } = entry.state() else { unreachable!("the block is mapped") };
-        let frame = self.memmap.block(pfn);
-        self.retract(frame);
-        let arrival = self.memmap.arrival(frame);
-        self.memmap.split_block(frame);
-        for i in 0..BLOCK_PAGES {
-            self.announce(self.memmap.page(pfn + i), arrival);
-        }
+        self.memmap.spread(self.memmap.block(pfn));
         entry.split_evenly();
         count(&counters.splits);
     }

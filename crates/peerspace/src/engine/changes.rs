@@ -4,11 +4,13 @@
 //! this runs with the [gate](super::gate) closed, so no operation on region memory is under way; entries that are
 //! locked by a device transfer are waited for.
 
+use super::folio::NoSplit;
 use super::stats::Counters;
 use super::{AddError, Engine, Entry};
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::State;
+use peerspace_core::folio::SplitBusy;
 use peerspace_core::memmap::Frame;
 use peerspace_core::regions::RegionInfo;
 use peerspace_os::{Kernel, Message, Trouble};
@@ -202,12 +204,10 @@ impl<K: Kernel> Engine<K> {
             State::Host { pfn, .. } => {
                 // The kernel drops the huge page itself; its frame has none from here on.
                 let frame = self.memmap.block(pfn);
-                self.retract(frame);
                 let backing = self.memmap.backing(frame);
+                self.unmap_gone(frame);
                 entry.commit(State::Empty);
                 self.budget.uncharge(BLOCK_PAGES);
-                self.memmap.reset(frame);
-                self.memmap.give_back(frame);
                 self.free_backing(backing, order);
             }
             State::Standby { pfn, .. } if order == Order::BASE => {
@@ -290,6 +290,7 @@ impl<K: Kernel> Engine<K> {
         // The new range is no region yet, so faults there wait at the gate until all is in place.
         for RegionInfo { range: piece, attributes } in self.pieces(PageRange::new(from, pages)) {
             let target = PageRange { start: shift(piece.start), end: shift(piece.end) };
+            self.take_apart(piece, shift, counters);
             let moved = self.remove_region(piece, |_| {}).map_err(AddError::Region).and_then(|()| {
                 let _changes = self.region_changes.lock();
                 let new = self.cover(target)?;
@@ -300,6 +301,33 @@ impl<K: Kernel> Engine<K> {
                 self.lost_from_sight(piece, target, &e, counters);
             }
             self.release_table(piece);
+        }
+    }
+
+    /// Splits the folios that do not move as a whole: their pages go separate ways. Where somebody relies on one, it stays
+    /// one folio all the same, which cannot leave RAM any more until it is discarded.
+    fn take_apart(&self, pages: PageRange, shift: impl Fn(Vpn) -> Vpn, counters: &Counters) {
+        for piece in pages.by_block() {
+            let whole_goes = piece == PageRange::block(piece.start.block()) && shift(piece.start).is_block_start();
+            loop {
+                match self.table.look(piece.start) {
+                    None => break,
+                    Some((word, true)) if whole_goes || word.is_empty() => break,
+                    Some((_, true)) => {
+                        if let Ok(entry) = self.table.lock(piece.start)
+                            && entry.is_whole()
+                            && entry.state() != State::Empty
+                        {
+                            self.split_whole(entry, counters);
+                        }
+                    }
+                    Some((_, false)) => match self.split_folio(piece.start.block()) {
+                        // The gate is closed: whoever is in the way is on the way out.
+                        Err(NoSplit::Contended | NoSplit::Busy(SplitBusy::Referenced(_))) => crate::sync::yield_now(),
+                        _ => break,
+                    },
+                }
+            }
         }
     }
 

@@ -6,6 +6,7 @@
 use super::Engine;
 use peerspace_core::addr::{BLOCK_PAGES, Pfn};
 use peerspace_core::entry::{Dirt, State};
+use peerspace_core::folio::Counts;
 use peerspace_core::memmap::{Backing, Frame, ListId};
 use peerspace_os::Kernel;
 use std::collections::HashMap;
@@ -17,6 +18,8 @@ pub(crate) struct Census {
     pub(crate) mapped: u64,
     /// Of those, in whole blocks.
     pub(crate) mapped_whole: u64,
+    /// Huge folios that are mapped page by page.
+    pub(crate) spread: u64,
     /// Pages on standby.
     pub(crate) standby: u64,
     /// Pages on devices alone.
@@ -44,6 +47,7 @@ impl<K: Kernel> Engine<K> {
             }
         };
         let mut split_heads: HashMap<Frame, u64> = HashMap::new();
+        let mut spread: HashMap<Frame, u64> = HashMap::new();
         // Drain what faults announced, so that every mapped frame is on a list.
         {
             let mut policy = self.policy.lock();
@@ -74,13 +78,20 @@ impl<K: Kernel> Engine<K> {
                     State::Host { pfn, writable, dirt } => {
                         let frame = self.frame_of(pfn, whole);
                         assert_eq!(self.memmap.vpn(frame), range.start, "{who}: the reverse map is wrong");
-                        let list = self.memmap.list(frame);
+                        let head = self.memmap.head(frame);
+                        let list = self.memmap.list(head);
                         assert!(matches!(list, ListId::Small | ListId::Main), "{who}: mapped, but on list {list:?}");
                         let contrary = if writable { Dirt::Clean } else { Dirt::Dirty };
                         assert_ne!(dirt, contrary, "{who}: writable is {writable}");
                         self.check_backing(frame, dirt, whole, &who, &mut own, &mut census);
-                        if let (Some(head), false) = (self.memmap.head_of(frame), whole) {
-                            *split_heads.entry(head).or_default() += 1;
+                        if head != frame {
+                            assert_eq!(self.memmap.list(frame), ListId::None, "{who}: a tail on a list of its own");
+                            *spread.entry(head).or_default() += 1;
+                        } else {
+                            self.check_folio(frame, 1, 0, &who);
+                            if let (Some(head), false) = (self.memmap.head_of(frame), whole) {
+                                *split_heads.entry(head).or_default() += 1;
+                            }
                         }
                         own(pfn, n, who);
                         census.mapped += n;
@@ -91,6 +102,7 @@ impl<K: Kernel> Engine<K> {
                         assert_eq!(self.memmap.vpn(frame), range.start, "{who}: the reverse map is wrong");
                         assert_eq!(self.memmap.list(frame), ListId::None, "{who}: on standby and on a list");
                         self.check_backing(frame, dirt, whole, &who, &mut own, &mut census);
+                        self.check_folio(frame, 0, 0, &who);
                         if whole {
                             staged_blocks += 1;
                         } else {
@@ -112,6 +124,13 @@ impl<K: Kernel> Engine<K> {
                 at = range.end;
             }
         }
+        for (head, pages) in &spread {
+            self.check_folio(*head, 0, *pages, &format!("{head:?}, mapped in {pages} pages"));
+            let queued = self.memmap.folio(*head).counts().queued;
+            assert_eq!(queued, *pages < BLOCK_PAGES, "{head:?}: {pages} pages of it are mapped (H11)");
+            assert!(!queued || self.blocks.is_deferred(*head), "{head:?} is not in the queue");
+        }
+        census.spread = spread.len() as u64;
         self.check_tiers(&census);
         self.check_charges(&census, staged_blocks, &split_heads);
         census
@@ -120,6 +139,15 @@ impl<K: Kernel> Engine<K> {
     fn frame_of(&self, pfn: Pfn, whole: bool) -> Frame {
         assert!(self.memmap.contains(pfn), "{pfn} is no frame of the host");
         if whole { self.memmap.block(pfn) } else { self.memmap.page(pfn) }
+    }
+
+    /// The counts of a folio that so many MMUs map whole, and of which so many pages are mapped alone, by one each.
+    fn check_folio(&self, folio: Frame, entire: u64, pages: u64, who: &str) {
+        let counts = self.memmap.folio(folio).counts();
+        let mappings = entire + pages;
+        // The owner's reference beside those (H6).
+        let refcount = 1 + mappings + counts.pins;
+        assert_eq!(counts, Counts { refcount, entire, pages, mappings, ..counts }, "{who}: {folio:?}");
     }
 
     fn check_backing(

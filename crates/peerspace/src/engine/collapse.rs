@@ -14,7 +14,7 @@ use super::stats::count;
 use super::{Engine, fault};
 use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Vpn};
 use peerspace_core::entry::{Dirt, Entry as Word, State};
-use peerspace_core::memmap::{Arrival, Backing, Frame};
+use peerspace_core::memmap::{Arrival, Backing, ListId};
 use peerspace_core::regions::Attributes;
 use peerspace_os::{Kernel, Trouble, Wake};
 use std::time::{Duration, Instant};
@@ -46,6 +46,14 @@ pub(crate) enum NoCollapse {
 impl<K: Kernel> Engine<K> {
     /// Makes the block at `start` one huge folio, bringing what is missing, zeros included. Without a context.
     pub(crate) fn collapse(&self, start: Vpn) -> Result<(), NoCollapse> {
+        self.try_collapse(start).inspect_err(|e| {
+            if *e == NoCollapse::NoRoom {
+                count(&self.contexts.take().counters.collapses_failed);
+            }
+        })
+    }
+
+    fn try_collapse(&self, start: Vpn) -> Result<(), NoCollapse> {
         let pages = PageRange::block(start.block());
         let region = self.region(pages.start).ok_or(NoCollapse::Unsuitable)?;
         if !self.block_inside(region, pages.start) || region.attributes.has(Attributes::NO_HUGE) || !self.has_huge() {
@@ -70,7 +78,7 @@ impl<K: Kernel> Engine<K> {
     fn join_block(&self, pages: PageRange) -> Result<(), NoCollapse> {
         let work = self.contexts.take();
         let frame = self.memmap.take_block().ok_or(NoCollapse::NoRoom)?;
-        let mut why = NoCollapse::Busy;
+        let (mut why, mut proven, mut gathered) = (NoCollapse::Busy, 0, false);
         let joined = self.table.join(pages.start.block(), |page| {
             let state = |i: u64| page(i as usize).state();
             let part = |i: u64| match state(i) {
@@ -99,11 +107,25 @@ impl<K: Kernel> Engine<K> {
                 };
                 return None;
             }
-            self.retract_all((0..BLOCK_PAGES).map(part));
+            let head = self.memmap.head(part(0));
+            if head != part(0) && (0..BLOCK_PAGES).all(|i| part(i) == self.memmap.page(self.memmap.pfn(head) + i)) {
+                // One folio all the time; only its mapping was split.
+                for part in (0..BLOCK_PAGES).map(part) {
+                    self.free_backing(self.memmap.backing(part), Order::BASE);
+                }
+                self.memmap.gather(head);
+                gathered = true;
+                return Some(Word::new(State::Host {
+                    pfn: self.memmap.pfn(head),
+                    writable: true,
+                    dirt: Dirt::Dirty,
+                }));
+            }
             for part in (0..BLOCK_PAGES).map(part) {
-                // The page as a folio of its own is no more; its memory is that of the huge one, which stays charged.
+                proven += (self.memmap.list(self.memmap.head(part)) == ListId::Main) as u64;
+                // The page as it was is no more; its memory is that of the huge one, which stays charged.
                 let backing = self.memmap.backing(part);
-                self.free_frame(part, false);
+                self.unmap_gone(part);
                 self.free_backing(backing, Order::BASE);
             }
             Some(Word::new(State::Host { pfn: self.memmap.pfn(frame), writable: true, dirt: Dirt::Dirty }))
@@ -113,22 +135,22 @@ impl<K: Kernel> Engine<K> {
             self.memmap.give_back(frame);
             return Err(why);
         };
+        count(&work.counters.huge_mapped);
+        if gathered {
+            drop(entry);
+            self.memmap.reset(frame);
+            self.memmap.give_back(frame);
+            return Ok(());
+        }
         self.memmap.reset(frame);
         self.memmap.place(frame, pages.start, self.life());
         self.memmap.set_backing(frame, Backing::None);
-        // Its pages were in use: it is no newcomer.
-        self.announce(frame, Arrival::Reuse);
+        self.memmap.map(frame);
+        // To be huge does not make it worth more than its pages were.
+        self.announce(frame, if proven > BLOCK_PAGES / 2 { Arrival::Reuse } else { Arrival::New });
         drop(entry);
         count(&work.counters.collapses);
-        count(&work.counters.huge_mapped);
         Ok(())
-    }
-
-    /// Takes mapped frames off the policy's lists. Their entries are locked.
-    fn retract_all(&self, frames: impl Iterator<Item = Frame>) {
-        let mut policy = self.policy.lock();
-        self.incoming.drain(&self.memmap, &mut **policy);
-        frames.for_each(|frame| policy.remove(&self.memmap, frame));
     }
 
     /// Collapses blocks that have become dense, until stopped.
@@ -173,7 +195,8 @@ impl<K: Kernel> Engine<K> {
             at = at.max(region.range.start);
             let block = PageRange::block(at.block());
             at = block.end;
-            if !region.attributes.has(Attributes::NO_HUGE)
+            let never = [Attributes::NO_HUGE, Attributes::ON_REQUEST, Attributes::LEAVING];
+            if !never.iter().any(|a| region.attributes.has(*a))
                 && region.range.covers(block)
                 // Room for what is missing, and then some: else reclaim would take the block apart again.
                 && self.budget.left() > BLOCK_PAGES as i64

@@ -44,7 +44,14 @@ impl<K: Kernel> Engine<K> {
         let mut dirty: ArrayVec<(Entry<'_, K>, Frame, u32), BATCH> = ArrayVec::new();
         for slot in slots.first..slots.first + slots.count {
             let Some(frame) = self.ring.occupant(slot) else { continue };
-            let Ok(Some(entry)) = self.table.try_lock(self.memmap.vpn(frame)) else {
+            // It may be taken back and freed at any moment (H10).
+            if !self.get_frame(frame) {
+                left |= self.ring.occupant(slot).is_some();
+                continue;
+            }
+            let entry = self.table.try_lock(self.memmap.vpn(frame)).ok().flatten();
+            self.put_frame(frame);
+            let Some(entry) = entry else {
                 left |= self.ring.occupant(slot) == Some(frame);
                 continue;
             };
@@ -190,7 +197,12 @@ impl<K: Kernel> Engine<K> {
         while looked > 0 {
             looked -= 1;
             let Some(frame) = self.blocks.oldest() else { return false };
-            let Ok(Some(entry)) = self.table.try_lock(self.memmap.vpn(frame)) else {
+            if !self.get_frame(frame) {
+                continue;
+            }
+            let entry = self.table.try_lock(self.memmap.vpn(frame)).ok().flatten();
+            self.put_frame(frame);
+            let Some(entry) = entry else {
                 self.blocks.put_on_standby(frame);
                 continue;
             };
@@ -267,7 +279,7 @@ impl<K: Kernel> Engine<K> {
                     self.memmap.set_slot(self.memmap.page(self.memmap.pfn(frame) + i), None);
                 }
                 entry.split_evenly();
-                count(&work.counters.splits);
+                count(&work.counters.folio_splits);
                 self.blocks.put_on_standby(frame);
                 true
             }
@@ -298,7 +310,12 @@ impl<K: Kernel> Engine<K> {
         let mut left = false;
         for i in 0..BLOCK_PAGES {
             let part = self.memmap.page(base + i);
-            let Ok(Some(entry)) = self.table.try_lock(self.memmap.vpn(part)) else {
+            if !self.get_frame(part) {
+                continue; // freed, or in one piece with the others
+            }
+            let entry = self.table.try_lock(self.memmap.vpn(part)).ok().flatten();
+            self.put_frame(part);
+            let Some(entry) = entry else {
                 left = true;
                 continue;
             };

@@ -16,7 +16,7 @@
 use super::context::Working;
 use super::stats::count;
 use super::{Engine, Entry};
-use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Va, Vpn};
+use peerspace_core::addr::{Access, Order, PageRange, Pages, Va, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::memmap::{Backing, Frame};
 use peerspace_core::plan::{self, FaultPlan, Grain, GrainFacts};
@@ -251,6 +251,7 @@ impl<K: Kernel> Engine<K> {
                     ration.block = self.take_block(work, fault.patience)?;
                     ration.no_block = ration.block.is_none();
                     if ration.no_block {
+                        count(&work.counters.huge_fallbacks);
                         return Err(Hold::Again);
                     }
                 }
@@ -402,34 +403,11 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn forget_mapped(&self, entry: Entry<'_, K>) {
         let State::Host { pfn, .. } = entry.state() else { unreachable!("the page is mapped") };
         let frame = self.memmap.page(pfn);
-        self.retract(frame);
         let backing = self.memmap.backing(frame);
+        self.unmap_gone(frame);
         entry.commit(State::Empty);
         self.budget.uncharge(1);
-        self.free_frame(frame, false);
         self.free_backing(backing, Order::BASE);
-    }
-
-    /// Frees the descriptor of a single page. `staged`: the page still lies in its block's staging.
-    pub(crate) fn free_frame(&self, frame: Frame, staged: bool) {
-        match self.memmap.head_of(frame) {
-            None => self.memmap.give_back(frame),
-            Some(head) => {
-                if let Some(garbage) = self.memmap.part_gone(frame, staged) {
-                    self.memmap.reset(head);
-                    if garbage.0 > 0 {
-                        if self.kernel.drop_staged(self.blocks.range(head)).is_err() {
-                            // The pages are still there: the frame lies ready with them, and is charged as such.
-                            self.budget.force_quietly(BLOCK_PAGES - garbage.0);
-                            self.blocks.give_ready(head);
-                            return;
-                        }
-                        self.budget.uncharge(garbage.0);
-                    }
-                    self.memmap.give_back(head);
-                }
-            }
-        }
     }
 
     /// The copy that `backing` names is needed no more.

@@ -11,10 +11,12 @@
 //! | [`tiers`] | the devices and who owns each of their pages |
 //! | [`adopt`] | memory the program already has |
 //! | [`own`] | regions of the space's own, made and given back |
+//! | [`hold`] | pages held where they are |
 //! | [`changes`] | what the program itself does to its memory |
 //! | [`lost`] | pages that cannot be had back |
 //! | [`ahead`] | reading ahead of streams |
 //! | [`serve`] | the loops of the engine's own threads |
+//! | [`folio`] | folios given back, split, and queued to be split |
 //! | [`gate`] | keeps all of it apart from changes of mappings |
 //! | [`budget`], [`context`], [`stats`] | accounts, places to work at, counters |
 //! | [`check`] | the invariants, executable |
@@ -43,8 +45,10 @@ pub(crate) mod collapse;
 pub(crate) mod context;
 pub(crate) mod evict;
 pub(crate) mod fault;
+pub(crate) mod folio;
 pub(crate) mod gate;
 mod going;
+pub(crate) mod hold;
 #[cfg(all(test, feature = "soft", not(any(shuttle, miri))))]
 mod inject_tests;
 pub(crate) mod lost;

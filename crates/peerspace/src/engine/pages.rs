@@ -156,6 +156,7 @@ impl<K: Kernel> Engine<K> {
             if !clean && old != Backing::Zero {
                 self.memmap.set_rewritten(frame);
             }
+            self.memmap.map(frame);
             self.announce(frame, arrival(lock.state()));
             ration.pages -= 1;
             lock.commit(State::Host { pfn: self.memmap.pfn(frame), writable, dirt });
@@ -447,6 +448,7 @@ impl<K: Kernel> Engine<K> {
             }
         }
         self.memmap.set_frequency(frame, self.memmap.frequency(frame) + 1);
+        self.memmap.map(frame);
         self.announce(frame, Arrival::Reuse);
         entry.set(State::Host { pfn: self.memmap.pfn(frame), writable, dirt: now });
         drop(entry);

@@ -231,6 +231,10 @@ impl<K: Kernel> Engine<K> {
             // It must be in mappings that are not managed yet.
             self.native_missed.store(true, Relaxed);
         }
+        // What nobody uses of a folio, before what somebody does.
+        if self.split_deferred(&work.counters) {
+            return Step::Moved;
+        }
         if self.unmap_victims(work, background) > 0 {
             return Step::Moved;
         }
@@ -275,11 +279,28 @@ impl<K: Kernel> Engine<K> {
         (self.budget.limit().0 / BLOCK_PAGES / 16).max(1) as usize
     }
 
-    /// Unmaps the policy's next victims: a run of small pages, or one block. Returns the pages unmapped.
+    /// Unmaps the policy's next victims. Returns the pages unmapped.
     fn unmap_victims(&self, work: &mut Working<'_>, background: bool) -> u64 {
+        /// Folios in a row that can only be split, or not even that.
+        const SPREAD: u32 = 8;
+        let mut unmapped = 0;
+        for _ in 0..SPREAD {
+            let (pages, spread) = self.unmap_some(work, background);
+            unmapped += pages;
+            if unmapped > 0 || !spread {
+                break;
+            }
+        }
+        unmapped
+    }
+
+    /// Unmaps a run of small pages, or one block. Returns how many pages, and whether it came upon a folio to be split
+    /// first.
+    fn unmap_some(&self, work: &mut Working<'_>, background: bool) -> (u64, bool) {
         let small = !background || self.service.pace.background_pays();
         let mut pages: ArrayVec<(Entry<'_, K>, Frame), VICTIMS> = ArrayVec::new();
         let mut block = None;
+        let mut spread = None;
         {
             let mut policy = self.policy.lock();
             self.incoming.drain(&self.memmap, &mut **policy);
@@ -290,8 +311,19 @@ impl<K: Kernel> Engine<K> {
                     policy.put_back(&self.memmap, frame);
                     break;
                 }
-                let entry = self.table.try_lock(self.memmap.vpn(frame)).ok().flatten();
-                // A frame on a list is mapped by the entry it names; only its lock may be taken. See `retract`.
+                // It cannot be freed while this holds the lock of the lists, but be split (H10). See `retract`.
+                let alive = self.get_frame(frame);
+                let entry = self.table.try_lock(self.memmap.vpn(frame)).ok().flatten().filter(|_| alive);
+                if alive {
+                    self.put_frame(frame);
+                }
+                if whole && entry.as_ref().is_some_and(|e| !e.is_whole()) {
+                    spread = entry.map(|e| e.vpn().block());
+                    self.memmap.set_arrival(frame, Arrival::Reuse);
+                    policy.insert(&self.memmap, frame);
+                    break;
+                }
+                // A frame on a list is mapped by the entry it names; only its lock may be taken.
                 match entry.filter(|e| self.can_go(e, frame)) {
                     Some(entry) if whole => {
                         block = Some((entry, frame));
@@ -311,10 +343,18 @@ impl<K: Kernel> Engine<K> {
             }
             self.note_protected(policy.protected());
         }
-        match block {
+        if let Some(block) = spread {
+            // A folio whose pages are mapped one by one is split first (H9).
+            match self.split_folio(block) {
+                Ok(()) => count(&work.counters.folio_splits),
+                Err(_) => count(&work.counters.folio_splits_failed),
+            }
+        }
+        let unmapped = match block {
             Some((entry, frame)) => self.unmap_block(entry, frame, work),
             None => self.unmap_pages(pages, work, background),
-        }
+        };
+        (unmapped, spread.is_some())
     }
 
     /// Whether `entry` maps `frame`, and it may go.
@@ -357,6 +397,7 @@ impl<K: Kernel> Engine<K> {
                     self.memmap.set_slot(frame, Some(slot));
                     self.memmap.set_arrival(frame, Arrival::Reuse);
                     self.ring.occupy(slot, frame);
+                    let _ = self.memmap.unmap(frame);
                     entry.commit(State::Standby { pfn, dirt });
                 } else if i == took && done.trouble == Some(Trouble::Absent) && self.is_gone(&entry) {
                     // Discarded; see `present` in the fault path. The gate was open, so no news is pending.
@@ -446,9 +487,9 @@ impl<K: Kernel> Engine<K> {
     /// A victim that is on no list turned out to be discarded by the program.
     fn forget_victim(&self, entry: Entry<'_, K>, frame: Frame) {
         let backing = self.memmap.backing(frame);
+        self.unmap_gone(frame);
         entry.commit(State::Empty);
         self.budget.uncharge(1);
-        self.free_frame(frame, false);
         self.free_backing(backing, Order::BASE);
     }
 
@@ -472,6 +513,7 @@ impl<K: Kernel> Engine<K> {
         let State::Host { pfn, dirt, .. } = entry.state() else { unreachable!("a victim is mapped") };
         if done.pages.0 == BLOCK_PAGES {
             self.memmap.set_arrival(frame, Arrival::Reuse);
+            let _ = self.memmap.unmap(frame);
             entry.set(State::Standby { pfn, dirt });
             self.blocks.put_on_standby(frame);
             drop(entry);
@@ -492,10 +534,11 @@ impl<K: Kernel> Engine<K> {
     /// Splits a block of which the first `taken` pages are staged and the others still mapped.
     fn split_taken(&self, entry: Entry<'_, K>, frame: Frame, taken: Pages, work: &Working<'_>) {
         let State::Host { pfn, writable, dirt } = entry.state() else { unreachable!("a victim is mapped") };
-        self.memmap.split_block(frame);
+        self.memmap.split_mapped_block(frame);
         for i in 0..BLOCK_PAGES {
             let part = self.memmap.page(pfn + i);
             if i < taken.0 {
+                let _ = self.memmap.unmap(part);
                 self.memmap.set_slot(part, None);
                 self.memmap.set_arrival(part, Arrival::Reuse);
             } else {
@@ -514,5 +557,6 @@ impl<K: Kernel> Engine<K> {
             self.blocks.put_on_standby(frame);
         }
         count(&work.counters.splits);
+        count(&work.counters.folio_splits);
     }
 }

@@ -253,6 +253,12 @@ struct BlockState {
     standby: Queue,
     /// Frames read ahead of a stream: they rest here before they join the standby.
     ahead: Queue,
+    /// Frames whose folios are to be split when memory is short.
+    deferred: Queue,
+    /// How many there have ever been.
+    deferrals: u64,
+    /// Per frame: it is in that queue, perhaps since an earlier life.
+    is_deferred: Vec<bool>,
     /// Per frame: it is in one of the queues, perhaps since an earlier stay.
     queued: Vec<bool>,
 }
@@ -262,11 +268,16 @@ const AHEAD: usize = 8;
 
 impl Blocks {
     pub(crate) fn new(geometry: Geometry, base: Va, frames: u32) -> Blocks {
-        let mut queued = Vec::with_capacity_in(frames as usize, Own);
-        queued.resize(frames as usize, false);
+        let flags = || {
+            let mut flags = Vec::with_capacity_in(frames as usize, Own);
+            flags.resize(frames as usize, false);
+            flags
+        };
         let ready = Vec::with_capacity_in(frames as usize, Own);
-        let (standby, ahead) = (Queue::new(frames as usize), Queue::new(frames as usize));
-        Blocks { geometry, base, state: Mutex::new(BlockState { ready, standby, ahead, queued }) }
+        let [standby, ahead, deferred] = [(); 3].map(|()| Queue::new(frames as usize));
+        let (queued, is_deferred) = (flags(), flags());
+        let state = BlockState { ready, standby, ahead, deferred, deferrals: 0, is_deferred, queued };
+        Blocks { geometry, base, state: Mutex::new(state) }
     }
 
     /// Where a block frame's page is while it is staged.
@@ -327,6 +338,38 @@ impl Blocks {
         let frame = s.standby.pop().or_else(|| s.ahead.pop())?;
         s.queued[frame as usize] = false;
         Some(Frame(frame))
+    }
+
+    /// The folio of `frame` is to be split when memory is short (rule H11); `first`: since just now.
+    pub(crate) fn defer(&self, frame: Frame, first: bool) {
+        let mut s = self.state.lock();
+        s.deferrals += first as u64;
+        if !std::mem::replace(&mut s.is_deferred[frame.0 as usize], true) {
+            s.deferred.push(frame.0);
+        }
+    }
+
+    /// The folio that was queued to be split longest ago, if it still is: the caller looks.
+    pub(crate) fn next_deferred(&self) -> Option<Frame> {
+        let mut s = self.state.lock();
+        let frame = s.deferred.pop()?;
+        s.is_deferred[frame as usize] = false;
+        Some(Frame(frame))
+    }
+
+    /// Whether `frame` is in that queue.
+    pub(crate) fn is_deferred(&self, frame: Frame) -> bool {
+        self.state.lock().is_deferred[frame.0 as usize]
+    }
+
+    /// How many [`next_deferred`](Blocks::next_deferred) can give.
+    pub(crate) fn deferred(&self) -> usize {
+        self.state.lock().deferred.len
+    }
+
+    /// How many folios have ever been queued to be split.
+    pub(crate) fn deferrals(&self) -> u64 {
+        self.state.lock().deferrals
     }
 
     /// Frames on standby, some of which may have been taken back; without those read ahead.

@@ -61,10 +61,18 @@ counters! {
     zero_dropped,
     /// Huge mappings made.
     huge_mapped,
-    /// Huge mappings broken into small ones.
+    /// Huge mappings split into small ones.
     splits,
+    /// Huge folios split into small ones.
+    folio_splits,
+    /// Folios that could not be split, because somebody relied on them or worked with them.
+    folio_splits_failed,
     /// Small pages put together into huge folios.
     collapses,
+    /// Blocks that were not collapsed because there was no huge page to be had.
+    collapses_failed,
+    /// Faults that wanted a huge folio, and made do with small pages because none was to be had.
+    huge_fallbacks,
     /// Pages read ahead of a stream.
     read_ahead,
     /// Pages moved out of the program's sight, to standby.

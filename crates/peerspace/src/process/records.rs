@@ -3,7 +3,7 @@
 //! Both are JSON. The options travel in an environment variable to every process that the program starts; the report
 //! is the contract of `--report`: sizes in bytes, times in nanoseconds.
 
-use crate::report::Statistics;
+use crate::report::{Statistics, ThpStatistics};
 use crate::spec::DeviceSpec;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -120,6 +120,9 @@ pub struct FolioRecord {
     pub splits: u64,
     /// Small pages put together.
     pub collapses: u64,
+    /// More of it, by the names of `/proc/vmstat`.
+    #[serde(flatten)]
+    pub thp: ThpStatistics,
 }
 
 /// A device.
@@ -165,7 +168,7 @@ impl Record {
             },
             pages: PageRecord { in_: s.pages_in, out: s.pages_out, clean_dropped: s.clean_dropped },
             bytes: ByteRecord { in_: s.pages_in * page, out: s.pages_out * page },
-            folios: FolioRecord { huge_mapped: s.huge_mapped, splits: s.splits, collapses: s.collapses },
+            folios: FolioRecord { huge_mapped: s.huge_mapped, splits: s.splits, collapses: s.collapses, thp: s.thp },
             devices: s
                 .devices
                 .iter()
@@ -217,6 +220,8 @@ mod tests {
             "/folios/huge_mapped",
             "/folios/splits",
             "/folios/collapses",
+            "/folios/thp_deferred_split_page",
+            "/folios/anon_huge_bytes",
             "/devices/0/name",
             "/devices/0/type",
             "/devices/0/capacity_bytes",

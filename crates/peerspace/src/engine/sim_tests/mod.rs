@@ -8,6 +8,8 @@
 //! threads do it at once, in the interleavings that a model checker chooses.
 
 #[cfg(all(not(shuttle), feature = "process"))]
+mod folios;
+#[cfg(all(not(shuttle), feature = "process"))]
 mod oracle;
 #[cfg(shuttle)]
 mod races;
