@@ -318,6 +318,8 @@ pub(crate) fn summary(r: &Record) -> Table {
             ("thp_split_page", thp.thp_split_page),
             ("thp_split_page_failed", thp.thp_split_page_failed),
             ("thp_deferred_split_page", thp.thp_deferred_split_page),
+            ("pgmigrate_success", thp.pgmigrate_success),
+            ("pgmigrate_fail", thp.pgmigrate_fail),
         ] {
             row(name, format!("{n}"));
         }

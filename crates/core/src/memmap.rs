@@ -13,6 +13,7 @@
 //!   1     63..12  vpn it is mapped at (the reverse map)     9 garbage     8 rewritten     7..0 epoch
 //!   2     63..32  previous in its list      31..0 next in its list, or the staging slot while on standby
 //!   3     39..0   backing: the page of a device with the same content    42..40 list    45..43 frequency   47..46 arrival
+//!   3     48      the folio is split; then
 //!         31..0   of the head of a split folio: parts left in staging (31..16), parts left (15..0)
 //! ```
 //!
@@ -44,6 +45,8 @@ const ARRIVAL_MASK: u64 = 0x3 << ARRIVAL_SHIFT;
 /// Word 3 of the head of a split folio: parts that are left, and above them the pages left behind in staging.
 const PARTS_MASK: u64 = 0xffff;
 const STAGED_SHIFT: u32 = 16;
+/// Word 3: the folio of this head is split.
+const SPLIT: u64 = 1 << 48;
 const STAGED_MASK: u64 = 0xffff;
 
 /// Word 1: the page has been written since it last came from a device.
@@ -312,6 +315,24 @@ impl<W: Words> Memmap<W> {
         (before & PARTS_MASK == 1).then_some(Pages((before >> STAGED_SHIFT & STAGED_MASK) + garbage as u64))
     }
 
+    /// How many parts are left of a block frame whose folio was split; `None` if it is in one piece, or free.
+    pub fn parts_left(&self, head: Frame) -> Option<u64> {
+        let word = self.word(head, 3).load(Relaxed);
+        (word & SPLIT != 0).then_some(word & PARTS_MASK)
+    }
+
+    /// Makes `frame`, just taken, hold what `other` holds: everything but the state word and the place on a list.
+    pub fn take_over(&self, frame: Frame, other: Frame) {
+        self.reset(frame);
+        self.place(frame, self.vpn(other), self.epoch(other));
+        if self.is_rewritten(other) {
+            self.set_rewritten(frame);
+        }
+        self.set_backing(frame, self.backing(other));
+        self.set_arrival(frame, self.arrival(other));
+        self.set_frequency(frame, self.frequency(other));
+    }
+
     /// Gives each page of a block frame a descriptor of its own, that of a tail. The caller owns the whole block.
     fn make_tails(&self, head: Frame) {
         let backing = self.backing(head);
@@ -367,7 +388,7 @@ impl<W: Words> Memmap<W> {
     /// reference, also where nobody maps it.
     pub fn split_frozen(&self, head: Frame) {
         debug_assert_eq!(self.list(head), ListId::None);
-        self.change(head, PFN_MASK, BLOCK_PAGES);
+        self.change(head, PFN_MASK | SPLIT, BLOCK_PAGES | SPLIT);
         for i in 0..BLOCK_PAGES {
             self.folio(self.page(self.pfn(head) + i)).begin_split();
         }

@@ -92,6 +92,10 @@ pub struct ThpStatistics {
     pub thp_deferred_split_page: u64,
     /// Huge mappings split into mappings of single pages (H6).
     pub thp_split_pmd: u64,
+    /// Single pages that moved to make room for huge folios.
+    pub pgmigrate_success: u64,
+    /// Those that could not.
+    pub pgmigrate_fail: u64,
     /// Bytes of managed memory that are mapped in huge folios now (`AnonHugePages`).
     pub anon_huge_bytes: u64,
 }
@@ -185,6 +189,8 @@ impl Statistics {
                 thp_split_page_failed: s.folio_splits_failed,
                 thp_deferred_split_page: engine.blocks.deferrals(),
                 thp_split_pmd: s.splits,
+                pgmigrate_success: s.compact_migrated,
+                pgmigrate_fail: s.compact_failed,
                 anon_huge_bytes: engine.memmap.whole_mappings() * g.block_bytes() as u64,
             },
             unmapped: s.unmapped,

@@ -36,6 +36,7 @@ impl<K: Kernel> Engine<K> {
                 self.watch_budget();
                 let Some(frame) = self.memmap.take_block() else {
                     self.budget.uncharge(BLOCK_PAGES);
+                    self.service.want_blocks(&self.kernel.park());
                     return Ok(None);
                 };
                 if self.populate(frame) {

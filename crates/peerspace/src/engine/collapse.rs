@@ -6,26 +6,33 @@
 //! from it; a fault waits.
 //!
 //! In the background ([`Engine::serve_collapse`]) blocks are looked through in turn, in a bounded share of the time, and
-//! those are chosen that lack few pages ([`MOST_MISSING`]): what they lack becomes memory that the program did not ask
-//! for, and what of them was clean has to be stored once more.
+//! those are chosen that lack few pages ([`MOST_MISSING`]), since what they lack becomes memory that the program did not ask
+//! for, and of which not too many are clean ([`MOST_CLEAN`]).
 
 use super::serve::await_bell;
 use super::stats::count;
-use super::{Engine, fault};
+use super::{Engine, fault, time_of_thread};
 use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Vpn};
 use peerspace_core::entry::{Dirt, Entry as Word, State};
 use peerspace_core::memmap::{Arrival, Backing, ListId};
 use peerspace_core::regions::Attributes;
 use peerspace_os::{Kernel, Trouble, Wake};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Pages of a block that may be missing, or clean, for a collapse in the background: less than a tenth.
+/// Pages of a block that may be missing for a collapse in the background: less than a tenth.
 pub(crate) const MOST_MISSING: u64 = BLOCK_PAGES / 10;
-/// The scanner rests so many times as long as it has worked.
+/// Pages that may be clean. A huge page cannot be protected from its first moment on, so they have to be stored anew when
+/// the block leaves.
+const MOST_CLEAN: u64 = BLOCK_PAGES / 2;
+/// The scanner rests so many times as long as it has worked: the time of a processor that it has taken up. The kernel lets
+/// it wait for other processors as well, which takes nothing from anybody.
 const REST: u32 = 19;
 /// And at least so long, so that it does not run for every block.
 const LEAST_REST: Duration = Duration::from_millis(2);
-/// Blocks looked at between rests.
+/// From the end of one round to the next, as long as there are faults.
+const BETWEEN_ROUNDS: Duration = Duration::from_millis(500);
+/// It works at most so long between rests, and looks at no more blocks than this.
+const WORK: Duration = Duration::from_millis(2);
 const BLOCKS_AT_ONCE: usize = 64;
 
 /// Why a block was not collapsed.
@@ -77,7 +84,10 @@ impl<K: Kernel> Engine<K> {
     /// Joins a block, all of whose pages should be mapped and writable.
     fn join_block(&self, pages: PageRange) -> Result<(), NoCollapse> {
         let work = self.contexts.take();
-        let frame = self.memmap.take_block().ok_or(NoCollapse::NoRoom)?;
+        let frame = self.memmap.take_block().ok_or_else(|| {
+            self.service.want_blocks(&self.kernel.park());
+            NoCollapse::NoRoom
+        })?;
         let (mut why, mut proven, mut gathered) = (NoCollapse::Busy, 0, false);
         let joined = self.table.join(pages.start.block(), |page| {
             let state = |i: u64| page(i as usize).state();
@@ -157,29 +167,38 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn serve_collapse(&self) {
         let park = self.kernel.park();
         await_bell(self.service.started(), &park);
-        let mut hand = Vpn(0);
         while !self.service.stopped() {
             await_bell(self.service.collapse_bell(), &park);
-            let mut found = 0;
-            loop {
-                let started = Instant::now();
-                let (next, n) = self.collapse_some(hand);
-                found += n;
-                hand = next.unwrap_or(Vpn(0));
-                self.rest_after(started.elapsed());
-                // Once through all there is, and once more as long as that is worth it.
-                if self.service.stopped() || next.is_none() && std::mem::take(&mut found) == 0 {
-                    break;
+            // As long as the program goes on to use what it had not, there is something to look for.
+            let mut faults = None;
+            while !self.service.stopped() && faults.replace(self.sums().faults) != Some(self.sums().faults) {
+                if self.service.blocks_wanted() {
+                    self.compact();
                 }
+                while self.collapse_all() > 0 {}
+                self.nap(BETWEEN_ROUNDS);
             }
             self.service.answer_collapse();
         }
     }
 
-    fn rest_after(&self, worked: Duration) {
-        /// The longest nap: whoever ends the service waits for it.
+    /// Goes through all there is once, and rests in between. Returns how many blocks were collapsed.
+    fn collapse_all(&self) -> u64 {
+        let mut hand = Some(Vpn(0));
+        let mut collapsed = 0;
+        while let Some(from) = hand.filter(|_| !self.service.stopped()) {
+            let started = time_of_thread();
+            let (next, n) = self.collapse_some(from);
+            hand = next;
+            collapsed += n;
+            self.nap(((time_of_thread() - started) * REST).max(LEAST_REST));
+        }
+        collapsed
+    }
+
+    fn nap(&self, mut rest: Duration) {
+        /// The longest at once: whoever ends the service waits for it.
         const NAP: Duration = Duration::from_millis(5);
-        let mut rest = (worked * REST).max(LEAST_REST);
         while !rest.is_zero() && !self.service.stopped() {
             crate::sync::sleep(rest.min(NAP));
             rest = rest.saturating_sub(NAP);
@@ -190,7 +209,11 @@ impl<K: Kernel> Engine<K> {
     fn collapse_some(&self, hand: Vpn) -> (Option<Vpn>, u64) {
         let mut at = hand;
         let mut collapsed = 0;
+        let started = time_of_thread();
         for _ in 0..BLOCKS_AT_ONCE {
+            if time_of_thread() - started >= WORK {
+                break;
+            }
             let Some(region) = self.regions.next(at) else { return (None, collapsed) };
             at = at.max(region.range.start);
             let block = PageRange::block(at.block());
@@ -198,9 +221,8 @@ impl<K: Kernel> Engine<K> {
             let never = [Attributes::NO_HUGE, Attributes::ON_REQUEST, Attributes::LEAVING];
             if !never.iter().any(|a| region.attributes.has(*a))
                 && region.range.covers(block)
-                // Room for what is missing, and then some: else reclaim would take the block apart again.
-                && self.budget.left() > BLOCK_PAGES as i64
-                && self.is_dense(block)
+                // Where there is no room for what is missing, something else would have to leave for it.
+                && self.missing(block).is_some_and(|n| (n as i64) < self.budget.left())
             {
                 match self.collapse(block.start) {
                     Ok(()) => collapsed += 1,
@@ -212,20 +234,19 @@ impl<K: Kernel> Engine<K> {
         (Some(at), collapsed)
     }
 
-    /// Whether the block is split and lacks few pages. One that is clean is lacking too: a huge page cannot be protected
-    /// from its first moment on, so its pages would have to be stored anew.
-    fn is_dense(&self, block: PageRange) -> bool {
-        let mut missing = 0;
+    /// How many pages a block that is split lacks, if they are few; and not too many are clean.
+    fn missing(&self, block: PageRange) -> Option<u64> {
+        let (mut missing, mut clean) = (0, 0);
         for vpn in block.iter() {
             match self.table.look(vpn).map(|(entry, whole)| (entry.state(), whole)) {
-                Some((State::Host { writable: true, .. }, false)) => {}
-                Some((State::Poisoned { .. }, _) | (_, true)) | None => return false,
+                Some((State::Host { writable, .. }, false)) => clean += !writable as u64,
+                Some((State::Poisoned { .. }, _) | (_, true)) | None => return None,
                 Some(_) => missing += 1,
             }
-            if missing > MOST_MISSING {
-                return false;
+            if missing > MOST_MISSING || clean > MOST_CLEAN {
+                return None;
             }
         }
-        true
+        Some(missing)
     }
 }

@@ -11,6 +11,7 @@
 //! | [`tiers`] | the devices and who owns each of their pages |
 //! | [`adopt`] | memory the program already has |
 //! | [`own`] | regions of the space's own, made and given back |
+//! | [`collapse`], [`compact`] | small pages become huge folios again, and room is made for them |
 //! | [`hold`] | pages held where they are |
 //! | [`changes`] | what the program itself does to its memory |
 //! | [`lost`] | pages that cannot be had back |
@@ -42,6 +43,7 @@ pub(crate) mod budget;
 pub(crate) mod changes;
 pub(crate) mod check;
 pub(crate) mod collapse;
+pub(crate) mod compact;
 pub(crate) mod context;
 pub(crate) mod evict;
 pub(crate) mod fault;
@@ -405,6 +407,17 @@ pub(crate) enum AddError {
     /// It collides with another region, or there are too many.
     #[error("{0}")]
     Region(RegionError),
+}
+
+/// How long this thread has been running on a processor.
+pub(crate) fn time_of_thread() -> std::time::Duration {
+    #[cfg(not(any(shuttle, miri)))]
+    {
+        let t = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        std::time::Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
+    }
+    #[cfg(any(shuttle, miri))]
+    std::time::Duration::ZERO
 }
 
 /// The processor this thread runs on, or a guess.

@@ -45,6 +45,8 @@ pub(crate) struct Service {
     reclaim: AtomicU64,
     ahead: AtomicU64,
     collapse: AtomicU64,
+    /// There was no block frame for a huge folio.
+    blocks_wanted: AtomicBool,
     requests: Mutex<ArrayVec<Ahead, REQUESTS>>,
     said_full: AtomicBool,
     said_refused: AtomicBool,
@@ -63,6 +65,7 @@ impl Service {
             reclaim: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             collapse: AtomicU64::new(0),
+            blocks_wanted: AtomicBool::new(false),
             requests: Mutex::new(ArrayVec::new_const()),
             said_full: AtomicBool::new(false),
             said_refused: AtomicBool::new(false),
@@ -110,6 +113,17 @@ impl Service {
     /// Has blocks looked through that may have become dense.
     pub(crate) fn wake_collapse(&self, park: &impl Park) {
         ring(&self.collapse, park);
+    }
+
+    /// Has block frames emptied of which few parts are left: there was none for a huge folio.
+    pub(crate) fn want_blocks(&self, park: &impl Park) {
+        self.blocks_wanted.store(true, Ordering::Relaxed);
+        self.wake_collapse(park);
+    }
+
+    /// Whether block frames have been wanted since it was asked last.
+    pub(super) fn blocks_wanted(&self) -> bool {
+        self.blocks_wanted.swap(false, Ordering::Relaxed)
     }
 
     /// The word that is 0 while the threads are not to begin yet.

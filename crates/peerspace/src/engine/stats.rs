@@ -71,6 +71,10 @@ counters! {
     collapses,
     /// Blocks that were not collapsed because there was no huge page to be had.
     collapses_failed,
+    /// Parts of split blocks that moved to frames of their own, to make room for huge folios.
+    compact_migrated,
+    /// Parts that could not, because somebody worked with them or relied on them.
+    compact_failed,
     /// Faults that wanted a huge folio, and made do with small pages because none was to be had.
     huge_fallbacks,
     /// Pages read ahead of a stream.

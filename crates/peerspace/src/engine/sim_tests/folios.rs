@@ -172,3 +172,46 @@ fn a_folio_whose_mapping_was_split_is_gathered_without_a_copy() {
     assert_eq!(sums(&rig).collapses, 0, "nothing was copied");
     expect(&rig, range, 0..BLOCK_PAGES, 0);
 }
+
+#[test]
+fn blocks_of_which_little_is_left_make_room_for_huge_folios() {
+    // H2, H3: as many blocks as there are frames for, and of each only one page in use.
+    const FRAMES: u64 = 10;
+    let rig = Rig::new(Capabilities { huge: true, ..ABLE }, [Shelf::new(20_000)], true);
+    let engine = &rig.engine;
+    assert_eq!(engine.memmap.block_frames() as u64, FRAMES);
+    let block = |n: u64| n * BLOCK_PAGES;
+    let plain = rig.sim().map_plain((FRAMES + 4) << 21);
+    let start = Va(plain.start.0.next_multiple_of(2 << 20));
+    let range = part(VaRange { start, ..plain }, 0, block(FRAMES + 3));
+    engine.adopt(range).unwrap();
+    let huge = |a: Attributes| a.with(Attributes::HUGE);
+    engine.advise(engine.geometry.pages_inside(range), huge).unwrap();
+    let write = |n: u64| assert_eq!(rig.write(part(range, n, 1).start, &(n + 1).to_ne_bytes()), Came::Done);
+    for n in 0..FRAMES {
+        write(block(n));
+        rig.sim().dontneed(part(range, block(n) + 1, BLOCK_PAGES - 1));
+    }
+    assert_eq!((engine.check().spread, engine.check().mapped), (FRAMES, FRAMES));
+    write(block(FRAMES));
+    assert_eq!((engine.check().mapped_whole, sums(&rig).huge_fallbacks), (0, 1));
+    // One of them is pinned.
+    let pinned = engine.geometry.pages_inside(part(range, block(3), 1));
+    engine.hold_pages(pinned, Access::Read).unwrap();
+    let mapped = engine.check().mapped;
+    assert_eq!(engine.compact(), 8);
+    assert_eq!(sums(&rig).compact_migrated, 8);
+    assert_eq!(engine.check().mapped, mapped);
+    write(block(FRAMES + 1));
+    assert_eq!(engine.check().mapped_whole, BLOCK_PAGES);
+    assert_eq!(engine.compact(), 1, "all but the pinned one");
+    for n in 0..FRAMES {
+        expect(&rig, range, block(n)..block(n) + 1, 0);
+    }
+    engine.let_go(pinned);
+    squeeze(&rig);
+    engine.check();
+    for n in (0..FRAMES).chain([FRAMES, FRAMES + 1]) {
+        expect(&rig, range, block(n)..block(n) + 1, 0);
+    }
+}
