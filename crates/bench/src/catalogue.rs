@@ -1,12 +1,22 @@
 //! The benchmarks: who takes part, what they do, which ratios and values are aimed at.
 
 use crate::contender;
-use crate::spec::{DeviceKind, Kind, Metric, Spec, Work};
+use crate::spec::{Collapser, DeviceKind, Kind, Metric, Spec, Work};
 use std::path::Path;
 
 /// The names, in the order in which they are run.
-pub(crate) const NAMES: [&str; 6] =
-    ["fault", "sequential", "sequential-compressed", "random-compressed", "random-file", "metadata"];
+pub(crate) const NAMES: [&str; 10] = [
+    "fault",
+    "sequential",
+    "sequential-compressed",
+    "random-compressed",
+    "random-file",
+    "huge-sequential",
+    "huge-random",
+    "huge-collapse",
+    "huge-turn",
+    "metadata",
+];
 
 const MIB: u64 = 1 << 20;
 
@@ -130,6 +140,10 @@ pub(crate) fn all(sizes: Sizes, dir: &Path) -> Vec<Benchmark> {
         make.sequential_compressed(),
         make.random_compressed(),
         make.random_file(),
+        make.huge(true),
+        make.huge(false),
+        make.huge_collapse(),
+        make.huge_turn(),
         make.metadata(),
     ]
 }
@@ -353,6 +367,79 @@ impl Make<'_> {
         }
     }
 
+    /// What huge folios are good for, and what they cost where they are not.
+    fn huge(&self, sequential: bool) -> Benchmark {
+        const SMALL: &str = "ours, small pages";
+        let work = if sequential { Work::Sequential } else { self.random() };
+        let (metric, target) = if sequential { (Metric::Throughput, 3.0) } else { (Metric::PerAccess, 0.95) };
+        let versus = Self::faster(SMALL, metric, Some(target));
+        let order = if sequential { "a sequential read" } else { "random 4 KiB reads" };
+        Benchmark {
+            name: if sequential { "huge-sequential" } else { "huge-random" },
+            about: format!(
+                "{order} with huge folios and without, data in uncompressed memory, faults by signal; {}",
+                self.amount()
+            ),
+            contenders: vec![
+                self.plan(OURS, Kind::Ours(DeviceKind::Soft), work, "a space with the device soft"),
+                self.plan(SMALL, Kind::OursSmall(DeviceKind::Soft), work, "the same, told to use small pages alone"),
+            ],
+            versus: vec![versus, Self::by_cpu(versus)],
+            aims: Vec::new(),
+            fresh: false,
+            rounds: self.sizes.rounds[sequential as usize],
+        }
+    }
+
+    fn huge_collapse(&self) -> Benchmark {
+        const KERNEL: &str = "kernel";
+        const LEAST: &str = "least";
+        let plan = |id, by, what| {
+            let mut plan = Plan { evicts: false, ..self.plan(id, Kind::Collapse(by), Work::Own, what) };
+            (plan.spec.data, plan.spec.host) = (self.sizes.host / 2, 2 * self.sizes.host);
+            plan
+        };
+        let by = |reference, target: Option<f64>| Versus {
+            subject: OURS,
+            reference,
+            metric: Metric::PerBlock,
+            sense: Sense::Time,
+            target: target.map(Target::AtMost),
+        };
+        Benchmark {
+            name: "huge-collapse",
+            about: format!("512 small pages become a huge one; {} MiB of them", self.sizes.host / 2 / MIB),
+            contenders: vec![
+                plan(OURS, Collapser::Ours, "a region that is told to collapse"),
+                plan(LEAST, Collapser::Least, "1.2 copies of 2 MiB, moving 512 small pages and a huge one"),
+                plan(KERNEL, Collapser::Kernel, "MADV_COLLAPSE of plain memory"),
+            ],
+            versus: vec![by(LEAST, Some(1.0)), by(KERNEL, None)],
+            aims: Vec::new(),
+            fresh: false,
+            rounds: self.sizes.rounds[1],
+        }
+    }
+
+    fn huge_turn(&self) -> Benchmark {
+        let plan = |id, dense, what| self.plan(id, Kind::Turn { dense }, Work::Own, what);
+        Benchmark {
+            name: "huge-turn",
+            about: format!("programs that change their ways, or do not; {}", self.amount()),
+            contenders: vec![
+                plan("dense", true, "fragments its memory in more than there is RAM for, then uses it densely"),
+                plan("sparse", false, "uses one page in sixteen"),
+            ],
+            versus: Vec::new(),
+            aims: vec![
+                Aim { contender: "dense", metric: Metric::HugeShare, target: Target::AtLeast(0.9) },
+                Aim { contender: "sparse", metric: Metric::Waste, target: Target::AtMost(0.1) },
+            ],
+            fresh: true,
+            rounds: self.sizes.rounds[1],
+        }
+    }
+
     fn metadata(&self) -> Benchmark {
         let sized = |mut plan: Plan, data| {
             plan.spec.data = data;
@@ -401,7 +488,7 @@ impl Plan {
     /// Why this build cannot have it, if it cannot.
     pub(crate) fn unavailable(&self) -> Option<String> {
         match self.spec.kind {
-            Kind::Ours(device) if !contender::available(device) => {
+            Kind::Ours(device) | Kind::OursSmall(device) if !contender::available(device) => {
                 Some("this device is not available in this build".into())
             }
             _ => None,

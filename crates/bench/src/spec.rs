@@ -69,6 +69,27 @@ pub(crate) enum Kind {
     Footprint,
     /// A process that does nothing (false), or makes a space and a region (true).
     Start(bool),
+    /// A space of ours, with one device, that is told to use small pages alone.
+    OursSmall(DeviceKind),
+    /// Somebody who makes huge pages of small ones.
+    Collapse(Collapser),
+    /// A program in a space that uses its memory densely in the end (true), or sparsely all the time (false).
+    Turn {
+        /// Densely in the end.
+        dense: bool,
+    },
+}
+
+/// Who makes huge pages of small ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Collapser {
+    /// A space.
+    Ours,
+    /// The kernel.
+    Kernel,
+    /// Nobody: copying and moving alone, which is the least it can cost.
+    Least,
 }
 
 /// What a contender shall do once.
@@ -121,6 +142,14 @@ pub(crate) enum Metric {
     SpaceTime,
     /// Milliseconds from starting the process until it is ready.
     ProcessTime,
+    /// Microseconds for each 2 MiB of small pages that become one huge page.
+    PerBlock,
+    /// How much of the memory in use is in huge pages.
+    HugeShare,
+    /// Milliseconds until that was so.
+    UntilHuge,
+    /// RAM in use beyond what the program has touched, by what it has touched.
+    Waste,
 }
 
 impl Metric {
@@ -140,12 +169,16 @@ impl Metric {
             Metric::BytesFixed => "own bytes before any data",
             Metric::SpaceTime => "ms for space and region",
             Metric::ProcessTime => "ms from start of process",
+            Metric::PerBlock => "us/2 MiB",
+            Metric::HugeShare => "of it in huge pages",
+            Metric::UntilHuge => "ms until then",
+            Metric::Waste => "RAM wasted, by what is used",
         }
     }
 
     /// True where more is better.
     pub(crate) const fn more_is_better(self) -> bool {
-        matches!(self, Metric::Throughput)
+        matches!(self, Metric::Throughput | Metric::HugeShare)
     }
 }
 

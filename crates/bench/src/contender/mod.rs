@@ -5,6 +5,7 @@
 //! ([`crate::workload`]), and only how the data come to be there differs. The others do the same reads by other
 //! means.
 
+mod collapse;
 mod copy;
 mod device;
 mod footprint;
@@ -12,6 +13,7 @@ mod ours;
 mod pread;
 mod start;
 mod swap;
+mod turn;
 
 pub(crate) use device::available;
 
@@ -20,6 +22,7 @@ use crate::file::DataFile;
 use crate::floor::{FileFloor, MemoryFloor};
 use crate::spec::{Answer, Kind, Metric, Sample, Spec, Work};
 use crate::workload::{self, Places};
+use peerspace::Hint;
 use peerspace_os::linux::map::Mapping;
 use rustix::mm::Advice;
 use rustix::time::{ClockId, clock_gettime};
@@ -186,9 +189,15 @@ fn make(spec: &Spec) -> Result<(Box<dyn Contender>, Option<String>), Trouble> {
     }
     Ok(match spec.kind {
         Kind::Ours(device) => {
-            let (ours, about) = ours::Ours::new(spec, device)?;
+            let (ours, about) = ours::Ours::new(spec, device, Hint::Normal)?;
             (paged(ours), about)
         }
+        Kind::OursSmall(device) => {
+            let (ours, about) = ours::Ours::new(spec, device, Hint::Sparse)?;
+            (paged(ours), about)
+        }
+        Kind::Collapse(by) => (Box::new(collapse::Collapse::new(spec, by)?), None),
+        Kind::Turn { dense } => (Box::new(turn::Turn::new(spec, dense)), None),
         Kind::Floor { huge, lz4 } => (paged(MemoryFloor::new(spec.data, spec.host, huge, lz4)?), None),
         Kind::FloorFile => {
             let file = DataFile::new(&spec.dir, spec.data)?;

@@ -4,7 +4,7 @@ use super::{Counters, Memory, device};
 use crate::error::Trouble;
 use crate::spec::{DeviceKind, Spec};
 use crate::workload;
-use peerspace::{Faults, Region, Space};
+use peerspace::{Faults, Hint, Region, Space};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -20,29 +20,30 @@ pub(super) struct Ours {
 }
 
 impl Ours {
-    pub(super) fn new(spec: &Spec, device: DeviceKind) -> Result<(Ours, Option<String>), Trouble> {
+    pub(super) fn new(spec: &Spec, device: DeviceKind, hint: Hint) -> Result<(Ours, Option<String>), Trouble> {
         let builder = Space::builder().host(spec.host).faults(Faults::Signal);
         let (builder, about) = device::attach(builder, device, spec)?;
         let space = builder.build().map_err(Trouble::unavailable("make a space"))?;
         let mut region = space.region(spec.data).map_err(Trouble::failed("make a region"))?;
+        region.advise(hint).map_err(Trouble::failed("advise the region"))?;
         workload::fill(region.typed_mut(), 0);
         // What was written last is in RAM and dirty. Another pass drives it out, so that from here on whoever stores
         // a page stores it for the second time.
         workload::read_in_order(region.typed(), 0)?;
         Ok((Ours { space, region, host: spec.host }, about))
     }
+}
 
-    /// Pages of the region that the processor can see, as the kernel says.
-    fn present(&self) -> Result<usize, Trouble> {
-        const PRESENT: u64 = 1 << 63;
-        let pagemap = File::open("/proc/self/pagemap").map_err(Trouble::failed("look at the page map"))?;
-        let page = rustix::param::page_size();
-        let mut words = vec![0u8; self.region.len() / page * 8];
-        pagemap
-            .read_exact_at(&mut words, (self.region.as_ptr() as usize / page * 8) as u64)
-            .map_err(Trouble::failed("look at the page map"))?;
-        Ok(words.as_chunks::<8>().0.iter().filter(|w| u64::from_ne_bytes(**w) & PRESENT != 0).count())
-    }
+/// Pages of `region` that the processor can see, as the kernel says.
+pub(super) fn present(region: &Region) -> Result<usize, Trouble> {
+    const PRESENT: u64 = 1 << 63;
+    let pagemap = File::open("/proc/self/pagemap").map_err(Trouble::failed("look at the page map"))?;
+    let page = rustix::param::page_size();
+    let mut words = vec![0u8; region.len() / page * 8];
+    pagemap
+        .read_exact_at(&mut words, (region.as_ptr() as usize / page * 8) as u64)
+        .map_err(Trouble::failed("look at the page map"))?;
+    Ok(words.as_chunks::<8>().0.iter().filter(|w| u64::from_ne_bytes(**w) & PRESENT != 0).count())
 }
 
 impl Memory for Ours {
@@ -70,7 +71,7 @@ impl Memory for Ours {
         if let Some(i) = words.iter().step_by(workload::PAGE_WORDS).position(|w| *w != 0) {
             return Err(Trouble::Wrong(format!("page {i} of a new region is not zero")));
         }
-        match self.present()? {
+        match present(&self.region)? {
             0 => Ok(()),
             n => Err(Trouble::Failed(format!("{n} pages stay in RAM although others came later"))),
         }

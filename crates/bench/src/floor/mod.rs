@@ -22,7 +22,7 @@ use peerspace_os::linux::uffd::{Uffd, feature};
 const PAGE: u64 = 4096;
 
 /// A userfaultfd with SIGBUS delivery and `features` more.
-fn open(features: u64) -> Result<Uffd, Trouble> {
+pub(crate) fn open(features: u64) -> Result<Uffd, Trouble> {
     if rustix::param::page_size() as u64 != PAGE {
         return Err(Trouble::Unavailable("the floor is written for pages of 4 KiB".into()));
     }
