@@ -3,6 +3,7 @@
 use crate::engine::adopt::AdoptError;
 use crate::engine::hold::HoldError;
 use crate::error::Error;
+use crate::huge::Hint;
 use crate::space::Space;
 use peerspace_core::addr::{Access, PageRange, Pages, Pfn, Va, VaRange, Vpn};
 use peerspace_os::linux::fork::is_arena_start;
@@ -171,6 +172,23 @@ impl Adopted {
     /// The addresses managed.
     pub fn range(&self) -> std::ops::Range<usize> {
         self.range.start.0 as usize..self.range.end.0 as usize
+    }
+
+    /// Says how the memory is going to be used. What is in RAM already stays as it is.
+    ///
+    /// # Errors
+    /// When the space has as many regions as it can have.
+    pub fn advise(&self, hint: Hint) -> Result<(), Error> {
+        self.space.advise(self.range, hint)
+    }
+
+    /// Makes huge folios of the blocks that lie wholly inside the memory, as [`Region::collapse`](crate::Region::collapse)
+    /// does. Returns how many bytes of it are huge then.
+    ///
+    /// # Errors
+    /// When the hint [`Sparse`](Hint::Sparse) says that it is to stay in small pages.
+    pub fn collapse(&self) -> Result<usize, Error> {
+        self.space.collapse(self.range)
     }
 
     /// Brings everything home and gives the memory back to the kernel's care; what dropping does, with its error.

@@ -1,32 +1,16 @@
 //! A region: memory of a space, to be used as bytes, typed slices or raw pointers.
 
-use crate::engine::collapse::NoCollapse;
 use crate::engine::own::MakeError;
 use crate::error::Error;
+use crate::huge::Hint;
 use crate::space::Space;
-use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Va, VaRange};
+use peerspace_core::addr::{Access, Va, VaRange};
 use peerspace_core::regions::Attributes;
 use peerspace_os::Kernel;
 use peerspace_os::linux::memory::Memory;
 use peerspace_os::linux::signal::without_signals;
 use std::fmt;
 use std::ops::Range;
-
-/// How a region is going to be used: see [`Region::advise`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum Hint {
-    /// Nothing is known: small pages at first, and huge folios where faults show a stream.
-    #[default]
-    Normal,
-    /// Most of it will be used, and neighbours together: huge folios from the first fault on. The first byte used of
-    /// two mebibytes brings all of them in.
-    Dense,
-    /// Single pages here and there: never huge folios, so that what is not used takes up no RAM.
-    Sparse,
-    /// Small pages, and huge folios only where [`collapse`](Region::collapse) makes them.
-    OnRequest,
-}
 
 /// Memory of a [`Space`]. It begins as zeros, and takes up RAM only where it is used.
 ///
@@ -156,19 +140,7 @@ impl Region {
     /// # Errors
     /// When the space has as many regions as it can have.
     pub fn advise(&self, hint: Hint) -> Result<(), Error> {
-        let engine = self.space.engine();
-        let both = Attributes::HUGE.with(Attributes::NO_HUGE);
-        let set = match hint {
-            Hint::Normal => Attributes::default(),
-            Hint::Dense => Attributes::HUGE,
-            Hint::Sparse => Attributes::NO_HUGE,
-            Hint::OnRequest => Attributes::ON_REQUEST,
-        };
-        without_signals(|| engine.advise(engine.geometry.pages_inside(self.range), |old| old.without(both).with(set)))
-            .map_err(|_| Error::BadRange {
-                what: format!("{hint:?} for the region at {}", self.range),
-                why: "the space has as many regions as it can have",
-            })
+        self.space.advise(self.range, hint)
     }
 
     /// The first byte, for raw use.
@@ -213,21 +185,9 @@ impl Region {
     /// for it as for copying the block.
     ///
     /// # Errors
-    /// When the range does not lie inside the region, or a [hint](Hint::Sparse) says that it is to stay in small pages.
+    /// When the range does not lie inside the region, or the hint [`Sparse`](Hint::Sparse) says that it is to stay in small pages.
     pub fn collapse(&self, part: Range<usize>) -> Result<usize, Error> {
-        let range = self.part(part)?;
-        let engine = self.space.engine();
-        let pages = engine.geometry.pages_inside(range);
-        if engine.region(pages.start).is_some_and(|r| r.attributes.has(Attributes::NO_HUGE)) {
-            return Err(Error::BadRange {
-                what: format!("{range}"),
-                why: "it is to stay in small pages, as the hint Sparse says",
-            });
-        }
-        let block = |range: &PageRange| range.pages().0 == BLOCK_PAGES;
-        let huge = |range: &PageRange| matches!(engine.collapse(range.start), Ok(()) | Err(NoCollapse::Huge));
-        let blocks = pages.by_block().filter(block);
-        Ok(without_signals(|| blocks.filter(huge).count()) * engine.geometry.block_bytes())
+        self.space.collapse(self.part(part)?)
     }
 
     /// [`discard`](Region::discard) for addresses inside of the region that nobody refers to.

@@ -227,3 +227,26 @@ fn g12_a_fork_keeps_all_data_on_both_sides_by_signal() {
 fn g12_a_fork_keeps_all_data_on_both_sides_by_threads() {
     fork_with_data_away(Faults::Threads);
 }
+
+/// Memory of the program's own becomes huge on request, and stays in small pages if that is asked for.
+#[test]
+fn adopted_memory_takes_hints_and_collapses() {
+    let space = space(Faults::Signal, 32 * MIB);
+    let mut memory = vec![0u64; 8 * MIB / 8];
+    let adopted = space.adopt(memory.as_ptr().cast(), 8 * MIB).unwrap();
+    adopted.advise(Hint::Sparse).unwrap();
+    fill(&mut memory, 3);
+    let error = adopted.collapse().unwrap_err().to_string();
+    assert!(error.contains("Sparse"), "{error}");
+    adopted.advise(Hint::OnRequest).unwrap();
+    let blocks = adopted.range().end / (2 * MIB) - adopted.range().start.div_ceil(2 * MIB);
+    let huge = adopted.collapse().unwrap();
+    // Where there are huge pages at all; it may be that the kernel had made some before it was adopted.
+    let thp = space.statistics().thp;
+    assert!(huge == 0 || huge == blocks * 2 * MIB, "{huge} of {blocks} blocks: {thp:?}");
+    assert_eq!(thp.anon_huge_bytes as usize, huge, "{thp:?}");
+    verify(&memory, 3);
+    adopted.release().unwrap();
+    verify(&memory, 3);
+    space.check();
+}

@@ -245,6 +245,8 @@ fn h3_dense_blocks_are_collapsed_in_the_background() {
     for page in (0..4096).rev().filter(|p| used(*p)) {
         region.bytes_mut()[page * 4096] = page as u8 | 1;
     }
+    // The last hint counts.
+    region.advise(Hint::OnRequest).unwrap();
     region.advise(Hint::Normal).unwrap();
     // Enough faults for somebody to look.
     let mut more = space.region(8 * MIB as u64).unwrap();

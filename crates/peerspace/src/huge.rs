@@ -1,0 +1,65 @@
+//! Huge folios as far as users have a say: hints, and collapse on request (rules H3, H4).
+
+use crate::engine::collapse::NoCollapse;
+use crate::error::Error;
+use crate::space::Space;
+use peerspace_core::addr::{BLOCK_PAGES, PageRange, VaRange};
+use peerspace_core::regions::Attributes;
+use peerspace_os::linux::signal::without_signals;
+
+/// How memory is going to be used: see [`Region::advise`](crate::Region::advise) and
+/// [`Adopted::advise`](crate::Adopted::advise).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Hint {
+    /// Nothing is known: small pages at first, and huge folios where faults show a stream.
+    #[default]
+    Normal,
+    /// Most of it will be used, and neighbours together: huge folios from the first fault on. The first byte used of
+    /// two mebibytes brings all of them in.
+    Dense,
+    /// Single pages here and there: never huge folios, so that what is not used takes up no RAM.
+    Sparse,
+    /// Small pages, and huge folios only where [`collapse`](crate::Region::collapse) makes them.
+    OnRequest,
+}
+
+impl Hint {
+    fn attributes(self) -> Attributes {
+        match self {
+            Hint::Normal => Attributes::default(),
+            Hint::Dense => Attributes::HUGE,
+            Hint::Sparse => Attributes::NO_HUGE,
+            Hint::OnRequest => Attributes::ON_REQUEST,
+        }
+    }
+}
+
+impl Space {
+    /// Says how managed memory is going to be used.
+    pub(crate) fn advise(&self, range: VaRange, hint: Hint) -> Result<(), Error> {
+        let engine = self.engine();
+        let any = Attributes::HUGE.with(Attributes::NO_HUGE).with(Attributes::ON_REQUEST);
+        let change = |old: Attributes| old.without(any).with(hint.attributes());
+        without_signals(|| engine.advise(engine.geometry.pages_inside(range), change)).map_err(|_| Error::BadRange {
+            what: format!("{hint:?} for {range}"),
+            why: "the space has as many regions as it can have",
+        })
+    }
+
+    /// Makes huge folios of the blocks inside managed memory. Returns how many bytes are huge then.
+    pub(crate) fn collapse(&self, range: VaRange) -> Result<usize, Error> {
+        let engine = self.engine();
+        let pages = engine.geometry.pages_inside(range);
+        if engine.region(pages.start).is_some_and(|r| r.attributes.has(Attributes::NO_HUGE)) {
+            return Err(Error::BadRange {
+                what: format!("{range}"),
+                why: "it is to stay in small pages, as the hint Sparse says",
+            });
+        }
+        let block = |range: &PageRange| range.pages().0 == BLOCK_PAGES;
+        let huge = |range: &PageRange| matches!(engine.collapse(range.start), Ok(()) | Err(NoCollapse::Huge));
+        let blocks = pages.by_block().filter(block);
+        Ok(without_signals(|| blocks.filter(huge).count()) * engine.geometry.block_bytes())
+    }
+}
