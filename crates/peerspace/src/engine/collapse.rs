@@ -74,6 +74,7 @@ impl<K: Kernel> Engine<K> {
                 Some((State::Poisoned { .. }, _)) => return Err(NoCollapse::Unsuitable),
                 Some(_) => {
                     let _ = self.fault(self.geometry.va(vpn), Access::Write, Wake::Yes, fault::Patience::Waits);
+                    self.track(vpn);
                 }
                 None => return Err(NoCollapse::Unsuitable),
             }

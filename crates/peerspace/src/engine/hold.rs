@@ -133,6 +133,21 @@ impl<K: Kernel> Engine<K> {
         (!held.is_empty()).then_some(held)
     }
 
+    /// Takes the page at `vpn` into the table where it is, if it is a native one.
+    pub(crate) fn track(&self, vpn: Vpn) {
+        let _work = self.contexts.take();
+        while let Ok(entry) = self.table.lock(vpn)
+            && entry.state() == State::Empty
+            && self.kernel.is_present(self.geometry.va(vpn)).unwrap_or(false)
+        {
+            let whole = entry.is_whole();
+            self.track_native(entry);
+            if !whole {
+                return;
+            }
+        }
+    }
+
     /// Takes a native page into the table where it is.
     fn track_native(&self, entry: Entry<'_, K>) {
         if entry.is_whole() {
