@@ -10,6 +10,8 @@
 #[cfg(all(not(shuttle), feature = "process"))]
 mod folios;
 #[cfg(all(not(shuttle), feature = "process"))]
+mod holds;
+#[cfg(all(not(shuttle), feature = "process"))]
 mod oracle;
 #[cfg(shuttle)]
 mod races;

@@ -4,9 +4,10 @@
 //! everything is; after each step the engine's own invariants are checked. Only pages that a device has refused to
 //! give back may be lost, and they stay lost until the program discards or unmaps them.
 
+use super::holds::Holds;
 use super::{ABLE, Came, PAGE, Rig, Shelf};
 use crate::engine::adopt::AdoptError;
-use peerspace_core::addr::{PageRange, Pages, Va, VaRange};
+use peerspace_core::addr::{Access, PageRange, Pages, Va, VaRange};
 use peerspace_core::entry::State;
 use peerspace_core::regions::Attributes;
 use peerspace_os::inject::{Call, Planned};
@@ -29,6 +30,11 @@ enum Op {
     Reclaim { steps: usize },
     ReadAhead,
     Collapse { at: usize },
+    Compact,
+    SplitMapping { at: usize },
+    SplitFolio { at: usize },
+    Hold { at: usize, pages: usize, write: bool },
+    LetGo { which: usize },
     Discard { at: usize, pages: usize },
     Unmap { at: usize, pages: usize },
     Remap { at: usize, pages: usize, over: Option<usize> },
@@ -57,6 +63,11 @@ fn op() -> impl Strategy<Value = Op> {
         12 => (1usize..200).prop_map(|steps| Op::Reclaim { steps }),
         3 => Just(Op::ReadAhead),
         3 => some.clone().prop_map(|at| Op::Collapse { at }),
+        1 => Just(Op::Compact),
+        1 => some.clone().prop_map(|at| Op::SplitMapping { at }),
+        1 => some.clone().prop_map(|at| Op::SplitFolio { at }),
+        3 => (some.clone(), 1usize..600, any::<bool>()).prop_map(|(at, pages, write)| Op::Hold { at, pages, write }),
+        4 => some.clone().prop_map(|which| Op::LetGo { which }),
         4 => (some.clone(), run.clone()).prop_map(|(at, pages)| Op::Discard { at, pages }),
         2 => (some.clone(), run).prop_map(|(at, pages)| Op::Unmap { at, pages }),
         3 => (some.clone(), 1usize..700, proptest::option::of(some.clone()))
@@ -120,6 +131,7 @@ struct World {
     rig: Rig,
     shelves: Vec<Shelf>,
     areas: Vec<Area>,
+    holds: Holds,
     lost: u64,
     limit_pages: usize,
 }
@@ -141,7 +153,14 @@ impl World {
         // The first device is small, so that there is a second one to go on with.
         let first = if compares { Shelf::new(300).compares() } else { Shelf::new(300).slow() };
         let shelves = vec![first, Shelf::new(8000)];
-        World { rig: Rig::new(can, shelves.clone(), true), shelves, areas: Vec::new(), lost: 0, limit_pages: 2400 }
+        World {
+            rig: Rig::new(can, shelves.clone(), true),
+            shelves,
+            areas: Vec::new(),
+            holds: Holds::default(),
+            lost: 0,
+            limit_pages: 2400,
+        }
     }
 
     fn has_room(&self, pages: usize) -> bool {
@@ -268,6 +287,7 @@ impl World {
             Op::Disown { area } if !self.areas.is_empty() => {
                 let i = area % self.areas.len();
                 if self.areas[i].managed && !self.areas[i].own {
+                    self.holds.let_all_go(&self.rig.engine);
                     let done = self.rig.engine.disown(self.areas[i].range).is_ok();
                     self.areas[i].managed = !done;
                 }
@@ -275,6 +295,7 @@ impl World {
             Op::Release { area } if !self.areas.is_empty() => {
                 let i = area % self.areas.len();
                 if self.areas[i].own {
+                    self.holds.let_all_go(&self.rig.engine);
                     self.rig.release(self.areas[i].range);
                     self.replace(i, []);
                 }
@@ -312,17 +333,48 @@ impl World {
                     let engine = &self.rig.engine;
                     let before = engine.sums().collapses;
                     let outcome = engine.collapse(engine.geometry.vpn(self.areas[area].va(page)));
-                    assert_eq!(engine.sums().collapses - before, outcome.is_ok() as u64, "{outcome:?}");
+                    // One whose mapping alone was split is gathered, without a copy.
+                    assert!(engine.sums().collapses - before <= outcome.is_ok() as u64, "{outcome:?}");
                     if outcome.is_ok() {
                         let va = Va(self.areas[area].va(page).0 & !((2 << 20) - 1));
                         assert_eq!(self.rig.sim().is_huge(va), Ok(true));
                     }
                 }
             }
+            Op::Compact => drop(self.rig.engine.compact()),
+            Op::SplitMapping { at } => {
+                let Some((area, page)) = self.place(at) else { return };
+                let engine = &self.rig.engine;
+                if let Ok(entry) = engine.table.lock(engine.geometry.vpn(self.areas[area].va(page)))
+                    && entry.is_whole()
+                    && matches!(entry.state(), State::Host { .. })
+                {
+                    engine.split_mapped(entry, &engine.contexts.take().counters);
+                }
+            }
+            Op::SplitFolio { at } => {
+                if let Some((area, page)) = self.place(at) {
+                    let engine = &self.rig.engine;
+                    let _ = engine.split_folio(engine.geometry.vpn(self.areas[area].va(page)).block());
+                }
+            }
+            Op::Hold { at, pages, write } => {
+                let Some((i, first)) = self.place(at) else { return };
+                let area = &self.areas[i];
+                let n = pages.min(area.seen.len() - first);
+                let fine = |s: &Seen| s.allowed == Allowed::Write && !s.lost;
+                if area.managed && area.seen[first..first + n].iter().all(fine) {
+                    let pages = self.rig.engine.geometry.pages_inside(area.part(first, n));
+                    let access = if write { Access::Write } else { Access::Read };
+                    self.holds.hold(&self.rig.engine, pages, access);
+                }
+            }
+            Op::LetGo { which } => self.holds.let_go(&self.rig.engine, which),
             Op::Discard { at, pages } => {
                 let Some((i, first)) = self.place(at) else { return };
                 let n = pages.min(self.areas[i].seen.len() - first);
                 let range = self.areas[i].part(first, n);
+                self.holds.touched(self.rig.engine.geometry.pages_inside(range));
                 let done = if self.areas[i].own {
                     self.rig.engine.discard_now(range).is_ok()
                 } else {
@@ -341,6 +393,7 @@ impl World {
                 if !self.areas[i].own {
                     let n = pages.min(self.areas[i].seen.len() - first);
                     let range = self.areas[i].part(first, n);
+                    self.holds.touched(self.rig.engine.geometry.pages_inside(range));
                     self.rig.sim().munmap(range);
                     let area = self.areas.swap_remove(i);
                     let [before, gone, behind] = area.cut(first, n);
@@ -416,6 +469,9 @@ impl World {
             .filter(|(t, first)| *t != i && !self.areas[*t].own && first + n <= self.areas[*t].seen.len());
         let from = self.areas[i].part(first, n);
         let to = target.map(|(t, first)| self.areas[t].va(first));
+        let geometry = self.rig.engine.geometry;
+        let over = to.and_then(|to| VaRange::new(to, from.len()));
+        [Some(from), over].into_iter().flatten().for_each(|r| self.holds.touched(geometry.pages_inside(r)));
         // What grew in place may not be a region yet, and then moves as what it is: a mapping of its own.
         let Some(to) = self.rig.sim().remap(from, to) else { return };
         let mut moved = None;
@@ -439,6 +495,7 @@ impl World {
     }
 
     fn finish(mut self) {
+        self.holds.let_all_go(&self.rig.engine);
         self.rig.engine.kernel.relent();
         self.shelves.iter().for_each(|s| s.set_flaky(0));
         for area in 0..self.areas.len() {
@@ -466,6 +523,7 @@ fn play(can: Capabilities, compares: bool, ops: Vec<Op>) {
         world.run(op);
         world.count_native();
         world.rig.engine.check();
+        world.holds.check(&world.rig.engine);
     }
     world.finish();
 }
