@@ -200,11 +200,6 @@ impl Folio<'_> {
         self.0.store(REFERENCES.one(), Ordering::Relaxed);
     }
 
-    /// Free, or not a folio any more.
-    pub fn end(self) {
-        self.0.store(0, Ordering::Relaxed);
-    }
-
     /// All counts as they are. Nothing keeps them from changing.
     pub fn counts(self) -> Counts {
         Counts::of(self.0.load(Ordering::Relaxed))

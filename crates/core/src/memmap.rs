@@ -27,7 +27,7 @@
 //! policy's lock, or the free stacks, each of which orders it.
 
 use crate::addr::{BLOCK_PAGES, Pages, Pfn, Vpn};
-use crate::folio::{Folio, Left, SplitBusy, Tail};
+use crate::folio::{Folio, Left, MOST_PAGES, SplitBusy, Tail};
 use crate::sync::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use crate::words::{FreeStack, Words};
 
@@ -61,6 +61,8 @@ const IN_BLOCK: u32 = u32::MAX;
 const NO_PFN: u64 = 0;
 /// The backing of a page that equals never-touched memory.
 const ZERO_PFN: u64 = 1;
+/// A block's pages can be counted.
+const _: () = assert!(BLOCK_PAGES <= MOST_PAGES);
 /// The first pfn that can be a frame.
 pub const FIRST_PFN: Pfn = Pfn(BLOCK_PAGES);
 
@@ -244,7 +246,9 @@ impl<W: Words> Memmap<W> {
         match self.head(frame) {
             head if head == frame => {
                 self.folio(frame).map_whole();
-                self.whole.fetch_add(self.is_block(frame) as usize, Relaxed);
+                if self.is_block(frame) {
+                    self.whole.fetch_add(1, Relaxed);
+                }
             }
             head => self.folio(head).map_part(self.tail(frame)),
         }
@@ -254,7 +258,9 @@ impl<W: Words> Memmap<W> {
     pub fn unmap(&self, frame: Frame) -> (Frame, Left) {
         match self.head(frame) {
             head if head == frame => {
-                self.whole.fetch_sub(self.is_block(frame) as usize, Relaxed);
+                if self.is_block(frame) {
+                    self.whole.fetch_sub(1, Relaxed);
+                }
                 (frame, self.folio(frame).unmap_whole(self.pages(frame).0))
             }
             head => (head, self.folio(head).unmap_part(self.tail(frame), BLOCK_PAGES)),
@@ -376,15 +382,7 @@ impl<W: Words> Memmap<W> {
         self.whole.load(Relaxed) as u64
     }
 
-    /// Begins to split a folio into its pages; the caller owns the whole block, and gives the owner's reference for it.
-    ///
-    /// # Errors
-    /// [`SplitBusy`]; nothing has changed (rule H6).
-    pub fn freeze(&self, head: Frame) -> Result<(), SplitBusy> {
-        self.folio(head).freeze()
-    }
-
-    /// Splits a [frozen](Memmap::freeze) folio, which is on no list: each page is a folio of its own, with an owner's
+    /// Splits a [frozen](Folio::freeze) folio, which is on no list: each page is a folio of its own, with an owner's
     /// reference, also where nobody maps it.
     pub fn split_frozen(&self, head: Frame) {
         debug_assert_eq!(self.list(head), ListId::None);
@@ -410,7 +408,7 @@ impl<W: Words> Memmap<W> {
     }
 
     fn split_idle(&self, head: Frame) {
-        while let Err(busy) = self.freeze(head) {
+        while let Err(busy) = self.folio(head).freeze() {
             debug_assert!(!matches!(busy, SplitBusy::Pinned(_)), "nobody relies on it");
             crate::sync::spin_hint();
         }
