@@ -134,11 +134,10 @@ impl<K: Kernel> Engine<K> {
             }
             for part in (0..BLOCK_PAGES).map(part) {
                 proven += (self.memmap.list(self.memmap.head(part)) == ListId::Main) as u64;
-                // The page as it was is no more; its memory is that of the huge one, which stays charged.
-                let backing = self.memmap.backing(part);
-                self.unmap_gone(part);
-                self.free_backing(backing, Order::BASE);
+                self.free_backing(self.memmap.backing(part), Order::BASE);
             }
+            // The pages as they were are no more; their memory is that of the huge one, which stays charged.
+            self.unmap_all_gone((0..BLOCK_PAGES).map(part));
             Some(Word::new(State::Host { pfn: self.memmap.pfn(frame), writable: true, dirt: Dirt::Dirty }))
         });
         let Ok(Some(entry)) = joined else {
@@ -171,8 +170,12 @@ impl<K: Kernel> Engine<K> {
         while !self.service.stopped() {
             await_bell(self.service.collapse_bell(), &park);
             // As long as the program goes on to use what it had not, there is something to look for.
-            let mut faults = None;
-            while !self.service.stopped() && faults.replace(self.sums().faults) != Some(self.sums().faults) {
+            let mut before = None;
+            while !self.service.stopped() {
+                let faults = self.sums().faults;
+                if before.replace(faults) == Some(faults) {
+                    break;
+                }
                 if self.service.blocks_wanted() {
                     self.compact();
                 }

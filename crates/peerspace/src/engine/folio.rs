@@ -9,7 +9,7 @@
 //! before it looks for victims; the first of its pages that leaves makes the kernel split its own.
 
 use super::Engine;
-use super::stats::count;
+use super::stats::{Counters, count};
 use peerspace_core::addr::{BLOCK_PAGES, Vpn};
 use peerspace_core::entry::{Entry as Word, State};
 use peerspace_core::folio::SplitBusy;
@@ -41,6 +41,29 @@ impl<K: Kernel> Engine<K> {
             return;
         }
         self.retract(folio);
+        self.free_unmapped(folio);
+    }
+
+    /// The same for all of `parts`, which are in use, by as few turns at the policy's lock as can be.
+    pub(crate) fn unmap_all_gone(&self, parts: impl Iterator<Item = Frame> + Clone) {
+        let alone = |part: &Frame| self.memmap.head(*part) == *part;
+        {
+            let mut policy = self.policy.lock();
+            self.incoming.drain(&self.memmap, &mut **policy);
+            parts.clone().filter(alone).for_each(|part| policy.remove(&self.memmap, part));
+        }
+        for part in parts {
+            if alone(&part) {
+                let _ = self.memmap.unmap(part);
+                self.free_unmapped(part);
+            } else {
+                self.unmap_gone(part);
+            }
+        }
+    }
+
+    /// Frees a folio that is on no list and that nobody maps any more.
+    fn free_unmapped(&self, folio: Frame) {
         // Whoever relied on pages that the program itself has thrown away has nothing left to rely on.
         self.memmap.folio(folio).forget_pins();
         if self.memmap.is_block(folio) {
@@ -113,7 +136,7 @@ impl<K: Kernel> Engine<K> {
         if all.filter(|i| head_of(*i) == Some(head)).count() as u64 != folio.counts().pages {
             return Err(NoSplit::Scattered);
         }
-        self.memmap.freeze(head).map_err(NoSplit::Busy)?;
+        folio.freeze().map_err(NoSplit::Busy)?;
         self.retract(head);
         let arrival = self.memmap.arrival(head);
         self.memmap.split_frozen(head);
@@ -129,7 +152,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Splits one of the folios that hold memory which nobody uses. True if there was one that could be.
-    pub(crate) fn split_deferred(&self, counters: &super::stats::Counters) -> bool {
+    pub(crate) fn split_deferred(&self, counters: &Counters) -> bool {
         for _ in 0..self.blocks.deferred() {
             let Some(head) = self.blocks.next_deferred() else { return false };
             if !self.get_frame(head) {

@@ -430,11 +430,7 @@ impl<K: Kernel> Engine<K> {
         let frame = match new {
             None => frame,
             Some(new) => {
-                self.memmap.reset(new);
-                self.memmap.set_backing(new, self.memmap.backing(frame));
-                if self.memmap.is_rewritten(frame) {
-                    self.memmap.set_rewritten(new);
-                }
+                self.memmap.take_over(new, frame);
                 self.free_frame(frame, true);
                 new
             }
