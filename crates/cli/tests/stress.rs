@@ -41,6 +41,18 @@ fn mappings_are_made_moved_changed_and_removed_in_threads() {
     part("maps", &["soft:1G"], &BOTH);
 }
 
+/// Registration may leave two mappings where the program knows one. The kernel moves no two; under management it works.
+#[test]
+fn what_was_cut_can_be_moved_as_one() {
+    let alone = common::end(std::process::Command::new(stress()).args(["remap", "1"]));
+    assert_eq!((alone.status.code(), alone.text().as_str()), (Some(1), ""), "else this shows nothing");
+    for faults in BOTH {
+        let mut command = run(HOST, &["soft:64M"], faults);
+        let ended = common::end(command.arg("--").arg(stress()).args(["remap", "1"])).well();
+        assert_eq!(ended.text(), "remap 1: every byte was right\n", "{faults}");
+    }
+}
+
 #[test]
 fn forked_processes_keep_all_data_and_share_none() {
     part("forks", &["soft:1G"], &BOTH);

@@ -239,6 +239,22 @@ static void *maps_thread(void *which) {
 
 static void maps(void) { in_threads(THREADS, maps_thread); }
 
+// --- remap: one mapping to the program, two to the kernel: each half got its pages elsewhere. The kernel refuses this.
+
+static void remap(void) {
+    size_t half = 16 * PAGE;
+    char *both = map(3 * half);
+    for (int i = 0; i < 2; i++) {
+        char *part = map(half);
+        fill(part, 0, half, 70 + i);
+        must(mremap(part, half, half, MREMAP_MAYMOVE | MREMAP_FIXED, both + i * half) == both + i * half, "mremap");
+    }
+    char *moved = mremap(both, 2 * half, 8 * half, MREMAP_MAYMOVE);
+    must(moved != MAP_FAILED, "mremap of both");
+    for (int i = 0; i < 2; i++) check("a half", moved + i * half, 0, half, 70 + i);
+    check_zeros("what they have gained", moved, 2 * half, 8 * half);
+}
+
 // --- fork: with data away, from a process with threads; both sides check and change everything.
 
 static char *shared;
@@ -498,7 +514,7 @@ int main(int count, char **arguments) {
     static const struct {
         const char *name;
         void (*run)(void);
-    } parts[] = {{"heap", heap},   {"maps", maps},         {"forks", forks}, {"closes", closes}, {"exits", exits},
+    } parts[] = {{"heap", heap},   {"maps", maps},         {"remap", remap}, {"forks", forks}, {"closes", closes}, {"exits", exits},
                  {"handlers", handlers}, {"calls", calls}, {"limit", limit}, {"hold", hold}};
     if (count != 3) return 2;
     budget = strtoul(arguments[2], NULL, 10) * MIB;
