@@ -12,6 +12,8 @@ mod folios;
 #[cfg(all(not(shuttle), feature = "process"))]
 mod holds;
 #[cfg(all(not(shuttle), feature = "process"))]
+mod native;
+#[cfg(all(not(shuttle), feature = "process"))]
 mod oracle;
 #[cfg(shuttle)]
 mod races;

@@ -4,7 +4,8 @@
 //! Each test also counts that what it is about has come to pass: a race that never happens proves nothing.
 
 use super::{ABLE, Came, PAGE, Rig, Shelf};
-use peerspace_core::addr::{Va, VaRange};
+use peerspace_core::addr::{Access, PageRange, Pages, Va, VaRange};
+use peerspace_core::entry::State;
 use peerspace_core::regions::Attributes;
 use peerspace_os::inject::Call;
 use peerspace_os::sim::Trap;
@@ -191,6 +192,68 @@ fn pages_survive_a_collapse() {
         assert_eq!((rig.engine.check().device_pages, shelf.held()), (0, 0));
     });
     assert!(COLLAPSED.load(Relaxed) > 0, "no block was ever collapsed");
+}
+
+/// H5, H6, H9, H11: mappings and folios are split, held and moved to other frames while their pages are read, written,
+/// discarded and evicted.
+#[test]
+fn pages_survive_splits() {
+    static SPLIT: AtomicU64 = AtomicU64::new(0);
+    explore(12, || {
+        let (rig, shelf) = rig(Capabilities { huge: true, ..ABLE });
+        let region = rig.region(1);
+        let all = rig.engine.geometry.pages_inside(region);
+        rig.engine.advise(all, |_| Attributes::HUGE).unwrap();
+        for n in [0, 1, 255, 511] {
+            put(&rig, page(region, n), n as u64 + 1);
+        }
+        assert_eq!(rig.engine.check().mapped_whole, 512);
+        let receiver = Receiver::start(&rig);
+        let splitter = {
+            let rig = rig.clone();
+            thread::spawn(move || {
+                let engine = &rig.engine;
+                if let Ok(entry) = engine.table.lock(all.start)
+                    && entry.is_whole()
+                    && matches!(entry.state(), State::Host { .. })
+                {
+                    engine.split_mapped(entry, &engine.contexts.take().counters);
+                }
+                let done = (0..3).any(|_| engine.split_folio(all.start.block()).is_ok());
+                SPLIT.fetch_add(done as u64, Relaxed);
+                engine.compact();
+            })
+        };
+        let holder = {
+            let rig = rig.clone();
+            thread::spawn(move || {
+                let pages = PageRange::new(all.start + 255, Pages(2));
+                rig.engine.hold_pages(pages, Access::Write).unwrap();
+                let mapped = |n: u64| rig.engine.table.look(pages.start + n).map(|(e, _)| e.state());
+                assert!((0..2).all(|n| matches!(mapped(n), Some(State::Host { .. }))), "held, and not there");
+                rig.engine.let_go(pages);
+            })
+        };
+        let reclaimer = {
+            let rig = rig.clone();
+            thread::spawn(move || rig.reclaim(3))
+        };
+        put(&rig, page(region, 511), 9000);
+        rig.sim().dontneed(VaRange { start: page(region, 7), end: page(region, 9) });
+        assert_eq!(word(&rig, page(region, 8)), Ok(0), "a discarded page");
+        splitter.join().unwrap();
+        holder.join().unwrap();
+        reclaimer.join().unwrap();
+        receiver.end();
+        while rig.engine.receive().is_some() {}
+        rig.engine.check();
+        for (n, want) in [(0, 1), (1, 2), (8, 0), (255, 256), (511, 9000)] {
+            assert_eq!(word(&rig, page(region, n)), Ok(want), "page {n} at the end");
+        }
+        rig.release(region);
+        assert_eq!((rig.engine.check().device_pages, shelf.held()), (0, 0));
+    });
+    assert!(SPLIT.load(Relaxed) > 0, "no folio was ever split");
 }
 
 /// A program discards, unmaps and maps anew, moves: a reader never sees what was there before, nor zeros for what is.
