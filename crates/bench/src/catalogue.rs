@@ -1,11 +1,11 @@
 //! The benchmarks: who takes part, what they do, which ratios and values are aimed at.
 
 use crate::contender;
-use crate::spec::{Collapser, DeviceKind, Kind, Metric, Spec, Work};
+use crate::spec::{Collapser, DeviceKind, Kind, Metric, Mover, Spec, Work};
 use std::path::Path;
 
 /// The names, in the order in which they are run.
-pub(crate) const NAMES: [&str; 10] = [
+pub(crate) const NAMES: [&str; 11] = [
     "fault",
     "sequential",
     "sequential-compressed",
@@ -13,6 +13,7 @@ pub(crate) const NAMES: [&str; 10] = [
     "random-file",
     "huge-sequential",
     "huge-random",
+    "huge-turnover",
     "huge-collapse",
     "huge-turn",
     "metadata",
@@ -142,6 +143,7 @@ pub(crate) fn all(sizes: Sizes, dir: &Path) -> Vec<Benchmark> {
         make.random_file(),
         make.huge(true),
         make.huge(false),
+        make.huge_turnover(),
         make.huge_collapse(),
         make.huge_turn(),
         make.metadata(),
@@ -388,6 +390,36 @@ impl Make<'_> {
             aims: Vec::new(),
             fresh: false,
             rounds: self.sizes.rounds[sequential as usize],
+        }
+    }
+
+    fn huge_turnover(&self) -> Benchmark {
+        const TOUCHED: &str = "touched";
+        const RAW: &str = "raw";
+        let plan = |id, by, what| {
+            let mut plan = Plan { evicts: false, ..self.plan(id, Kind::Turnover(by), Work::Own, what) };
+            (plan.spec.data, plan.spec.host) = (self.sizes.host / 2, 2 * self.sizes.host);
+            plan
+        };
+        let by = |subject, target: Option<f64>| Versus {
+            subject,
+            reference: RAW,
+            metric: Metric::PerBlock,
+            sense: Sense::Time,
+            target: target.map(Target::AtMost),
+        };
+        Benchmark {
+            name: "huge-turnover",
+            about: format!("huge folios are unmapped and mapped again; {} MiB of them", self.sizes.host / 2 / MIB),
+            contenders: vec![
+                plan(OURS, Mover::Asked, "a region that is set aside and made resident again"),
+                plan(TOUCHED, Mover::Touched, "the same, touched instead: faults by signal"),
+                plan(RAW, Mover::Raw, "UFFDIO_MOVE there and back, and nothing else"),
+            ],
+            versus: vec![by(OURS, Some(2.0)), by(TOUCHED, None)],
+            aims: Vec::new(),
+            fresh: false,
+            rounds: self.sizes.rounds[1],
         }
     }
 

@@ -73,6 +73,8 @@ pub(crate) enum Kind {
     OursSmall(DeviceKind),
     /// Somebody who makes huge pages of small ones.
     Collapse(Collapser),
+    /// Somebody who unmaps and maps huge pages.
+    Turnover(Mover),
     /// A program in a space that uses its memory densely in the end (true), or sparsely all the time (false).
     Turn {
         /// Densely in the end.
@@ -90,6 +92,18 @@ pub(crate) enum Collapser {
     Kernel,
     /// Nobody: copying and moving alone, which is the least it can cost.
     Least,
+}
+
+/// Who unmaps and maps huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Mover {
+    /// A space that is asked to.
+    Asked,
+    /// A space that is asked to unmap, and maps what is touched.
+    Touched,
+    /// The system call alone.
+    Raw,
 }
 
 /// What a contender shall do once.
@@ -142,8 +156,12 @@ pub(crate) enum Metric {
     SpaceTime,
     /// Milliseconds from starting the process until it is ready.
     ProcessTime,
-    /// Microseconds for each 2 MiB of small pages that become one huge page.
+    /// Microseconds for each 2 MiB that are treated as one.
     PerBlock,
+    /// Of those, for unmapping.
+    OutPerBlock,
+    /// Of those, for mapping.
+    BackPerBlock,
     /// How much of the memory in use is in huge pages.
     HugeShare,
     /// Milliseconds until that was so.
@@ -170,6 +188,8 @@ impl Metric {
             Metric::SpaceTime => "ms for space and region",
             Metric::ProcessTime => "ms from start of process",
             Metric::PerBlock => "us/2 MiB",
+            Metric::OutPerBlock => "of it unmapping",
+            Metric::BackPerBlock => "of it mapping",
             Metric::HugeShare => "of it in huge pages",
             Metric::UntilHuge => "ms until then",
             Metric::Waste => "RAM wasted, by what is used",

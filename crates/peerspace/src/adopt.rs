@@ -147,6 +147,13 @@ impl Space {
         Ok(held)
     }
 
+    /// Sets managed memory aside. Returns how many bytes were.
+    pub(crate) fn cold(&self, range: VaRange) -> usize {
+        let engine = self.engine();
+        let aside = without_signals(|| engine.set_aside(engine.geometry.pages_inside(range)));
+        engine.geometry.bytes(Pages(aside)) as usize
+    }
+
     /// What to tell the program of the page `vpn`, which was on the device page `pfn`.
     pub(crate) fn lost(&self, vpn: Vpn, pfn: Pfn) -> Error {
         let engine = self.engine();
@@ -189,6 +196,12 @@ impl Adopted {
     /// When the hint [`Sparse`](Hint::Sparse) says that it is to stay in small pages.
     pub fn collapse(&self) -> Result<usize, Error> {
         self.space.collapse(self.range)
+    }
+
+    /// Sets the memory aside because it will not be needed soon, as [`Region::cold`](crate::Region::cold) does. Returns how
+    /// many bytes of it were.
+    pub fn cold(&self) -> usize {
+        self.space.cold(self.range)
     }
 
     /// Brings everything home and gives the memory back to the kernel's care; what dropping does, with its error.

@@ -5,7 +5,7 @@ mod common;
 use common::*;
 use peerspace::device::DeviceError;
 use peerspace::device::soft::Soft;
-use peerspace::{Error, Faults, Hint, Region, Space};
+use peerspace::{Error, Faults, Hint, Region, Space, Use};
 use std::time::Duration;
 
 const HOST: usize = 4 * MIB;
@@ -261,4 +261,36 @@ fn h3_dense_blocks_are_collapsed_in_the_background() {
     assert!((0..4096).all(|page| region.bytes()[page * 4096] == if used(page) { page as u8 | 1 } else { 0 }));
     assert_eq!(space.statistics().collapses, 4, "what is sparse stays so");
     space.check();
+}
+
+/// G3: what is set aside is first to leave, and comes back without input as long as it has not.
+#[test]
+fn g3_what_is_cold_is_set_aside() {
+    let space = space(Faults::Signal, 32 * MIB, Soft::new(64 * MIB as u64).unwrap());
+    let mut region = space.region(8 * MIB as u64).unwrap();
+    region.advise(Hint::Dense).unwrap();
+    region.bytes_mut()[..6 * MIB].fill(7);
+    region.advise(Hint::Sparse).unwrap();
+    // Not where the stream would go on.
+    for at in (6 * MIB + page()..8 * MIB).step_by(8 * page()).rev() {
+        region.bytes_mut()[at] = 9;
+    }
+    assert!(region.cold(0..9 * MIB).is_err());
+    assert_eq!(region.cold(MIB..MIB + 1).unwrap(), 0);
+    let kept = space.make_resident(&region.bytes()[3 * MIB], 1, Use::Write).unwrap();
+    // Where there are no huge pages, the one that is kept stays alone.
+    let stays = if huge_pages(&space) { 2 * MIB } else { page() };
+    let used = 6 * MIB + 2 * MIB / 8;
+    assert_eq!(region.cold(0..8 * MIB).unwrap(), used - stays);
+    assert_eq!(space.statistics().standby_bytes as usize, used - stays);
+    drop(kept);
+    assert_eq!(region.cold(0..8 * MIB).unwrap(), stays);
+    let right = || (0..2048).all(|n| region.bytes()[n * 4096] == [7, 9 * (n % 8 == 1) as u8][(n >= 1536) as usize]);
+    assert!(right());
+    space.check();
+    let statistics = space.statistics();
+    assert_eq!(statistics.pages_in, 0);
+    // Small pages are copied back; what they leave is counted until it goes.
+    assert!(statistics.standby_bytes as usize <= 2 * MIB / 8);
+    assert_eq!(region.cold(0..8 * MIB).unwrap(), used + 2 * MIB - 2 * MIB / 8, "what was read is there as well");
 }

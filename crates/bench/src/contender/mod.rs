@@ -14,6 +14,7 @@ mod pread;
 mod start;
 mod swap;
 mod turn;
+mod turnover;
 
 pub(crate) use device::available;
 
@@ -197,6 +198,7 @@ fn make(spec: &Spec) -> Result<(Box<dyn Contender>, Option<String>), Trouble> {
             (paged(ours), about)
         }
         Kind::Collapse(by) => (Box::new(collapse::Collapse::new(spec, by)?), None),
+        Kind::Turnover(by) => (Box::new(turnover::Turnover::new(spec, by)?), None),
         Kind::Turn { dense } => (Box::new(turn::Turn::new(spec, dense)), None),
         Kind::Floor { huge, lz4 } => (paged(MemoryFloor::new(spec.data, spec.host, huge, lz4)?), None),
         Kind::FloorFile => {

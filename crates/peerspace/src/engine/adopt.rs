@@ -296,7 +296,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Takes native pages of one block in hand. Returns how many, and where to go on.
-    fn take_native_from(&self, piece: PageRange, work: &mut Working<'_>) -> (u64, Vpn) {
+    pub(super) fn take_native_from(&self, piece: PageRange, work: &mut Working<'_>) -> (u64, Vpn) {
         let mut runs: ArrayVec<PageRange, 16> = ArrayVec::new();
         let mut more = None;
         let scan = self.kernel.present_runs(self.addresses(piece), &mut |run| {

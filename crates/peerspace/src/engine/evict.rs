@@ -362,7 +362,12 @@ impl<K: Kernel> Engine<K> {
 
     /// Pages on standby, garbage included.
     pub(crate) fn standby_pages(&self) -> Pages {
-        Pages(self.ring.pages().0 + self.blocks.queued() as u64 * BLOCK_PAGES)
+        // One that has been taken back stays queued.
+        let aside = self.blocks.aside(|frame| {
+            let counts = self.memmap.folio(frame).counts();
+            counts.refcount > 0 && counts.mappings == 0
+        });
+        Pages(self.ring.pages().0 + aside as u64 * BLOCK_PAGES)
     }
 }
 

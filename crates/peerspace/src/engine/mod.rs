@@ -42,6 +42,7 @@ pub(crate) mod block;
 pub(crate) mod budget;
 pub(crate) mod changes;
 pub(crate) mod check;
+pub(crate) mod cold;
 pub(crate) mod collapse;
 pub(crate) mod compact;
 pub(crate) mod context;

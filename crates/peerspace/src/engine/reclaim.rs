@@ -30,7 +30,7 @@ use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
 use std::time::{Duration, Instant};
 
 /// Victims unmapped in one go.
-const VICTIMS: usize = 32;
+pub(super) const VICTIMS: usize = 32;
 /// How long there is no progress before room is made by exceeding the limit: every device is full.
 const STUCK: Duration = Duration::from_millis(50);
 /// Steps without a page freed before that can be said: some only prepare.
@@ -358,7 +358,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Whether `entry` maps `frame`, and it may go.
-    fn can_go(&self, entry: &Entry<'_, K>, frame: Frame) -> bool {
+    pub(super) fn can_go(&self, entry: &Entry<'_, K>, frame: Frame) -> bool {
         matches!(entry.state(), State::Host { pfn, .. } if pfn == self.memmap.pfn(frame))
             && entry.is_whole() == self.memmap.is_block(frame)
             && self.memmap.pins(frame) == 0
@@ -371,7 +371,7 @@ impl<K: Kernel> Engine<K> {
         drop(entry);
     }
 
-    fn unmap_pages(
+    pub(super) fn unmap_pages(
         &self,
         mut pages: ArrayVec<(Entry<'_, K>, Frame), VICTIMS>,
         work: &mut Working<'_>,
@@ -493,7 +493,7 @@ impl<K: Kernel> Engine<K> {
         self.free_backing(backing, Order::BASE);
     }
 
-    fn unmap_block(&self, mut entry: Entry<'_, K>, frame: Frame, work: &mut Working<'_>) -> u64 {
+    pub(super) fn unmap_block(&self, mut entry: Entry<'_, K>, frame: Frame, work: &mut Working<'_>) -> u64 {
         let to = self.blocks.range(frame).start;
         let from = self.addresses(entry.range());
         let done = match self.gate.enter(work.context()) {

@@ -61,6 +61,10 @@ impl Queue {
         self.len -= 1;
         Some(item)
     }
+
+    fn iter(&self) -> impl Iterator<Item = u32> {
+        (0..self.len).map(|i| self.items[(self.head + i) % self.items.len()])
+    }
 }
 
 /// The standby ring.
@@ -375,6 +379,12 @@ impl Blocks {
     /// Frames on standby, some of which may have been taken back; without those read ahead.
     pub(crate) fn on_standby(&self) -> usize {
         self.state.lock().standby.len
+    }
+
+    /// How many of the frames that [`oldest`](Blocks::oldest) can give still are on standby, as `is_aside` knows.
+    pub(crate) fn aside(&self, is_aside: impl Fn(Frame) -> bool) -> usize {
+        let s = self.state.lock();
+        s.standby.iter().chain(s.ahead.iter()).filter(|frame| is_aside(Frame(*frame))).count()
     }
 
     /// Frames that [`oldest`](Blocks::oldest) can give.

@@ -215,3 +215,44 @@ fn blocks_of_which_little_is_left_make_room_for_huge_folios() {
         expect(&rig, range, block(n)..block(n) + 1, 0);
     }
 }
+
+#[test]
+fn what_is_set_aside_comes_back_without_input() {
+    let (rig, range) = huge();
+    let geometry = rig.engine.geometry;
+    let pages = |range| geometry.pages_inside(range);
+    let second = pages(part(range, BLOCK_PAGES, BLOCK_PAGES));
+    rig.engine.advise(second, |a| a.without(Attributes::HUGE).with(Attributes::NO_HUGE)).unwrap();
+    for n in 0..20 {
+        assert_eq!(
+            rig.write(part(range, BLOCK_PAGES + n, 1).start, &(BLOCK_PAGES + n + 1).to_ne_bytes()),
+            Came::Done
+        );
+    }
+    assert_eq!(rig.engine.check().mapped, BLOCK_PAGES + 20);
+    // Of a folio all or nothing, and nothing that somebody relies on (H5).
+    assert_eq!(rig.engine.set_aside(pages(part(range, 0, BLOCK_PAGES - 1))), 0);
+    let held = pages(part(range, 7, 1));
+    rig.engine.hold_pages(held, Access::Read).unwrap();
+    assert_eq!(rig.engine.set_aside(pages(range)), 20);
+    assert_eq!((rig.engine.check().mapped, rig.engine.check().standby), (BLOCK_PAGES, 20));
+    rig.engine.let_go(held);
+    assert_eq!(rig.engine.set_aside(pages(range)), BLOCK_PAGES);
+    assert_eq!((rig.engine.check().mapped, rig.engine.check().standby), (0, BLOCK_PAGES + 20));
+    assert_eq!(rig.engine.set_aside(pages(range)), 0, "it is aside already");
+    expect(&rig, range, 0..BLOCK_PAGES + 20, 0);
+    let sums = sums(&rig);
+    assert_eq!((sums.pages_in, sums.pages_out), (0, 0));
+    assert_eq!(rig.engine.check().mapped_whole, BLOCK_PAGES);
+}
+
+#[test]
+fn a_folio_in_pieces_is_set_aside_in_pieces() {
+    let (rig, range) = huge();
+    rig.sim().dontneed(part(range, 100, 1));
+    assert_eq!(rig.engine.check().spread, 1);
+    assert_eq!(rig.engine.set_aside(rig.engine.geometry.pages_inside(part(range, 0, 50))), 50);
+    assert_eq!((rig.engine.check().spread, rig.engine.check().mapped), (0, BLOCK_PAGES - 51));
+    expect(&rig, range, 0..100, 0);
+    expect(&rig, range, 101..BLOCK_PAGES, 0);
+}

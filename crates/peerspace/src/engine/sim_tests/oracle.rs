@@ -30,6 +30,7 @@ enum Op {
     ReadAhead,
     Collapse { at: usize },
     Compact,
+    Cold { at: usize, pages: usize },
     SplitMapping { at: usize },
     SplitFolio { at: usize },
     Hold { at: usize, pages: usize, write: bool },
@@ -63,6 +64,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => Just(Op::ReadAhead),
         3 => some.clone().prop_map(|at| Op::Collapse { at }),
         1 => Just(Op::Compact),
+        2 => (some.clone(), 1usize..900).prop_map(|(at, pages)| Op::Cold { at, pages }),
         1 => some.clone().prop_map(|at| Op::SplitMapping { at }),
         1 => some.clone().prop_map(|at| Op::SplitFolio { at }),
         3 => (some.clone(), 1usize..600, any::<bool>()).prop_map(|(at, pages, write)| Op::Hold { at, pages, write }),
@@ -341,6 +343,12 @@ impl World {
                 }
             }
             Op::Compact => drop(self.rig.engine.compact()),
+            Op::Cold { at, pages } => {
+                let Some((i, first)) = self.place(at) else { return };
+                let n = pages.min(self.areas[i].seen.len() - first);
+                let engine = &self.rig.engine;
+                assert!(engine.set_aside(engine.geometry.pages_inside(self.areas[i].part(first, n))) <= n as u64);
+            }
             Op::SplitMapping { at } => {
                 let Some((area, page)) = self.place(at) else { return };
                 let engine = &self.rig.engine;
