@@ -38,6 +38,7 @@ pub mod pagemap;
 pub mod plan;
 pub mod reclaim;
 pub mod regions;
+pub mod sketch;
 pub mod stream;
 pub mod sync;
 pub mod table;

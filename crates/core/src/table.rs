@@ -35,6 +35,7 @@
 
 use crate::addr::{BLOCK_ORDER, BLOCK_PAGES, Geometry, PageRange, Vpn};
 use crate::entry::{Entry, LOCK, State, WAIT};
+use crate::sketch::Sketch;
 use crate::sync::{AtomicU64, AtomicUsize, Ordering, Park, spin_hint};
 use crate::words::{FreeStack, Words};
 use core::fmt;
@@ -79,6 +80,7 @@ pub struct Table<W, P> {
     leaves_made: AtomicUsize,
     leaves_promised: AtomicUsize,
     free_leaves: FreeStack,
+    split: Sketch,
 }
 
 /// The address lies outside what [`Table::cover`] has covered.
@@ -112,7 +114,18 @@ impl<W: Words, P: Park> Table<W, P> {
             leaves_made: AtomicUsize::new(0),
             leaves_promised: AtomicUsize::new(0),
             free_leaves: FreeStack::new(),
+            split: Sketch::new(),
         }
+    }
+
+    /// Takes note that `block` is, or has been, in small pages.
+    pub fn note_split(&self, block: u64) {
+        self.split.insert(block);
+    }
+
+    /// False when `block` was never split. True for some others as well.
+    pub fn may_have_been_split(&self, block: u64) -> bool {
+        self.split.may_have(block)
     }
 
     /// The words the table lives in, to let them grow.
@@ -426,6 +439,7 @@ impl<'t, W: Words, P: Park> Locked<'t, W, P> {
     /// Cannot fail (rule H6): the leaf was promised when the region was covered.
     pub fn split(self, fill: impl Fn(u64) -> Entry) {
         assert!(self.whole, "only a whole block can be split");
+        self.table.note_split(self.vpn.block());
         let leaf = self.table.take_leaf();
         for i in 0..LEAF_WORDS {
             let entry = fill(i as u64);

@@ -12,6 +12,9 @@ use peerspace_os::linux::scan::Vma;
 use peerspace_os::linux::signal::without_signals;
 use std::fmt;
 
+/// Blocks that are held, or let go of, at once.
+const PIECES: usize = 8;
+
 /// What an access to held memory may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Use {
@@ -140,9 +143,17 @@ impl Space {
         // What is held already is let go of again if the rest cannot be.
         let none = PageRange { start: pages.start, end: pages.start };
         let mut held = Resident { space: self.clone(), pages: none, pinned: pages.pages() };
-        for piece in pages.by_block() {
-            without_signals(|| engine.hold_pages(piece, how.into())).map_err(|e| self.cannot_hold(e, &bad))?;
-            held.pages.end = piece.end;
+        let mut pieces = pages.by_block().peekable();
+        while pieces.peek().is_some() {
+            // Signals wait for a few blocks.
+            without_signals(|| {
+                for piece in pieces.by_ref().take(PIECES) {
+                    engine.hold_pages(piece, how.into())?;
+                    held.pages.end = piece.end;
+                }
+                Ok(())
+            })
+            .map_err(|e| self.cannot_hold(e, &bad))?;
         }
         Ok(held)
     }
@@ -241,8 +252,10 @@ impl fmt::Debug for Adopted {
 
 impl Drop for Resident {
     fn drop(&mut self) {
-        for piece in self.pages.by_block() {
-            without_signals(|| self.space.engine().let_go(piece));
+        let engine = self.space.engine();
+        let mut pieces = self.pages.by_block().peekable();
+        while pieces.peek().is_some() {
+            without_signals(|| pieces.by_ref().take(PIECES).for_each(|piece| engine.let_go(piece)));
         }
         self.space.engine().budget.unpin(self.pinned);
     }

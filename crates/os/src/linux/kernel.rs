@@ -261,6 +261,11 @@ impl Linux {
         Done { pages: self.geometry.pages_in(bytes), trouble: error.map(trouble) }
     }
 
+    /// Whether anybody may have to be woken: nobody waits in the kernel where faults are signals.
+    fn wakes(&self, wake: Wake) -> bool {
+        wake == Wake::Yes && self.delivery == Delivery::Messages
+    }
+
     fn assert_foreign(&self, range: VaRange) {
         assert!(!self.staging.range().overlaps(range), "{range} is staging, not region memory");
     }
@@ -393,7 +398,7 @@ impl Kernel for Linux {
         debug_assert!(from.len().is_multiple_of(self.geometry.page_bytes()));
         let protect = protect == Protect::Yes && self.capabilities.write_protect;
         // SAFETY: `from` is borrowed for the call. Pages appear only where none were.
-        self.done(unsafe { self.uffd.copy(to.0, from.as_ptr(), from.len() as u64, protect, wake == Wake::Yes) })
+        self.done(unsafe { self.uffd.copy(to.0, from.as_ptr(), from.len() as u64, protect, self.wakes(wake)) })
     }
 
     fn copy_staged(&self, to: Va, from: VaRange, protect: Protect, wake: Wake) -> Done {
@@ -419,10 +424,10 @@ impl Kernel for Linux {
         }
         let _claim = self.staging.claim(from, Use::Alone);
         // SAFETY: the claim says that nobody refers to the staged bytes; at `to` no page was.
-        let answer = unsafe { self.uffd.move_pages(to.0, from.start.0, from.len(), wake == Wake::Yes) };
+        let answer = unsafe { self.uffd.move_pages(to.0, from.start.0, from.len(), self.wakes(wake)) };
         let sides = Sides { from, to: VaRange { start: to, end: Va(to.0 + from.len()) } };
         let really = sides.returned(&self.pagemap, self.geometry.page_bytes() as u64, answer);
-        if really.0 > answer.0 && wake == Wake::Yes {
+        if really.0 > answer.0 && self.wakes(wake) {
             // The kernel wakes those who wait for what it counted. A range that is gone has nobody waiting.
             let _ = self.uffd.wake(to.0 + answer.0, really.0 - answer.0);
         }
@@ -447,10 +452,13 @@ impl Kernel for Linux {
         if !self.capabilities.write_protect {
             return if on { Err(Trouble::Unsuitable) } else { Ok(()) };
         }
-        self.uffd.write_protect(range.start.0, range.len(), on, wake == Wake::Yes).map_err(trouble)
+        self.uffd.write_protect(range.start.0, range.len(), on, self.wakes(wake)).map_err(trouble)
     }
 
     fn wake(&self, range: VaRange) -> Result<(), Trouble> {
+        if !self.wakes(Wake::Yes) {
+            return Ok(());
+        }
         self.uffd.wake(range.start.0, range.len()).map_err(trouble)
     }
 
@@ -485,7 +493,7 @@ impl Kernel for Linux {
             // SAFETY: as above. No reference to the page can be used any more in any case.
             unsafe { rustix::mm::mprotect(va.0 as *mut _, page, MprotectFlags::empty()) }.map_err(trouble)?;
         }
-        self.uffd.wake(va.0, page as u64).map_err(trouble)
+        self.wake(VaRange { start: va, end: Va(va.0 + page as u64) })
     }
 
     fn is_present(&self, va: Va) -> Result<bool, Trouble> {

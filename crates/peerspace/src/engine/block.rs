@@ -206,7 +206,8 @@ impl<K: Kernel> Engine<K> {
         let done = match self.gate.enter(work.context()) {
             Some(_section) => {
                 // The program is woken when the page is protected: its write would be seen otherwise, but late.
-                let done = self.kernel.put_back(range.start, self.blocks.range(frame), Wake::No);
+                let wake = if writable { fault.wake } else { Wake::No };
+                let done = self.kernel.put_back(range.start, self.blocks.range(frame), wake);
                 if done.trouble.is_none() && !writable {
                     // Whatever was written before this moment is found by the comparison at eviction.
                     match self.kernel.protect(range, Protect::Yes, Wake::No) {
@@ -220,6 +221,7 @@ impl<K: Kernel> Engine<K> {
             None => Done::stopped(Pages(0), Trouble::Changing),
         };
         if done.pages.0 == BLOCK_PAGES {
+            let woken = writable;
             // If protecting failed, the block is simply dirty.
             let (writable, now) = if done.trouble.is_some() { (true, Dirt::Dirty) } else { (writable, now) };
             let backing = self.memmap.backing(frame);
@@ -231,7 +233,7 @@ impl<K: Kernel> Engine<K> {
             self.announce(frame, arrival);
             entry.set(State::Host { pfn, writable, dirt: now });
             drop(entry);
-            if fault.wake == Wake::Yes {
+            if fault.wake == Wake::Yes && !woken {
                 let _ = self.kernel.wake(range);
             }
             if now == Dirt::Dirty {
@@ -239,7 +241,7 @@ impl<K: Kernel> Engine<K> {
             }
             count(&work.counters.huge_faults);
             // Where a page table exists already the kernel maps the block in small pages.
-            if self.kernel.is_huge(range.start).unwrap_or(true) {
+            if !self.may_have_page_table(pages.start) || self.kernel.is_huge(range.start).unwrap_or(true) {
                 count(&work.counters.huge_mapped);
             }
             self.after_block(fault, pages);
@@ -263,6 +265,12 @@ impl<K: Kernel> Engine<K> {
         let _ = self.kernel.wake(range);
         fault.level = 0;
         Err(Hold::Again)
+    }
+
+    /// False when there never was a small page in the block of `vpn`, as far as can be known without asking the kernel.
+    fn may_have_page_table(&self, vpn: Vpn) -> bool {
+        self.table.may_have_been_split(vpn.block())
+            || self.region(vpn).is_none_or(|r| r.attributes.has(Attributes::ADOPTED))
     }
 
     /// Splits a block of which the first `mapped` pages are mapped and the others staged.

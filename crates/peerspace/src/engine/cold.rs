@@ -43,12 +43,13 @@ impl<K: Kernel> Engine<K> {
         mut step: impl FnMut(PageRange, &mut Working<'_>) -> (u64, Vpn),
     ) -> u64 {
         let (mut aside, mut at) = (0, piece.start);
-        let crowded = || {
+        // A whole block has staging of its own.
+        let crowded = |at| {
             let (waiting, segments) = self.ring.waiting();
-            waiting > segments / 2
+            waiting > segments / 2 && matches!(self.table.look(at), Some((_, false)))
         };
         while at < piece.end {
-            while crowded() && matches!(self.drain_oldest(work), Drained::Freed(_)) {}
+            while crowded(at) && matches!(self.drain_oldest(work), Drained::Freed(_)) {}
             let (went, next) = step(PageRange { start: at, end: piece.end }, work);
             aside += went;
             at = next;

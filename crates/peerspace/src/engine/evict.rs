@@ -294,6 +294,7 @@ impl<K: Kernel> Engine<K> {
             return;
         }
         // Broken up by the kernel: a new one is cheaper than mending this one.
+        self.table.note_split(self.memmap.vpn(frame).block());
         if self.kernel.drop_staged(range).is_ok() {
             self.budget.uncharge(BLOCK_PAGES);
             self.memmap.reset(frame);

@@ -64,24 +64,30 @@ impl<K: Kernel> Engine<K> {
 
     /// Holds the page at `vpn`, or the block that it is mapped with. Returns what comes next.
     fn hold_at(&self, vpn: Vpn, access: Access, walk: &mut Walk) -> Result<Vpn, HoldError> {
+        let mut faulted = false;
         loop {
-            let va = self.geometry.va(vpn);
-            if let Ok(Outcome::Foreign) = self.fault(va, access, Wake::Yes, Patience::Waits) {
-                return Err(HoldError::Foreign(vpn));
-            }
-            let _work = self.contexts.take();
+            let work = self.contexts.take();
             let Ok(entry) = self.table.lock(vpn) else { return Err(HoldError::Foreign(vpn)) };
             match entry.state() {
-                State::Host { writable, .. } if writable || access == Access::Read => {
+                // What is mapped takes no fault, unless the table does not know yet of something that the program has done.
+                State::Host { writable, .. }
+                    if (writable || access == Access::Read) && (faulted || self.gate.turn_if_open().is_some()) =>
+                {
                     self.pin_mapped(&entry, walk).map_err(|TooManyPins| HoldError::TooMany(vpn))?;
                     return Ok(entry.range().end);
                 }
                 // A native page: it is there, but the table knows nothing of it yet.
-                State::Empty => self.track_native(entry),
-                State::Poisoned { pfn } => return Err(HoldError::Lost(vpn, pfn)),
-                // Gone again, before it could be held.
-                _ => {}
+                State::Empty if faulted => self.track_native(entry),
+                State::Poisoned { pfn } if faulted => return Err(HoldError::Lost(vpn, pfn)),
+                // Not there, or gone again before it could be held.
+                _ => drop(entry),
             }
+            drop(work);
+            let va = self.geometry.va(vpn);
+            if let Ok(Outcome::Foreign) = self.fault(va, access, Wake::Yes, Patience::Waits) {
+                return Err(HoldError::Foreign(vpn));
+            }
+            faulted = true;
         }
     }
 
