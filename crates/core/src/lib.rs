@@ -27,8 +27,10 @@ extern crate alloc;
 extern crate std;
 
 pub mod addr;
+pub mod altmap;
 pub mod bitmap;
 pub mod buddy;
+pub mod devmap;
 pub mod entry;
 pub mod folio;
 #[cfg(all(test, loom))]
@@ -37,9 +39,11 @@ pub mod memmap;
 pub mod pagemap;
 pub mod plan;
 pub mod reclaim;
+pub mod refs;
 pub mod regions;
 pub mod sketch;
 pub mod stream;
 pub mod sync;
 pub mod table;
+pub mod vmemmap;
 pub mod words;
