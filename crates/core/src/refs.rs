@@ -10,11 +10,13 @@
 //! closed, gets one while it is *revoked* as well. Counts are spread over several cache lines, so that processors do not
 //! compete for one; a reference is given back where it was taken.
 //!
-//! Orderings: getting adds to a count, then looks at the state; closing sets the state, then looks at the counts. A
-//! sequentially consistent fence on each side makes at least one see the other (Dekker). Giving back is a Release that
-//! closing acquires, so that what was done with a reference is over; getting acquires what opening released.
+//! Orderings: getting adds to a count, then looks at the state; closing sets the state, then looks at the counts. All four
+//! are sequentially consistent, so that at least one side sees the other (Dekker). Giving back is a Release that closing
+//! acquires, so that what was done with a reference is over; getting acquires what opening released.
 
-use crate::sync::{AtomicU64, Ordering, fence, spin_hint};
+#[cfg(loom)]
+use crate::sync::fence;
+use crate::sync::{AtomicU64, Ordering, spin_hint};
 use core::fmt;
 
 /// Counts there are.
@@ -56,7 +58,7 @@ impl Refs {
     }
 
     fn change(&self, from: u64, to: u64) -> Result<(), Refused> {
-        self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).map(drop).map_err(|_| Refused)
+        self.state.compare_exchange(from, to, Ordering::SeqCst, Ordering::Relaxed).map(drop).map_err(|_| Refused)
     }
 
     /// Reserves it for whoever is about to put something there.
@@ -75,9 +77,11 @@ impl Refs {
 
     fn enter(&self, shard: usize, last: u64) -> Result<(), Refused> {
         let count = &self.shards[shard % SHARDS].0;
-        count.fetch_add(1, Ordering::Relaxed);
+        count.fetch_add(1, Ordering::SeqCst);
+        // The model checker knows sequential consistency of fences alone.
+        #[cfg(loom)]
         fence(Ordering::SeqCst);
-        if (LIVE..=last).contains(&self.state.load(Ordering::Acquire)) {
+        if (LIVE..=last).contains(&self.state.load(Ordering::SeqCst)) {
             return Ok(());
         }
         count.fetch_sub(1, Ordering::Release);
@@ -128,9 +132,10 @@ impl Refs {
     /// When it was not revoked.
     pub fn close(&self) -> Result<(), Refused> {
         self.change(REVOKED, CLOSED)?;
+        #[cfg(loom)]
         fence(Ordering::SeqCst);
         for shard in &self.shards {
-            while shard.0.load(Ordering::Acquire) != 0 {
+            while shard.0.load(Ordering::SeqCst) != 0 {
                 spin_hint();
             }
         }
@@ -197,27 +202,32 @@ mod tests {
     fn every_order_of_getting_and_closing() {
         use loom::sync::Arc;
         use loom::sync::atomic::AtomicU64;
-        loom::model(|| {
-            let it = Arc::new((Refs::new(), AtomicU64::new(1)));
-            it.0.begin().unwrap();
-            it.0.open();
-            let users: [_; 2] = core::array::from_fn(|shard| {
-                let it = it.clone();
-                loom::thread::spawn(move || {
-                    let got = if shard == 0 { it.0.get(shard) } else { it.0.get_as_owner(shard) };
-                    if got.is_ok() {
-                        // Relaxed: it is the references that order it.
-                        assert_eq!(it.1.load(Ordering::Relaxed), 1, "used after it was taken away");
-                        it.0.put(shard);
-                    }
-                })
+        for (users, owner, bound) in [(1, false, None), (1, true, None), (2, true, Some(2))] {
+            let mut model = loom::model::Builder::new();
+            model.preemption_bound = bound;
+            model.check(move || {
+                let it = Arc::new((Refs::new(), AtomicU64::new(1)));
+                it.0.begin().unwrap();
+                it.0.open();
+                let use_it = |shard: usize| {
+                    let it = it.clone();
+                    loom::thread::spawn(move || {
+                        let got = if owner { it.0.get_as_owner(shard) } else { it.0.get(shard) };
+                        if got.is_ok() {
+                            // Relaxed: it is the references that order it.
+                            assert_eq!(it.1.load(Ordering::Relaxed), 1, "used after it was taken away");
+                            it.0.put(shard);
+                        }
+                    })
+                };
+                let users: std::vec::Vec<_> = (0..users).map(use_it).collect();
+                it.0.revoke().unwrap();
+                it.0.close().unwrap();
+                it.1.store(0, Ordering::Relaxed);
+                for user in users {
+                    user.join().unwrap();
+                }
             });
-            it.0.revoke().unwrap();
-            it.0.close().unwrap();
-            it.1.store(0, Ordering::Relaxed);
-            for user in users {
-                user.join().unwrap();
-            }
-        });
+        }
     }
 }

@@ -14,6 +14,7 @@ pub mod kernel;
 pub mod linux;
 pub mod own;
 pub mod sim;
+pub mod slot;
 
 pub use error::OsError;
 pub use kernel::{Capabilities, Done, Kernel, Message, Protect, Trouble, Wake};
