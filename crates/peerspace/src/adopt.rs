@@ -168,12 +168,10 @@ impl Space {
     /// What to tell the program of the page `vpn`, which was on the device page `pfn`.
     pub(crate) fn lost(&self, vpn: Vpn, pfn: Pfn) -> Error {
         let engine = self.engine();
-        let tier = engine.tiers.of(pfn);
-        Error::Lost {
-            range: engine.geometry.range(PageRange { start: vpn, end: vpn + 1 }),
-            device: tier.info.name.clone(),
-            page: pfn - tier.range.base,
-        }
+        let tier = engine.tiers.find(pfn);
+        let (device, page) =
+            tier.map_or(("a device that is gone".into(), 0), |t| (t.info.name.clone(), pfn - t.range.base));
+        Error::Lost { range: engine.geometry.range(PageRange { start: vpn, end: vpn + 1 }), device, page }
     }
 
     /// What to tell the program of pages that could not be held.

@@ -11,7 +11,7 @@ use arrayvec::ArrayVec;
 use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::folio::SplitBusy;
-use peerspace_core::memmap::Frame;
+use peerspace_core::memmap::{Backing, Frame};
 use peerspace_core::regions::RegionInfo;
 use peerspace_os::{Kernel, Message, Trouble};
 use std::time::Duration;
@@ -376,9 +376,18 @@ impl<K: Kernel> Engine<K> {
             target = page;
         }
         debug_assert_eq!(target.state(), State::Empty, "a mapping moved to where something is");
-        if let State::Host { pfn, .. } | State::Standby { pfn, .. } = state {
-            let frame = if entry.is_whole() { self.memmap.block(pfn) } else { self.memmap.page(pfn) };
-            self.memmap.place(frame, to, self.memmap.epoch(frame));
+        let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
+        let on_device = match state {
+            State::Host { pfn, .. } | State::Standby { pfn, .. } => {
+                let frame = if entry.is_whole() { self.memmap.block(pfn) } else { self.memmap.page(pfn) };
+                self.memmap.place(frame, to, self.memmap.epoch(frame));
+                self.memmap.backing(frame)
+            }
+            State::Device { pfn, .. } => Backing::Page(pfn),
+            _ => Backing::None,
+        };
+        if let Backing::Page(pfn) = on_device {
+            self.tiers.place(pfn, order, to);
         }
         target.commit(state);
         entry.commit(State::Empty);

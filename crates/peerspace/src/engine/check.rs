@@ -4,7 +4,7 @@
 //! and the account of memory adds up.
 
 use super::Engine;
-use peerspace_core::addr::{BLOCK_PAGES, Pfn};
+use peerspace_core::addr::{BLOCK_PAGES, PageRange, Pfn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::folio::Counts;
 use peerspace_core::memmap::{Backing, Frame, ListId};
@@ -71,6 +71,7 @@ impl<K: Kernel> Engine<K> {
                     State::Poisoned { .. } => census.poisoned += n,
                     State::Device { pfn, .. } => {
                         assert!(!self.memmap.contains(pfn), "{who}: {pfn} is no device page");
+                        self.check_device_page(pfn, range, &who);
                         own(pfn, n, who);
                         census.on_devices += n;
                         census.device_pages += n;
@@ -83,7 +84,7 @@ impl<K: Kernel> Engine<K> {
                         assert!(matches!(list, ListId::Small | ListId::Main), "{who}: mapped, but on list {list:?}");
                         let contrary = if writable { Dirt::Clean } else { Dirt::Dirty };
                         assert_ne!(dirt, contrary, "{who}: writable is {writable}");
-                        self.check_backing(frame, dirt, whole, &who, &mut own, &mut census);
+                        self.check_backing(frame, dirt, range, &who, &mut own, &mut census);
                         if head != frame {
                             assert_eq!(self.memmap.list(frame), ListId::None, "{who}: a tail on a list of its own");
                             *spread.entry(head).or_default() += 1;
@@ -101,7 +102,7 @@ impl<K: Kernel> Engine<K> {
                         let frame = self.frame_of(pfn, whole);
                         assert_eq!(self.memmap.vpn(frame), range.start, "{who}: the reverse map is wrong");
                         assert_eq!(self.memmap.list(frame), ListId::None, "{who}: on standby and on a list");
-                        self.check_backing(frame, dirt, whole, &who, &mut own, &mut census);
+                        self.check_backing(frame, dirt, range, &who, &mut own, &mut census);
                         self.check_folio(frame, 0, 0, &who);
                         if whole {
                             staged_blocks += 1;
@@ -154,15 +155,16 @@ impl<K: Kernel> Engine<K> {
         &self,
         frame: Frame,
         dirt: Dirt,
-        whole: bool,
+        range: PageRange,
         who: &str,
         own: &mut impl FnMut(Pfn, u64, String),
         census: &mut Census,
     ) {
-        let n = if whole { BLOCK_PAGES } else { 1 };
+        let n = range.pages().0;
         match (dirt, self.memmap.backing(frame)) {
             (Dirt::Dirty, Backing::None) | (Dirt::Clean | Dirt::Unverified, Backing::Zero) => {}
             (Dirt::Clean | Dirt::Unverified, Backing::Page(pfn)) => {
+                self.check_device_page(pfn, range, who);
                 own(pfn, n, format!("backing of {who}"));
                 census.device_pages += n;
             }
@@ -170,10 +172,27 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
+    /// The descriptors of device pages name the pages whose data they hold.
+    fn check_device_page(&self, pfn: Pfn, range: PageRange, who: &str) {
+        let tier = self.tiers.of(pfn);
+        for (i, vpn) in range.iter().enumerate() {
+            let page = pfn - tier.range.base + i as u64;
+            assert_eq!(tier.vpn(page), Some(vpn), "{who}: the reverse map of page {page} of {}", tier.info.name);
+        }
+    }
+
     /// Device pages in use are exactly those that somebody owns.
     fn check_tiers(&self, census: &Census) {
-        let used: u64 = self.tiers.iter().map(|t| (t.range.pages - t.available()).0).sum();
+        let used: u64 = self.tiers.iter().map(|t| t.used().0).sum();
         assert_eq!(used, census.device_pages, "device pages in use, and owned");
+        for tier in self.tiers.iter() {
+            let (mut described, mut from) = (0, 0);
+            while let Some(folio) = tier.next_in_use(from) {
+                described += folio.order.pages().0;
+                from = folio.page + folio.order.pages().0;
+            }
+            assert_eq!(described, tier.used().0, "pages of {} with a descriptor, and in use", tier.info.name);
+        }
     }
 
     /// Charges are mapped pages, staged pages and frames that lie ready.

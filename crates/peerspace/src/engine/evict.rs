@@ -6,7 +6,8 @@
 
 use super::context::Working;
 use super::stats::{count, count_n};
-use super::tiers::{BATCH, WriteBack};
+use super::tier::BATCH;
+use super::tiers::WriteBack;
 use super::{Engine, Entry};
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{BLOCK_PAGES, Order, Pages, Pfn, VaRange};
@@ -169,7 +170,8 @@ impl<K: Kernel> Engine<K> {
                     Backing::Page(pfn) if self.tiers.rewrite(pfn, of(*slot)) => Some(pfn),
                     _ => None,
                 };
-                folios.push(WriteBack { bytes: of(*slot), order: Order::BASE, at: over });
+                let vpn = self.memmap.vpn(*frame);
+                folios.push(WriteBack { bytes: of(*slot), order: Order::BASE, vpn, at: over });
             }
             self.tiers.write_back(&mut folios);
             placed.extend(folios.iter().map(|f| f.at));
@@ -253,7 +255,8 @@ impl<K: Kernel> Engine<K> {
                     count_n(&work.counters.zero_dropped, BLOCK_PAGES);
                     return Some(State::Empty);
                 }
-                let mut folio = [WriteBack { bytes, order: Order::BLOCK, at: None }];
+                let vpn = entry.vpn();
+                let mut folio = [WriteBack { bytes, order: Order::BLOCK, vpn, at: None }];
                 self.tiers.write_back(&mut folio);
                 folio[0].at.map(|pfn| {
                     count_n(&work.counters.pages_out, BLOCK_PAGES);
@@ -352,7 +355,8 @@ impl<K: Kernel> Engine<K> {
         };
         let at = over.or_else(|| {
             self.kernel.read_staged(range, |bytes| {
-                let mut folio = [WriteBack { bytes, order: Order::BASE, at: None }];
+                let vpn = self.memmap.vpn(frame);
+                let mut folio = [WriteBack { bytes, order: Order::BASE, vpn, at: None }];
                 self.tiers.write_back(&mut folio);
                 folio[0].at
             })

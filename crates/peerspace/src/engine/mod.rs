@@ -8,7 +8,7 @@
 //! | [`reclaim`] | unmapping victims to standby |
 //! | [`evict`] | from standby to a device, or dropped |
 //! | [`staging`] | where frames are meanwhile |
-//! | [`tiers`] | the devices and who owns each of their pages |
+//! | [`tiers`], [`tier`] | the devices, and who owns each of their pages |
 //! | [`adopt`] | memory the program already has |
 //! | [`own`] | regions of the space's own, made and given back |
 //! | [`collapse`], [`compact`] | small pages become huge folios again, and room is made for them |
@@ -63,6 +63,7 @@ pub(crate) mod serve;
 mod sim_tests;
 pub(crate) mod staging;
 pub(crate) mod stats;
+pub(crate) mod tier;
 pub(crate) mod tiers;
 
 use crate::device::Device;
@@ -149,6 +150,15 @@ pub(crate) enum EngineError {
     Device(String, String),
 }
 
+impl From<TierError<EngineError>> for EngineError {
+    fn from(e: TierError<EngineError>) -> EngineError {
+        match e {
+            TierError::Refused(name, why) => EngineError::Device(name, why),
+            TierError::Memory(e) => e,
+        }
+    }
+}
+
 /// How a staging area for `limit` pages is laid out: block frames, then slots. Block frames have their place even where
 /// there are no huge pages: the kernel's side, which is laid out before that is known, says what is where.
 pub(crate) fn staging_layout(limit: Pages) -> (u64, u64) {
@@ -180,10 +190,10 @@ impl<K: Kernel> Engine<K> {
             .ok_or(EngineError::Memory(Trouble::NoMemory))?;
         let memory = Self::reserve_table(&kernel, geometry).map_err(EngineError::Memory)?;
         let memmap = Memmap::new(memmap, blocks as u32, small);
-        let tiers = Tiers::new(geometry, memmap.end(), config.devices, words).map_err(|e| match e {
-            TierError::Refused(name, why) => EngineError::Device(name, why),
-            TierError::Memory(e) => e,
-        })?;
+        let tiers = Tiers::new(geometry, memmap.end());
+        for device in config.devices {
+            tiers.attach(device, words)?;
+        }
         let staging = kernel.staging();
         // At its end: where huge pages cannot be had, staging may still have room for block frames at its start.
         let slots_at = Va(staging.end.0 - slots * geometry.page_bytes() as u64);
@@ -374,6 +384,7 @@ impl<K: Kernel> Engine<K> {
         self.gate.renew();
         self.service.renew();
         self.contexts.renew();
+        self.tiers.renew();
         for slot in self.contexts.all() {
             slot.as_ref().counters.reset();
             slot.as_ref().latency.reset();

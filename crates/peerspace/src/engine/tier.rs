@@ -1,0 +1,354 @@
+//! One device of a space: its pages, who owns each of them, and what is believed of it.
+//!
+//! A device numbers its pages from zero; here they get an allocator that says which are free, a descriptor for each that is
+//! not ([`DeviceMap`]), and the rule that every page handed out is [freed](Device::freed) exactly once (Z6). A page is owned
+//! by the table entry or the frame descriptor that names its pfn, and its own descriptor names that entry.
+//!
+//! Locks: the allocator and the descriptors have one together, held for a few dozen instructions and never across a call of
+//! the device.
+
+use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store};
+use crate::sync::Mutex;
+use arrayvec::ArrayVec;
+use peerspace_core::addr::{Geometry, Order, Pages, Pfn, Va, Vpn};
+use peerspace_core::buddy::Buddy;
+use peerspace_core::devmap::{DeviceMap, InUse};
+use peerspace_core::pagemap::PfnRange;
+use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use peerspace_core::words::Words;
+use peerspace_os::own::Box;
+
+/// The most transfers in one batch.
+pub(crate) const BATCH: usize = 64;
+/// Stores that fail in a row (for another reason than want of space) before a device is not asked any more.
+const STRIKES: u64 = 16;
+/// Lost pages that are reported one by one.
+const LOUD: u64 = 16;
+/// A full device is asked again after this many of its pages were freed.
+const ROOM_AGAIN: u64 = 16;
+
+/// A device and its pages.
+pub(crate) struct Tier<W> {
+    device: Box<dyn Device>,
+    /// Which of all devices there ever were in the space.
+    pub(crate) id: u64,
+    pub(crate) info: Descriptor,
+    pub(crate) range: PfnRange,
+    room: Mutex<Room<W>>,
+    /// Pages freed so far; and the count at which the device last said it was full, plus one.
+    freed: AtomicU64,
+    full: AtomicU64,
+    strikes: AtomicU64,
+    told_failing: AtomicBool,
+    /// It has failed as a whole: nothing can be had from it any more.
+    failed: AtomicBool,
+    /// Pages lost so far.
+    lost: AtomicU64,
+    /// The most pages that were in use.
+    pub(crate) most_used: AtomicU64,
+    pub(crate) loads: AtomicU64,
+    pub(crate) stores: AtomicU64,
+    /// Transfers that failed, other than for want of space.
+    pub(crate) errors: AtomicU64,
+}
+
+/// The pages of a device: which are free, and whose the others are.
+struct Room<W> {
+    buddy: Buddy<W>,
+    map: DeviceMap<W>,
+    /// Pages that could not be stored to: free, but the last to be tried again. A few bad ones would otherwise be
+    /// what is always tried first.
+    aside: ArrayVec<(u64, Order), BATCH>,
+    /// Kept for pages of a device that is being detached.
+    reserved: u64,
+    /// Nothing more is taken: the device is being detached.
+    closed: bool,
+}
+
+impl<W: Words> Room<W> {
+    fn alloc(&mut self, order: Order, vpn: Vpn, reserved: bool) -> Option<u64> {
+        let room = self.available().0 - if reserved { 0 } else { self.reserved.min(self.available().0) };
+        if self.closed || room < order.pages().0 {
+            return None;
+        }
+        let page = self.buddy.alloc(order).or_else(|| {
+            let Room { buddy, aside, .. } = self;
+            aside.drain(..).for_each(|(page, order)| buddy.free(page, order));
+            buddy.alloc(order)
+        })?;
+        if self.map.take(page, order, vpn).is_err() {
+            // Its descriptors have no room.
+            self.buddy.free(page, order);
+            return None;
+        }
+        Some(page)
+    }
+
+    fn free(&mut self, page: u64, order: Order, bad: bool) {
+        let (mut page, mut order) = (page, order);
+        if bad {
+            if !self.aside.is_full() {
+                return self.aside.push((page, order));
+            }
+            let oldest = self.aside.remove(0);
+            self.aside.push((page, order));
+            (page, order) = oldest;
+        }
+        self.buddy.free(page, order);
+    }
+
+    fn available(&self) -> Pages {
+        self.aside.iter().fold(self.buddy.available(), |n, (_, order)| n + order.pages())
+    }
+}
+
+impl<W: Words> Tier<W> {
+    /// `device`, which says of itself what `info` says, with its pages at `range`. `words` makes zeroed words for its books.
+    pub(crate) fn new<E>(
+        id: u64,
+        device: Box<dyn Device>,
+        info: Descriptor,
+        range: PfnRange,
+        geometry: Geometry,
+        mut words: impl FnMut(usize) -> Result<W, E>,
+    ) -> Result<Tier<W>, (Box<dyn Device>, E)> {
+        let mut books = || -> Result<Room<W>, E> {
+            let page = geometry.page_bytes() as u64;
+            let buddy = Buddy::new(words(Buddy::<W>::words_for(info.pages))?, info.pages);
+            let [host, upper] = DeviceMap::<W>::words_for(info.pages, page);
+            let map = DeviceMap::new(info.pages, page, [words(host)?, words(upper)?], None);
+            Ok(Room { buddy, map, aside: ArrayVec::new(), reserved: 0, closed: false })
+        };
+        let room = match books() {
+            Ok(room) => room,
+            Err(e) => return Err((device, e)),
+        };
+        Ok(Tier {
+            device,
+            id,
+            info,
+            range,
+            room: Mutex::new(room),
+            freed: AtomicU64::new(0),
+            full: AtomicU64::new(0),
+            strikes: AtomicU64::new(0),
+            told_failing: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            lost: AtomicU64::new(0),
+            most_used: AtomicU64::new(0),
+            loads: AtomicU64::new(0),
+            stores: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+        })
+    }
+
+    /// Reads device pages. Several loads may be in one batch; each gets its own result.
+    pub(crate) fn load(&self, batch: &mut [Load<'_>], geometry: Geometry) {
+        let pages: u64 = batch.iter().map(|l| geometry.pages_in(l.bytes.len() as u64).0).sum();
+        if self.failed.load(Relaxed) {
+            batch.iter_mut().for_each(|l| l.result = Err(DeviceError::Gone));
+        } else if unwinding(|| self.device.load(batch)).is_none() {
+            batch.iter_mut().for_each(|l| l.result = Err(DeviceError::Panicked));
+        }
+        if batch.iter().any(|l| l.result == Err(DeviceError::Gone)) {
+            self.fail();
+        }
+        self.loads.fetch_add(pages, Relaxed);
+        let failed = batch.iter().filter(|l| l.result.is_err()).count() as u64;
+        if failed > 0 {
+            self.errors.fetch_add(failed, Relaxed);
+        }
+    }
+
+    pub(crate) fn store(&self, batch: &mut [Store<'_>]) {
+        if self.failed.load(Relaxed) {
+            batch.iter_mut().for_each(|s| s.result = Err(DeviceError::Gone));
+        } else if unwinding(|| self.device.store(batch)).is_none() {
+            batch.iter_mut().for_each(|s| s.result = Err(DeviceError::Panicked));
+        }
+        if batch.iter().any(|s| s.result == Err(DeviceError::Gone)) {
+            self.fail();
+        }
+    }
+
+    /// The device has failed as a whole: what it alone holds is lost, page by page, when it is asked for (rule Z9).
+    pub(crate) fn fail(&self) {
+        if !self.failed.swap(true, Relaxed) {
+            crate::tell::warning(format_args!(
+                "device {} has failed; {} of its pages are in use, and lost unless they are in RAM too",
+                self.info.name,
+                self.used()
+            ));
+        }
+    }
+
+    /// Whether it has.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed.load(Relaxed)
+    }
+
+    /// Whether the device says that `page` holds exactly `bytes`; not if that cannot be said.
+    pub(crate) fn holds(&self, page: u64, bytes: &[u8]) -> bool {
+        // A panic counts as not knowing.
+        let asks = self.info.compares && !self.has_failed();
+        asks && unwinding(|| self.device.holds(page, bytes)) == Some(Ok(true))
+    }
+
+    /// Takes `2^order` pages for the data of `vpn`. `reserved`: of what was [reserved](Tier::reserve).
+    pub(crate) fn take(&self, order: Order, vpn: Vpn, reserved: bool) -> Option<u64> {
+        let mut room = self.room.lock();
+        let page = room.alloc(order, vpn, reserved)?;
+        self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
+        Some(page)
+    }
+
+    /// The data of pages in use are those of `vpn` from now on. Their entry is locked.
+    pub(crate) fn place(&self, page: u64, order: Order, vpn: Vpn) {
+        self.room.lock().map.place(page, order, vpn);
+    }
+
+    /// The page of the program whose data `page` holds, as far as can be said without its entry locked.
+    pub(crate) fn vpn(&self, page: u64) -> Option<Vpn> {
+        self.room.lock().map.vpn(page)
+    }
+
+    /// The first folio in use at `from` or behind it.
+    pub(crate) fn next_in_use(&self, from: u64) -> Option<InUse> {
+        self.room.lock().map.next_in_use(from)
+    }
+
+    /// Keeps up to `pages` pages for whoever has [reserved](Tier::take) them. Returns how many.
+    pub(crate) fn reserve(&self, pages: u64) -> u64 {
+        let mut room = self.room.lock();
+        let left = if room.closed { 0 } else { room.available().0.saturating_sub(room.reserved) };
+        let got = pages.min(left);
+        room.reserved += got;
+        got
+    }
+
+    /// Gives up what was reserved.
+    pub(crate) fn unreserve(&self, pages: u64) {
+        let mut room = self.room.lock();
+        room.reserved = room.reserved.saturating_sub(pages);
+    }
+
+    /// Takes no more pages from now on, or does so again.
+    pub(crate) fn close(&self, closed: bool) {
+        self.room.lock().closed = closed;
+    }
+
+    /// Pages in use.
+    pub(crate) fn used(&self) -> Pages {
+        self.range.pages - self.available()
+    }
+
+    /// Bytes of descriptors in host memory, and in the device itself.
+    pub(crate) fn metadata(&self) -> [u64; 2] {
+        self.room.lock().map.bytes()
+    }
+
+    /// The device, of which nothing is in use any more.
+    pub(crate) fn into_device(self) -> Box<dyn Device> {
+        self.device
+    }
+
+    /// Frees pages.
+    pub(crate) fn free(&self, page: u64, order: Order) {
+        self.give_up(page, order, false);
+    }
+
+    /// Frees pages; if they are bad, others are to be tried first from now on.
+    pub(crate) fn give_up(&self, page: u64, order: Order, bad: bool) {
+        if !self.room.lock().map.put(page, order) {
+            debug_assert!(false, "somebody refers to private pages that are freed");
+            return;
+        }
+        if unwinding(|| self.device.freed(DevicePages { first: page, count: order.pages().0 })).is_none() {
+            // The pages are free nevertheless: nobody will ask for what is in them.
+            self.errors.fetch_add(1, Relaxed);
+        }
+        self.room.lock().free(page, order, bad);
+        self.freed.fetch_add(order.pages().0, Relaxed);
+    }
+
+    /// Whether it makes sense to store here now.
+    pub(crate) fn accepts(&self) -> bool {
+        let full = self.full.load(Relaxed);
+        let room = full == 0 || self.freed.load(Relaxed) >= full - 1 + ROOM_AGAIN;
+        room && self.strikes.load(Relaxed) < STRIKES && !self.has_failed()
+    }
+
+    /// Whether the device has not said that it is full.
+    pub(crate) fn has_room(&self) -> bool {
+        self.full.load(Relaxed) == 0
+    }
+
+    /// Says that the page at `va` cannot be had back from here; where there are many, not of each.
+    pub(crate) fn tell_lost(&self, va: Va, pfn: Pfn, error: DeviceError) {
+        let name = &self.info.name;
+        let before = self.lost.fetch_add(1, Relaxed);
+        if before < LOUD {
+            let page = pfn - self.range.base;
+            crate::tell::warning(format_args!("page {va} is lost: device {name}, page {page}: {error}"));
+        } else if before == LOUD {
+            crate::tell::warning(format_args!("device {name} goes on losing pages; the others are only counted"));
+        }
+    }
+
+    /// Notes what a store says about the device. True if it went well.
+    pub(crate) fn judge(&self, result: Result<(), DeviceError>) -> bool {
+        match result {
+            Ok(()) => {
+                if self.strikes.load(Relaxed) != 0 {
+                    self.strikes.store(0, Relaxed);
+                }
+                if self.full.load(Relaxed) != 0 {
+                    self.full.store(0, Relaxed);
+                }
+                true
+            }
+            Err(DeviceError::NoSpace) => {
+                self.full.store(self.freed.load(Relaxed) + 1, Relaxed);
+                false
+            }
+            Err(e) => {
+                self.errors.fetch_add(1, Relaxed);
+                if self.strikes.fetch_add(1, Relaxed) + 1 >= STRIKES && !self.told_failing.swap(true, Relaxed) {
+                    crate::tell::warning(format_args!(
+                        "device {}: {STRIKES} writes failed in a row ({e}); nothing more is written to it",
+                        self.info.name
+                    ));
+                }
+                false
+            }
+        }
+    }
+
+    /// RAM of this process that the device takes up.
+    #[cfg(feature = "process")]
+    pub(crate) fn ram_bytes(&self) -> u64 {
+        if self.info.in_ram { self.device.usage().map_or(0, |u| u.used_bytes) } else { 0 }
+    }
+
+    pub(crate) fn device(&self) -> &dyn Device {
+        &*self.device
+    }
+
+    /// Pages that are free by number.
+    pub(crate) fn available(&self) -> Pages {
+        self.room.lock().available()
+    }
+}
+
+/// Calls a device. `None` if it panicked, which must not reach the program's own code: it is in the middle of an
+/// access, and knows nothing of devices.
+pub(super) fn unwinding<T>(call: impl FnOnce() -> T) -> Option<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).ok()
+}
+
+/// What a device said about the store of `page`, which was number `i` of the batch. A device may have put its batch
+/// into another order: an answer never counts for another page.
+pub(super) fn answer(batch: &[Store<'_>], i: usize, page: u64) -> Result<(), DeviceError> {
+    let mut found = batch.get(i).into_iter().chain(batch).filter(|s| s.page == page);
+    found.next().map_or(Err(DeviceError::NoAnswer), |s| s.result.clone())
+}
