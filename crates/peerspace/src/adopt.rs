@@ -169,8 +169,10 @@ impl Space {
     pub(crate) fn lost(&self, vpn: Vpn, pfn: Pfn) -> Error {
         let engine = self.engine();
         let tier = engine.tiers.find(pfn);
-        let (device, page) =
-            tier.map_or(("a device that is gone".into(), 0), |t| (t.info.name.clone(), pfn - t.range.base));
+        let (device, page) = match tier {
+            Some(tier) => (tier.info.name.clone(), pfn - tier.range.base),
+            None => ("a device that is gone".into(), 0),
+        };
         Error::Lost { range: engine.geometry.range(PageRange { start: vpn, end: vpn + 1 }), device, page }
     }
 

@@ -37,6 +37,20 @@ pub enum Error {
         /// Why.
         why: String,
     },
+    /// The device is not there any more, or is just being detached.
+    #[error("there is no such device in this space, or it is being detached already")]
+    NoSuchDevice,
+    /// What a device holds has nowhere else to go.
+    #[error(
+        "device {name} cannot be detached: {missing} bytes of what it holds have no room on other devices or in RAM. \
+         Attach another device first, or discard what is not needed"
+    )]
+    NoRoom {
+        /// Which device.
+        name: String,
+        /// How many bytes of room are missing.
+        missing: u64,
+    },
     /// A size or an address does not fit.
     #[error("{what}: {why}")]
     BadRange {

@@ -81,6 +81,7 @@
 //! kernel. `peerspace doctor` says what a machine can do.
 
 mod adopt;
+mod attach;
 pub mod device;
 pub(crate) mod engine;
 mod error;
@@ -97,6 +98,7 @@ pub(crate) mod sync;
 pub(crate) mod tell;
 
 pub use adopt::{Adopted, Resident, Use};
+pub use attach::DeviceId;
 pub use error::Error;
 pub use heap::{Heap, Pool};
 pub use huge::Hint;

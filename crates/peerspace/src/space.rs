@@ -1,7 +1,7 @@
 //! A space: what a program creates first, and what its regions and devices belong to.
 
 use crate::device::Device;
-use crate::engine::{self, Config, Engine, EngineError, MIN_LIMIT};
+use crate::engine::{self, Config, Engine, MIN_LIMIT};
 use crate::error::Error;
 use crate::fork::Forks;
 use crate::region::Region;
@@ -148,10 +148,7 @@ impl Builder {
         let policy = self.policy.unwrap_or_else(|| allocator_api2::unsize_box!(OwnBox::new_in(S3Fifo::new(), Own)));
         let ram = geometry.pages_in(peerspace_os::linux::probe::ram_bytes());
         let config = Config { limit, ram, devices: self.devices, policy, contexts: (2 * cpus + 6).min(128) };
-        let engine = Engine::new(kernel, config).map_err(|e| match e {
-            EngineError::Memory(why) => Error::Kernel { what: "reserve memory for tables".into(), why },
-            EngineError::Device(name, why) => Error::Device { name, why },
-        })?;
+        let engine = Engine::new(kernel, config)?;
         if let Some(bytes) = self.pin_limit {
             engine.budget.set_most_pinned(geometry.pages_in(bytes));
         }

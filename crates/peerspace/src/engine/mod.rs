@@ -9,6 +9,7 @@
 //! | [`evict`] | from standby to a device, or dropped |
 //! | [`staging`] | where frames are meanwhile |
 //! | [`tiers`], [`tier`] | the devices, and who owns each of their pages |
+//! | [`detach`] | devices that come and go |
 //! | [`adopt`] | memory the program already has |
 //! | [`own`] | regions of the space's own, made and given back |
 //! | [`collapse`], [`compact`] | small pages become huge folios again, and room is made for them |
@@ -46,6 +47,7 @@ pub(crate) mod cold;
 pub(crate) mod collapse;
 pub(crate) mod compact;
 pub(crate) mod context;
+pub(crate) mod detach;
 pub(crate) mod evict;
 pub(crate) mod fault;
 pub(crate) mod folio;

@@ -81,6 +81,9 @@ impl<W: Words> Room<W> {
             self.buddy.free(page, order);
             return None;
         }
+        if reserved {
+            self.reserved = self.reserved.saturating_sub(order.pages().0);
+        }
         Some(page)
     }
 
@@ -175,7 +178,7 @@ impl<W: Words> Tier<W> {
     pub(crate) fn fail(&self) {
         if !self.failed.swap(true, Relaxed) {
             crate::tell::warning(format_args!(
-                "device {} has failed; {} of its pages are in use, and lost unless they are in RAM too",
+                "device {} has failed: {} of it are in use, and lost unless they are in RAM too",
                 self.info.name,
                 self.used()
             ));

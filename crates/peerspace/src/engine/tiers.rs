@@ -243,9 +243,16 @@ impl<W: Words> Tiers<W> {
         self.iter().for_each(|t| t.device().after_fork(side));
     }
 
-    /// In a forked child: whoever had a reference does not exist.
+    /// In a forked child: whoever had a reference, or was taking a device away, does not exist.
     pub(crate) fn renew(&self) {
-        self.slots.iter().for_each(Slot::renew);
+        for slot in &self.slots {
+            slot.renew();
+            let _ = slot.restore();
+        }
+        for tier in self.iter() {
+            tier.close(false);
+            tier.unreserve(u64::MAX);
+        }
     }
 }
 

@@ -8,6 +8,8 @@
 //! threads do it at once, in the interleavings that a model checker chooses.
 
 #[cfg(all(not(shuttle), feature = "process"))]
+mod detach;
+#[cfg(all(not(shuttle), feature = "process"))]
 mod folios;
 #[cfg(all(not(shuttle), feature = "process"))]
 mod holds;
@@ -57,9 +59,13 @@ struct Mood {
     /// Loads of bad pages so far, each page counted once.
     losses: u64,
     lost: HashSet<u64>,
+    /// Pages that could not be stored, and are to be freed all the same.
+    refused: HashSet<u64>,
+    /// What the engine did that it must not. A panic would be taken for the device's own fault.
+    wrong: Vec<String>,
 }
 
-/// A device that keeps pages in plain memory, and panics when it is not used as devices are to be.
+/// A device that keeps pages in plain memory, and minds whether it is used as devices are to be.
 #[derive(Debug, Clone)]
 pub(super) struct Shelf {
     mood: Arc<Mutex<Mood>>,
@@ -109,8 +115,11 @@ impl Shelf {
         self.mood.lock().losses
     }
 
+    /// Pages it holds, if it has been used as devices are to be.
     pub(super) fn held(&self) -> u64 {
-        self.mood.lock().held.len() as u64
+        let m = self.mood.lock();
+        assert!(m.wrong.is_empty(), "{:?}", m.wrong);
+        m.held.len() as u64
     }
 }
 
@@ -118,7 +127,10 @@ impl Mood {
     fn load(&mut self, first: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
         for (i, out) in bytes.chunks_exact_mut(PAGE).enumerate() {
             let page = first + i as u64;
-            let held = self.held.get(&page).unwrap_or_else(|| panic!("page {page} is loaded and was never stored"));
+            let Some(held) = self.held.get(&page) else {
+                self.wrong.push(format!("page {page} is loaded and was never stored"));
+                return Err(DeviceError::Unsupported);
+            };
             if self.bad.contains(&page) {
                 self.losses += self.lost.insert(page) as u64;
                 return Err(DeviceError::Corrupt);
@@ -148,6 +160,7 @@ impl Device for Shelf {
             let more = pages.clone().filter(|p| !m.held.contains_key(p)).count();
             if m.held.len() + more > m.room {
                 store.result = Err(DeviceError::NoSpace);
+                m.refused.extend(pages);
                 continue;
             }
             for (page, bytes) in pages.zip(store.bytes.chunks_exact(PAGE)) {
@@ -170,7 +183,9 @@ impl Device for Shelf {
     fn freed(&self, pages: DevicePages) {
         let mut m = self.mood.lock();
         for page in pages.first..pages.first + pages.count {
-            assert!(m.held.remove(&page).is_some(), "page {page} is freed and was not held (rule Z6)");
+            if m.held.remove(&page).is_none() & !m.refused.remove(&page) {
+                m.wrong.push(format!("page {page} is freed and was not held (rule Z6)"));
+            }
             m.bad.remove(&page);
             m.lost.remove(&page);
             m.failed.remove(&page);
@@ -178,8 +193,12 @@ impl Device for Shelf {
     }
 
     fn holds(&self, page: u64, bytes: &[u8]) -> Result<bool, DeviceError> {
-        let m = self.mood.lock();
-        let held = m.held.get(&page).unwrap_or_else(|| panic!("page {page} is compared and was never stored"));
+        let mut m = self.mood.lock();
+        if !m.held.contains_key(&page) {
+            m.wrong.push(format!("page {page} is compared and was never stored"));
+            return Err(DeviceError::Unsupported);
+        }
+        let held = &m.held[&page];
         if m.bad.contains(&page) { Err(DeviceError::Corrupt) } else { Ok(**held == *bytes) }
     }
 }

@@ -10,6 +10,7 @@ use crate::engine::adopt::AdoptError;
 use peerspace_core::addr::{Access, PageRange, Va, VaRange};
 use peerspace_core::entry::State;
 use peerspace_os::inject::Call;
+use peerspace_os::own::{Box as OwnBox, Own};
 use peerspace_os::sim::Allowed;
 use peerspace_os::{Capabilities, Kernel};
 use proptest::prelude::*;
@@ -29,6 +30,8 @@ enum Op {
     Reclaim { steps: usize },
     ReadAhead,
     Collapse { at: usize },
+    Attach { pages: u64 },
+    Detach { which: usize },
     Compact,
     Cold { at: usize, pages: usize },
     SplitMapping { at: usize },
@@ -63,6 +66,8 @@ fn op() -> impl Strategy<Value = Op> {
         12 => (1usize..200).prop_map(|steps| Op::Reclaim { steps }),
         3 => Just(Op::ReadAhead),
         3 => some.clone().prop_map(|at| Op::Collapse { at }),
+        2 => (1u64..3000).prop_map(|pages| Op::Attach { pages }),
+        2 => some.clone().prop_map(|which| Op::Detach { which }),
         1 => Just(Op::Compact),
         2 => (some.clone(), 1usize..900).prop_map(|(at, pages)| Op::Cold { at, pages }),
         1 => some.clone().prop_map(|at| Op::SplitMapping { at }),
@@ -340,6 +345,23 @@ impl World {
                         let va = Va(self.areas[area].va(page).0 & !((2 << 20) - 1));
                         assert_eq!(self.rig.sim().is_huge(va), Ok(true));
                     }
+                }
+            }
+            Op::Attach { pages } => {
+                let shelf = Shelf::new(pages);
+                let shelf = if pages.is_multiple_of(2) { shelf.compares() } else { shelf };
+                if self.rig.engine.attach(allocator_api2::unsize_box!(OwnBox::new_in(shelf.clone(), Own))).is_ok() {
+                    self.shelves.push(shelf);
+                }
+            }
+            Op::Detach { which } => {
+                let engine = &self.rig.engine;
+                let ids: Vec<u64> = engine.tiers.iter().map(|t| t.id).collect();
+                // One stays, so that there is somewhere to go.
+                if ids.len() > 1 {
+                    let id = ids[which % ids.len()];
+                    let gone = engine.detach(id).is_ok();
+                    assert_eq!(gone, engine.tiers.iter().all(|t| t.id != id));
                 }
             }
             Op::Compact => drop(self.rig.engine.compact()),

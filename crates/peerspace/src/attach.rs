@@ -1,0 +1,94 @@
+//! Devices added to a space, and taken away, while it is in use (rules Z1 to Z3, Z9).
+
+use crate::device::Device;
+use crate::engine::EngineError;
+use crate::engine::detach::DetachError;
+use crate::error::Error;
+use crate::space::Space;
+use peerspace_os::linux::signal::without_signals;
+use peerspace_os::own::{Box as OwnBox, Own};
+
+/// A device of a space. No two devices of a space ever have the same, also when one is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct DeviceId(pub(crate) u64);
+
+impl From<EngineError> for Error {
+    fn from(e: EngineError) -> Error {
+        match e {
+            EngineError::Memory(why) => Error::Kernel { what: "reserve memory for tables".into(), why },
+            EngineError::Device(name, why) => Error::Device { name, why },
+        }
+    }
+}
+
+impl Space {
+    /// Adds a device, to be tried after those that are there. Takes the same time for a device of any size, and RAM only for
+    /// those of its pages that are used.
+    ///
+    /// As with [`Builder::device`](crate::Builder::device), the device is moved out of the program's heap.
+    ///
+    /// ```
+    /// # use peerspace::{Space, device::soft::Soft};
+    /// # let space = Space::builder().host(16 << 20).device(Soft::new(64 << 20)?).build()?;
+    /// let more = space.attach(Soft::new(256 << 20)?)?;
+    /// // ...
+    /// space.detach(more)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the device cannot be used; [`Error::Kernel`] when there is no memory for its tables.
+    pub fn attach(&self, device: impl Device + 'static) -> Result<DeviceId, Error> {
+        let device: OwnBox<dyn Device> = allocator_api2::unsize_box!(OwnBox::new_in(device, Own));
+        Ok(DeviceId(without_signals(|| self.engine().attach(device))?))
+    }
+
+    /// Takes a device away, and drops it (rule Z3): room for what it holds is reserved on the other devices and in free RAM,
+    /// then all of it is moved there, while the program and the other devices go on.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] when there is less room than it takes: that is found out before anything is moved, unless a device
+    /// has less room than it said. [`Error::NoSuchDevice`] when it is not there, or being detached by another thread.
+    /// [`Error::Device`] when its pages are in use without pause. The device is in use as before then.
+    pub fn detach(&self, device: DeviceId) -> Result<(), Error> {
+        let engine = self.engine();
+        let detached = without_signals(|| engine.detach(device.0));
+        let name = || {
+            let mut all = engine.tiers.iter();
+            all.find(|t| t.id == device.0).map_or_else(String::new, |t| t.info.name.clone())
+        };
+        match detached {
+            Ok(device) => {
+                drop(device);
+                Ok(())
+            }
+            Err(DetachError::NotThere) => Err(Error::NoSuchDevice),
+            Err(DetachError::NoRoom(missing)) => {
+                Err(Error::NoRoom { name: name(), missing: engine.geometry.bytes(missing) })
+            }
+            Err(DetachError::Busy(pages)) => Err(Error::Device {
+                name: name(),
+                why: format!("{pages} of it are in use without pause, and cannot be moved"),
+            }),
+            Err(DetachError::NoMemory) => {
+                Err(Error::Kernel { what: "map a buffer".into(), why: peerspace_os::Trouble::NoMemory })
+            }
+        }
+    }
+
+    /// The devices of the space, in the order in which they are tried.
+    pub fn devices(&self) -> Vec<DeviceId> {
+        self.engine().tiers.iter().map(|t| DeviceId(t.id)).collect()
+    }
+
+    /// Marks a device as failed: nothing is asked of it any more. What it alone holds is lost, page by page, when it is
+    /// asked for (rule Z9); what is in RAM as well is not, and neither is anything else. A device that answers
+    /// [`Gone`](crate::device::DeviceError::Gone) marks itself.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchDevice`] when it is not there.
+    pub fn fail(&self, device: DeviceId) -> Result<(), Error> {
+        let found = self.engine().tiers.iter().find(|t| t.id == device.0);
+        found.map(|tier| tier.fail()).ok_or(Error::NoSuchDevice)
+    }
+}

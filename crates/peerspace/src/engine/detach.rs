@@ -1,0 +1,238 @@
+//! Devices that come and go while the space is in use (rules Z2 and Z3).
+//!
+//! ```text
+//!  revoke: no page more is taken, nobody new gets a reference
+//!     |  not enough room elsewhere? -> restore, and say what is missing
+//!  evict: folio by folio, in the order of the device; the descriptors say whose data they hold
+//!     |  room ran out after all?    -> restore; what went is elsewhere, what did not is where it was
+//!  drain: wait for the references that exist
+//!  free: descriptors, allocator, range of pfns
+//! ```
+//!
+//! The program and other devices go on meanwhile. A page is moved with its entry locked, as everything about a page is done:
+//! whoever faults on it waits for as long as one transfer takes.
+
+use super::context::Working;
+use super::fault::{Outcome, Patience};
+use super::tiers::WriteBack;
+use super::{Engine, EngineError, Entry};
+use crate::device::{Device, DeviceError, Load};
+use peerspace_core::addr::{Access, Order, Pages, Pfn, Vpn};
+use peerspace_core::entry::{Dirt, State};
+use peerspace_core::memmap::{Backing, Frame};
+use peerspace_core::pagemap::PfnRange;
+use peerspace_os::own::{Box, Buffer};
+use peerspace_os::{Kernel, Protect, Wake};
+
+/// Rounds over a device in which nothing could be moved, before that is given up.
+const ROUNDS: u32 = 10_000;
+
+/// Why a device was not detached. It is in use as before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum DetachError {
+    /// There is none of this number, or it is being detached already.
+    NotThere,
+    /// For so many pages of it there is no room anywhere else.
+    NoRoom(Pages),
+    /// So many pages are in use without pause.
+    Busy(Pages),
+    /// There is no memory to move pages through.
+    NoMemory,
+}
+
+/// What became of a folio.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Moved {
+    /// It is not on the device any more.
+    Yes,
+    /// It was not what its descriptor said, or somebody worked with it.
+    No,
+    /// Nobody has room for it.
+    NoRoom,
+}
+
+impl<K: Kernel> Engine<K> {
+    /// Adds a device, to be tried after those that are there. Returns its number.
+    pub(crate) fn attach(&self, device: Box<dyn Device>) -> Result<u64, EngineError> {
+        let _work = self.contexts.take();
+        let words = |n: usize| self.kernel.words(n, n).map_err(EngineError::Memory);
+        Ok(self.tiers.attach(device, words)?)
+    }
+
+    /// Takes a device away (rule Z3), and returns it. Nothing that it holds is lost.
+    pub(crate) fn detach(&self, id: u64) -> Result<Box<dyn Device>, DetachError> {
+        let mut buffer = Buffer::new(self.geometry.block_bytes()).map_err(|_| DetachError::NoMemory)?;
+        let base = {
+            let _work = self.contexts.take();
+            self.tiers.revoke(id).ok_or(DetachError::NotThere)?
+        };
+        let moved = self.reserve_elsewhere(base).and_then(|()| self.evict_all(base, &mut buffer));
+        let _work = self.contexts.take();
+        self.tiers.iter().for_each(|tier| tier.unreserve(u64::MAX));
+        if let Err(e) = moved {
+            self.tiers.restore(base);
+            return Err(e);
+        }
+        self.tiers.remove(base).ok_or(DetachError::NotThere)
+    }
+
+    /// Keeps room for all that the device at `base` holds: on the others, and in RAM that is free.
+    fn reserve_elsewhere(&self, base: Pfn) -> Result<(), DetachError> {
+        let _work = self.contexts.take();
+        let mut missing = self.tiers.of(base).used().0;
+        for tier in self.tiers.iter().filter(|t| t.range.base != base && t.accepts()) {
+            missing -= tier.reserve(missing);
+        }
+        let ram = (self.budget.left() - self.budget.watermarks().low.0 as i64).max(0) as u64;
+        match missing.saturating_sub(ram) {
+            0 => Ok(()),
+            missing => Err(DetachError::NoRoom(Pages(missing))),
+        }
+    }
+
+    fn evict_all(&self, base: Pfn, buffer: &mut Buffer) -> Result<(), DetachError> {
+        let mut idle = 0;
+        loop {
+            let (used, moved) = self.evict_round(base, buffer)?;
+            if used == Pages(0) {
+                return Ok(());
+            }
+            idle = if moved { 0 } else { idle + 1 };
+            if idle > ROUNDS {
+                return Err(DetachError::Busy(used));
+            }
+            if !moved {
+                crate::sync::yield_now();
+            }
+        }
+    }
+
+    /// Goes through the device once. Returns how many pages are in use yet, and whether any was moved.
+    fn evict_round(&self, base: Pfn, buffer: &mut Buffer) -> Result<(Pages, bool), DetachError> {
+        let (mut from, mut moved) = (0, false);
+        loop {
+            let mut work = self.contexts.take();
+            let (range, found) = {
+                let tier = self.tiers.of(base);
+                (tier.range, tier.next_in_use(from))
+            };
+            let Some(folio) = found else { return Ok((self.tiers.of(base).used(), moved)) };
+            // A block on the device may be pages to the table.
+            let whole = matches!(self.table.look(folio.vpn), Some((_, true)));
+            let order = if whole { folio.order } else { Order::BASE };
+            let skipped = from.saturating_sub(folio.page);
+            let (page, vpn) = match order {
+                Order::BLOCK => (folio.page, folio.vpn),
+                _ => (folio.page + skipped, folio.vpn + skipped),
+            };
+            match self.move_off(range, page, vpn, buffer, &mut work) {
+                Moved::Yes => moved = true,
+                Moved::No => {}
+                Moved::NoRoom if self.budget.left() > 0 => {
+                    drop(work);
+                    // Home, then; it is written from there to wherever there is room later.
+                    let va = self.geometry.va(vpn);
+                    if self.fault(va, Access::Read, Wake::Yes, Patience::Waits) == Ok(Outcome::Resolved) {
+                        moved = true;
+                        continue;
+                    }
+                }
+                Moved::NoRoom => return Err(DetachError::NoRoom(self.tiers.of(base).used())),
+            }
+            from = page + order.pages().0;
+        }
+    }
+
+    /// Moves the folio at `page` of the device at `range`, which holds the data of `vpn` as its descriptor says, elsewhere;
+    /// or has the frame that it is the copy of go on without a copy.
+    fn move_off(&self, range: PfnRange, page: u64, vpn: Vpn, buffer: &mut Buffer, work: &mut Working<'_>) -> Moved {
+        let pfn = range.base + page;
+        let Ok(mut entry) = self.table.lock(vpn) else { return Moved::No };
+        match entry.state() {
+            State::Device { pfn: at, .. } if at == pfn => self.move_to_another(entry, buffer, work),
+            State::Host { pfn: frame, writable, .. } => {
+                let frame = self.frame_at(&entry, frame);
+                if self.memmap.backing(frame) != Backing::Page(pfn) {
+                    return Moved::No;
+                }
+                if !writable {
+                    // From here on it is the only copy, and need not be protected.
+                    let Some(_section) = self.gate.enter(work.context()) else { return Moved::No };
+                    if self.kernel.protect(self.addresses(entry.range()), Protect::No, Wake::Yes).is_err() {
+                        return Moved::No;
+                    }
+                }
+                self.forget_copy(&mut entry, frame);
+                Moved::Yes
+            }
+            State::Standby { pfn: frame, .. } => {
+                let frame = self.frame_at(&entry, frame);
+                if self.memmap.backing(frame) != Backing::Page(pfn) {
+                    return Moved::No;
+                }
+                self.forget_copy(&mut entry, frame);
+                Moved::Yes
+            }
+            _ => Moved::No,
+        }
+    }
+
+    fn frame_at(&self, entry: &Entry<'_, K>, pfn: Pfn) -> Frame {
+        if entry.is_whole() { self.memmap.block(pfn) } else { self.memmap.page(pfn) }
+    }
+
+    /// The frame is the only copy from now on.
+    fn forget_copy(&self, entry: &mut Entry<'_, K>, frame: Frame) {
+        let copy = self.memmap.backing(frame);
+        self.memmap.set_backing(frame, Backing::None);
+        entry.set(match entry.state() {
+            State::Host { pfn, .. } => State::Host { pfn, writable: true, dirt: Dirt::Dirty },
+            State::Standby { pfn, .. } => State::Standby { pfn, dirt: Dirt::Dirty },
+            other => unreachable!("{other:?} has no frame"),
+        });
+        self.free_backing(copy, if entry.is_whole() { Order::BLOCK } else { Order::BASE });
+    }
+
+    /// Moves what only the device holds to another one.
+    fn move_to_another(&self, mut entry: Entry<'_, K>, buffer: &mut Buffer, work: &Working<'_>) -> Moved {
+        let State::Device { pfn, stamp, rewritten } = entry.state() else { unreachable!("it is on a device") };
+        let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
+        let bytes = &mut buffer[..self.geometry.bytes(order.pages()) as usize];
+        if let Err(e) = self.load_folio(pfn, bytes) {
+            if entry.is_whole() {
+                // In pages: exactly those are lost that cannot be read (rule Z9).
+                entry.split_evenly();
+                return Moved::No;
+            }
+            self.lose(entry, e, work.context());
+            return Moved::Yes;
+        }
+        let mut folio = [WriteBack { bytes, order, vpn: entry.vpn(), at: None }];
+        self.tiers.write_to(&mut folio, true);
+        match folio[0].at {
+            Some(new) => {
+                entry.set(State::Device { pfn: new, stamp, rewritten });
+                drop(entry);
+                self.tiers.free(pfn, order);
+                Moved::Yes
+            }
+            None if order == Order::BLOCK => {
+                entry.split_evenly();
+                Moved::No
+            }
+            None => Moved::NoRoom,
+        }
+    }
+
+    /// Reads a folio, once more if that fails.
+    fn load_folio(&self, pfn: Pfn, bytes: &mut [u8]) -> Result<(), DeviceError> {
+        let tier = self.tiers.of(pfn);
+        let mut load = || {
+            let mut batch = [Load::new(pfn - tier.range.base, &mut *bytes)];
+            tier.load(&mut batch, self.geometry);
+            let [load] = batch;
+            load.result
+        };
+        load().or_else(|_| load())
+    }
+}
