@@ -5,7 +5,7 @@ use crate::spec::{Collapser, DeviceKind, Kind, Metric, Mover, Spec, Work};
 use std::path::Path;
 
 /// The names, in the order in which they are run.
-pub(crate) const NAMES: [&str; 11] = [
+pub(crate) const NAMES: [&str; 12] = [
     "fault",
     "sequential",
     "sequential-compressed",
@@ -17,6 +17,7 @@ pub(crate) const NAMES: [&str; 11] = [
     "huge-collapse",
     "huge-turn",
     "metadata",
+    "attach",
 ];
 
 const MIB: u64 = 1 << 20;
@@ -147,6 +148,7 @@ pub(crate) fn all(sizes: Sizes, dir: &Path) -> Vec<Benchmark> {
         make.huge_collapse(),
         make.huge_turn(),
         make.metadata(),
+        make.attach(),
     ]
 }
 
@@ -466,6 +468,30 @@ impl Make<'_> {
             aims: vec![
                 Aim { contender: "dense", metric: Metric::HugeShare, target: Target::AtLeast(0.9) },
                 Aim { contender: "sparse", metric: Metric::Waste, target: Target::AtMost(0.1) },
+            ],
+            fresh: true,
+            rounds: self.sizes.rounds[1],
+        }
+    }
+
+    fn attach(&self) -> Benchmark {
+        let aim = |metric, most| Aim { contender: OURS, metric, target: Target::AtMost(most) };
+        // The kernel's struct page: 64 bytes for each 4 KiB.
+        let kernel = (1024.0 * 1024.0 / 4.0) * 64.0;
+        Benchmark {
+            name: "attach",
+            about: format!(
+                "a device of 1 TiB comes and goes; what its pages are described by, where the kernel takes {kernel} bytes \
+                 for a GiB; {}",
+                self.amount()
+            ),
+            contenders: vec![self.plan(OURS, Kind::Attach, Work::Own, "a space")],
+            versus: Vec::new(),
+            aims: vec![
+                aim(Metric::AttachTime, 10.0),
+                aim(Metric::AttachBytes, MIB as f64),
+                aim(Metric::DescriptorsHuge, kernel / 512.0),
+                aim(Metric::DescriptorsSmall, kernel),
             ],
             fresh: true,
             rounds: self.sizes.rounds[1],

@@ -67,6 +67,8 @@ pub(crate) enum Kind {
     Pread,
     /// What a space of ours needs for itself.
     Footprint,
+    /// What a device of 1 TiB costs a space.
+    Attach,
     /// A process that does nothing (false), or makes a space and a region (true).
     Start(bool),
     /// A space of ours, with one device, that is told to use small pages alone.
@@ -156,6 +158,16 @@ pub(crate) enum Metric {
     SpaceTime,
     /// Milliseconds from starting the process until it is ready.
     ProcessTime,
+    /// Milliseconds to attach a device.
+    AttachTime,
+    /// Bytes of RAM that an attached device takes up before any page of it is used.
+    AttachBytes,
+    /// Milliseconds to detach a device, with what is on it.
+    DetachTime,
+    /// Bytes of descriptors for each GiB of a device that is used in huge folios.
+    DescriptorsHuge,
+    /// The same in pages.
+    DescriptorsSmall,
     /// Microseconds for each 2 MiB that are treated as one.
     PerBlock,
     /// Of those, for unmapping.
@@ -187,6 +199,11 @@ impl Metric {
             Metric::BytesFixed => "own bytes before any data",
             Metric::SpaceTime => "ms for space and region",
             Metric::ProcessTime => "ms from start of process",
+            Metric::AttachTime => "ms to attach 1 TiB",
+            Metric::AttachBytes => "bytes of RAM for it",
+            Metric::DetachTime => "ms to detach it, full",
+            Metric::DescriptorsHuge => "bytes/GiB, in huge folios",
+            Metric::DescriptorsSmall => "bytes/GiB, in pages",
             Metric::PerBlock => "us/2 MiB",
             Metric::OutPerBlock => "of it unmapping",
             Metric::BackPerBlock => "of it mapping",

@@ -20,7 +20,7 @@ use crate::sync::{AtomicU64, Ordering, spin_hint};
 use core::fmt;
 
 /// Counts there are.
-pub const SHARDS: usize = if cfg!(loom) { 2 } else { 16 };
+pub const SHARDS: usize = if cfg!(loom) { 2 } else { 8 };
 
 const VACANT: u64 = 0;
 const OPENING: u64 = 1;
@@ -29,7 +29,7 @@ const REVOKED: u64 = 3;
 const CLOSED: u64 = 4;
 
 /// A count with a cache line to itself.
-#[repr(align(128))]
+#[repr(align(64))]
 struct Shard(AtomicU64);
 
 /// No reference is to be had: there is nothing, or it is being taken away (rule Z2).

@@ -144,6 +144,10 @@ pub struct DeviceStatistics {
     pub stores: u64,
     /// Transfers it failed, other than for want of space.
     pub errors: u64,
+    /// Bytes of host memory that the descriptors of its pages take up: those that are or were in use.
+    pub metadata_bytes: u64,
+    /// Bytes of its own memory that they take up.
+    pub metadata_device_bytes: u64,
 }
 
 impl Statistics {
@@ -222,6 +226,8 @@ impl Statistics {
                         loads: t.loads.load(Relaxed),
                         stores: t.stores.load(Relaxed),
                         errors: t.errors.load(Relaxed),
+                        metadata_bytes: t.metadata()[0],
+                        metadata_device_bytes: t.metadata()[1],
                     }
                 })
                 .collect(),

@@ -17,11 +17,11 @@ const BLOCK: usize = 2 << 20;
 const PAGE: usize = 4096;
 const PAGES: u32 = (BLOCK / PAGE) as u32;
 /// All data are this byte.
-const BYTE: u8 = 0x5a;
+pub(super) const BYTE: u8 = 0x5a;
 
 /// A device that can recite all that was ever stored in it.
-struct Reciter {
-    pages: u64,
+pub(super) struct Reciter {
+    pub(super) pages: u64,
 }
 
 impl Device for Reciter {
@@ -119,7 +119,7 @@ fn read(region: &Region, mut pages: impl Iterator<Item = u32>) -> Result<(), Tro
 }
 
 /// Resident bytes of private anonymous memory that is not registered with userfaultfd.
-fn own_bytes() -> Result<i64, Trouble> {
+pub(super) fn own_bytes() -> Result<i64, Trouble> {
     // What was unmapped a moment ago is still being dealt with by other threads.
     std::thread::sleep(std::time::Duration::from_millis(50));
     let smaps = std::fs::read_to_string("/proc/self/smaps").map_err(Trouble::unavailable("read /proc/self/smaps"))?;

@@ -5,6 +5,7 @@
 //! ([`crate::workload`]), and only how the data come to be there differs. The others do the same reads by other
 //! means.
 
+mod attach;
 mod collapse;
 mod copy;
 mod device;
@@ -182,7 +183,7 @@ fn make(spec: &Spec) -> Result<(Box<dyn Contender>, Option<String>), Trouble> {
         Box::new(Paged::new(memory))
     }
     match spec.kind {
-        Kind::Start(_) | Kind::Footprint => {}
+        Kind::Start(_) | Kind::Footprint | Kind::Attach => {}
         Kind::Pread | Kind::FloorFile | Kind::Ours(crate::spec::DeviceKind::File) => {
             warm(spec.host, Advice::LinuxNoHugepage)?;
         }
@@ -218,6 +219,7 @@ fn make(spec: &Spec) -> Result<(Box<dyn Contender>, Option<String>), Trouble> {
             let about = pread.mode().to_owned();
             (Box::new(pread), Some(about))
         }
+        Kind::Attach => (Box::new(attach::Attach::new(spec)), None),
         Kind::Footprint => (Box::new(footprint::Footprint::new(spec)?), None),
         Kind::Start(space) => (Box::new(start::Start::new(spec, space)?), None),
     })

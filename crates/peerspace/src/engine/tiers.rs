@@ -16,11 +16,11 @@ use peerspace_os::own::{Box, Own, Vec};
 use peerspace_os::slot::{Slot, SlotRef};
 
 /// A reference to a device.
-pub(crate) type TierRef<'a, W> = SlotRef<'a, Tier<W>>;
+pub(crate) type TierRef<'a, W> = SlotRef<'a, Box<Tier<W>>>;
 
 /// All devices.
 pub(crate) struct Tiers<W> {
-    slots: Vec<Slot<Tier<W>>>,
+    slots: Vec<Slot<Box<Tier<W>>>>,
     maps: Pagemaps,
     geometry: Geometry,
     /// Where the pages of devices begin.
@@ -87,7 +87,7 @@ impl<W: Words> Tiers<W> {
             self.maps.unregister(i);
             TierError::Memory(e)
         })?;
-        assert!(self.slots[i].put(tier).is_ok(), "a range without a device has a slot without one");
+        assert!(self.slots[i].put(Box::new_in(tier, Own)).is_ok(), "a range without a device has a slot without one");
         let free = self.order.iter().find(|o| o.load(Relaxed) == 0).expect("as many places as slots");
         free.store(i as u64 + 1, peerspace_core::sync::Ordering::Release);
         self.full.store(false, Relaxed);
@@ -130,7 +130,7 @@ impl<W: Words> Tiers<W> {
             to.store(from.load(Relaxed), peerspace_core::sync::Ordering::Release);
         }
         self.order[MAX_RANGES - 1].store(0, Relaxed);
-        Some(tier.into_device())
+        Some(Box::into_inner(tier).into_device())
     }
 
     /// References to all devices, those that are being taken away included.
