@@ -55,6 +55,7 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<u8, Refusal> {
 
     let managed_out = dir.path().join("managed");
     let run = RunArgs {
+        inject: Vec::new(),
         host: Size(host),
         devices: Vec::new(),
         faults: FaultsArg::Auto,

@@ -8,6 +8,7 @@ use crate::library::Library;
 use crate::program;
 use clap::{Args, ValueEnum};
 use comfy_table::{Cell, CellAlignment, Table, presets};
+use peerspace::device::failing::FailureSpec;
 use peerspace::process::{LEAST_HOST, MOST_HOST, Options, Record};
 use peerspace::{DeviceSpec, Size};
 use peerspace_os::linux::{Delivery, Linux, Setup};
@@ -43,6 +44,13 @@ pub(crate) struct RunArgs {
     /// temporary directory. `compressed` without a SIZE takes up to as much RAM as --host.
     #[arg(long = "device", value_name = "SPEC")]
     pub(crate) devices: Vec<DeviceSpec>,
+
+    /// Have a device fail: NUMBER:PAGES, the first device being 1, after PAGES pages to or from it.
+    ///
+    /// What it alone held is lost: an access to it ends the program with SIGBUS unless it handles that. Everything else
+    /// goes on. To try out what a program makes of it.
+    #[arg(long, value_name = "NUMBER:PAGES")]
+    pub(crate) inject: Vec<FailureSpec>,
 
     /// How page faults are delivered.
     #[arg(long, value_enum, default_value_t = FaultsArg::Auto)]
@@ -136,6 +144,10 @@ pub(crate) fn execute(args: &RunArgs, prepare: impl FnOnce(&mut Command)) -> Res
     }
     // The program may go elsewhere before it needs them.
     let devices: Vec<_> = default_devices(&args.devices).iter().map(DeviceSpec::absolute).collect();
+    if let Some(failure) = args.inject.iter().find(|f| f.device > devices.len()) {
+        let n = devices.len();
+        return Err(Refusal::new(2, format!("--inject {failure}: there are {n} devices, of which the first is 1")));
+    }
     let path = program::find(&args.program[0]).map_err(|p| {
         let status = p.status();
         let (program::Problem::NotFound(why) | program::Problem::NotExecutable(why)) = p;
@@ -155,6 +167,7 @@ pub(crate) fn execute(args: &RunArgs, prepare: impl FnOnce(&mut Command)) -> Res
         host: args.host.0,
         by_signal,
         devices: devices.iter().map(DeviceSpec::to_string).collect(),
+        inject: args.inject.iter().map(FailureSpec::to_string).collect(),
         report: args.report.as_ref().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())),
         parent: std::process::id() as i32,
         record: Some(format!("/proc/{}/fd/{}", std::process::id(), record.as_raw_fd()).into()),

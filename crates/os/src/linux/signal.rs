@@ -264,9 +264,10 @@ pub unsafe fn run_action(action: &libc::sigaction, signal: i32, info: *mut libc:
             return;
         }
         if !handled || doubled {
-            let mut default: libc::sigaction = std::mem::zeroed();
-            default.sa_sigaction = libc::SIG_DFL;
-            libc::sigaction(signal, &default, null_mut());
+            // By hand: the C library's function may be one of ours, which keeps our handler in its place, and the access
+            // would fault for ever. Handler, flags, restorer and mask: all zero.
+            let default = [0u64; 4];
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), null::<u64>(), 8usize);
             if sent {
                 // Somebody sent it, so returning would not repeat it.
                 libc::raise(signal);

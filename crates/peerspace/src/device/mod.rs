@@ -59,6 +59,7 @@ use std::fmt;
 
 #[cfg(feature = "compressed")]
 pub mod compressed;
+pub mod failing;
 #[cfg(feature = "file")]
 pub mod file;
 #[cfg(feature = "soft")]

@@ -16,6 +16,7 @@
 use super::candidates::Search;
 use super::forks::ProcessForks;
 use super::records::{Options, Record};
+use crate::device::failing::Failing;
 use crate::engine::adopt::AdoptError;
 use crate::engine::{self, Config, Engine, MIN_LIMIT};
 use crate::report::Statistics;
@@ -423,10 +424,14 @@ impl Process {
         let limit = peerspace_core::addr::Pages(self.limit());
         let mut devices = Vec::new_in(Own);
         let first = self.first == Some(rustix::process::getpid().as_raw_nonzero().get());
-        for spec in self.options.specs().map_err(|e| plain(&e))? {
+        for (i, spec) in self.options.specs().map_err(|e| plain(&e))?.into_iter().enumerate() {
             // A file with a name is the first process's.
             let spec = if first { spec } else { spec.beside() };
-            devices.push(spec.open_reserved(self.options.host).map_err(|e| plain(&e))?);
+            let device = spec.open_reserved(self.options.host).map_err(|e| plain(&e))?;
+            devices.push(match self.options.failure(i) {
+                Some(pages) => Failing::of(device, pages).boxed(),
+                None => device,
+            });
         }
         let (blocks, slots) = engine::staging_layout(limit);
         let delivery = if self.options.by_signal { Delivery::Signal } else { Delivery::Messages };

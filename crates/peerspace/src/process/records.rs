@@ -3,6 +3,7 @@
 //! Both are JSON. The options travel in an environment variable to every process that the program starts; the report
 //! is the contract of `--report`: sizes in bytes, times in nanoseconds.
 
+use crate::device::failing::FailureSpec;
 use crate::report::{Statistics, ThpStatistics};
 use crate::spec::DeviceSpec;
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,9 @@ pub struct Options {
     pub by_signal: bool,
     /// The devices, as written on the command line.
     pub devices: Vec<String>,
+    /// Failures of devices to be brought about, as written on the command line.
+    #[serde(default)]
+    pub inject: Vec<String>,
     /// Where the report of the first process goes; other processes append their number.
     pub report: Option<PathBuf>,
     /// Who starts the first process.
@@ -35,6 +39,12 @@ impl Options {
     /// For a specification that is malformed.
     pub fn specs(&self) -> Result<Vec<DeviceSpec>, crate::spec::SpecError> {
         self.devices.iter().map(|d| d.parse()).collect()
+    }
+
+    /// After how many pages device `i` is to fail, if it is.
+    pub(crate) fn failure(&self, i: usize) -> Option<u64> {
+        let mut failures = self.inject.iter().filter_map(|f| f.parse::<FailureSpec>().ok());
+        failures.find(|f| f.device == i + 1).map(|f| f.pages)
     }
 }
 
@@ -242,6 +252,7 @@ mod tests {
             host: 1 << 28,
             by_signal: false,
             devices: vec!["compressed:1G".into(), "file:/tmp".into()],
+            inject: vec!["2:70".into()],
             report: Some("/tmp/r.json".into()),
             parent: 7,
             record: None,
