@@ -115,6 +115,8 @@ pub(crate) struct Engine<K: Kernel> {
     pub(crate) epoch: AtomicU32,
     /// Pages evicted so far: the clock that refault distances are measured by.
     evictions: AtomicU64,
+    /// Called when a page is lost, before the program learns of it; not for each where there are many.
+    pub(crate) on_loss: std::sync::OnceLock<fn()>,
     /// What the program has discarded of late.
     pub(crate) going: going::Going,
     /// Pages on the policy's protected list, as of its last work.
@@ -217,6 +219,7 @@ impl<K: Kernel> Engine<K> {
             service: serve::Service::new(),
             epoch: AtomicU32::new(0),
             evictions: AtomicU64::new(0),
+            on_loss: std::sync::OnceLock::new(),
             going: going::Going::new(),
             protected: AtomicU64::new(0),
             huge: AtomicBool::new(huge),

@@ -369,8 +369,11 @@ impl<K: Kernel> Engine<K> {
         let State::Device { pfn, .. } = entry.state() else { unreachable!("the page is on a device") };
         let va = self.geometry.va(entry.vpn());
         let tier = self.tiers.of(pfn);
-        tier.tell_lost(va, pfn, error);
+        let loud = tier.tell_lost(va, pfn, error);
         count(&context.counters.poisoned);
+        if let (true, Some(tell)) = (loud, self.on_loss.get()) {
+            tell();
+        }
         let marked = self.mark_lost(&entry, context);
         let range = self.addresses(entry.range());
         entry.commit(State::Poisoned { pfn });

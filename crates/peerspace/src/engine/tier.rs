@@ -286,8 +286,8 @@ impl<W: Words> Tier<W> {
         self.full.load(Relaxed) == 0
     }
 
-    /// Says that the page at `va` cannot be had back from here; where there are many, not of each.
-    pub(crate) fn tell_lost(&self, va: Va, pfn: Pfn, error: DeviceError) {
+    /// Says that the page at `va` cannot be had back from here; where there are many, not of each. True if it was said.
+    pub(crate) fn tell_lost(&self, va: Va, pfn: Pfn, error: DeviceError) -> bool {
         let name = &self.info.name;
         let before = self.lost.fetch_add(1, Relaxed);
         if before < LOUD {
@@ -296,6 +296,7 @@ impl<W: Words> Tier<W> {
         } else if before == LOUD {
             crate::tell::warning(format_args!("device {name} goes on losing pages; the others are only counted"));
         }
+        before < LOUD
     }
 
     /// Notes what a store says about the device. True if it went well.

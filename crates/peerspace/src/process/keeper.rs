@@ -73,6 +73,8 @@ pub(super) struct Process {
     peak: AtomicU64,
     started: Instant,
     said: Mutex<bool>,
+    /// Somebody writes the record.
+    writing: Latch,
     /// What the keeper reads, opened once; in a forked child each is put in the place of the parent's.
     statm: OnceLock<OurFd>,
     memory: OnceLock<OurFd>,
@@ -120,6 +122,7 @@ pub fn start(options: Options, fixed: VaRange) -> Result<(), OsError> {
         peak: AtomicU64::new(0),
         started: Instant::now(),
         said: Mutex::new(false),
+        writing: Latch::new(),
         statm: OnceLock::new(),
         memory: OnceLock::new(),
     };
@@ -406,6 +409,8 @@ impl Process {
             }
         };
         let engine = self.engine.get_or_init(|| engine);
+        // A page that is lost may be the end of the program.
+        let _ = engine.on_loss.set(|| process().write_record(None));
         if self.options.by_signal {
             match signal::register(engine.clone()) {
                 // For the life of the process.
@@ -510,6 +515,13 @@ impl Process {
             }
             _ => return,
         };
+        // In a forked child the one who writes may not exist.
+        let ours = (0..1000).any(|_| {
+            self.writing.try_lock() || {
+                std::thread::sleep(Duration::from_micros(100));
+                false
+            }
+        });
         let Ok(mut text) = serde_json::to_string(&self.record(status)) else { return };
         text.push('\n');
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC | OFlags::TRUNC;
@@ -517,6 +529,9 @@ impl Process {
         let mut rest = text.as_bytes();
         while let Ok(n @ 1..) = rustix::io::write(&fd, rest) {
             rest = &rest[n..];
+        }
+        if ours {
+            self.writing.unlock(&Futex);
         }
     }
 }
