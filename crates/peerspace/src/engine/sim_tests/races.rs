@@ -8,6 +8,7 @@ use peerspace_core::addr::{Access, PageRange, Pages, Va, VaRange};
 use peerspace_core::entry::State;
 use peerspace_core::regions::Attributes;
 use peerspace_os::inject::Call;
+use peerspace_os::own::{Box as OwnBox, Own};
 use peerspace_os::sim::Trap;
 use peerspace_os::{Capabilities, Kernel};
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
@@ -394,4 +395,62 @@ fn a_lost_page_is_lost_to_all() {
         rig.release(region);
         assert_eq!(shelf.held(), 0);
     });
+}
+
+/// Z2, Z3: two threads read and write pages that reclaim sends away, while the device that they are sent to is exchanged
+/// for another one, twice.
+fn devices_are_exchanged() {
+    const PAGES: usize = 4;
+    static MOVED: AtomicU64 = AtomicU64::new(0);
+    let (rig, first) = rig(ABLE);
+    let region = rig.region(1);
+    for n in 0..2 * PAGES {
+        put(&rig, page(region, n), n as u64);
+    }
+    rig.reclaim(60);
+    let writers: Vec<_> = (0..2)
+        .map(|who| {
+            let rig = rig.clone();
+            thread::spawn(move || {
+                for round in 1..3u64 {
+                    for n in who * PAGES..(who + 1) * PAGES {
+                        assert_eq!(word(&rig, page(region, n)), Ok((round - 1) << 8 | n as u64), "page {n}");
+                        put(&rig, page(region, n), round << 8 | n as u64);
+                    }
+                }
+            })
+        })
+        .collect();
+    let reclaimer = {
+        let rig = rig.clone();
+        thread::spawn(move || {
+            for _ in 0..4 {
+                rig.reclaim(6);
+            }
+        })
+    };
+    let shelves: Vec<Shelf> = (0..2)
+        .map(|i| {
+            let shelf = Shelf::new(1000);
+            rig.engine.attach(allocator_api2::unsize_box!(OwnBox::new_in(shelf.clone(), Own))).unwrap();
+            MOVED.fetch_add(first.held(), Relaxed);
+            rig.engine.detach(i).map(drop).unwrap();
+            shelf
+        })
+        .collect();
+    writers.into_iter().for_each(|w| w.join().unwrap());
+    reclaimer.join().unwrap();
+    rig.engine.check();
+    assert_eq!((first.held(), shelves[0].held()), (0, 0));
+    for n in 0..2 * PAGES {
+        assert_eq!(word(&rig, page(region, n)), Ok(2 << 8 | n as u64), "page {n} at the end");
+    }
+    rig.release(region);
+    assert_eq!((rig.engine.check().device_pages, shelves[1].held()), (0, 0));
+    assert!(MOVED.load(Relaxed) > 0, "something was on the device");
+}
+
+#[test]
+fn pages_survive_devices_that_go() {
+    explore(40, devices_are_exchanged);
 }
