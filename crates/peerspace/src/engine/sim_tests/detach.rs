@@ -1,12 +1,14 @@
 //! Devices that go: everything they hold is somewhere else then, once (rules Z1 to Z3, Z6, Z9).
 
 use super::{ABLE, Came, PAGE, Rig, Shelf};
+use crate::engine::EngineError;
 use crate::engine::detach::DetachError;
 use peerspace_core::addr::{BLOCK_PAGES, PageRange, Pages, Va, VaRange};
 use peerspace_core::regions::Attributes;
 use peerspace_core::sync::Ordering;
-use peerspace_os::Capabilities;
+use peerspace_os::inject::{Call, Planned};
 use peerspace_os::own::{Box as OwnBox, Own};
+use peerspace_os::{Capabilities, Trouble};
 
 fn va(range: VaRange, page: u64) -> Va {
     Va(range.start.0 + page * PAGE as u64)
@@ -158,5 +160,36 @@ fn z9_a_device_that_has_failed_takes_only_its_own_pages_along() {
     assert!(second.held() > 0);
     rig.engine.detach(0).map(drop).unwrap();
     assert_eq!(first.held(), 0);
+    expect_all(&rig, range);
+}
+
+/// Whichever allocation fails, nothing is left of a device that could not be attached.
+#[test]
+fn a3_attaching_is_rolled_back_at_every_step() {
+    let (rig, range, _first) = filled(8000);
+    let mut steps = 0;
+    loop {
+        let second = Shelf::new(5000);
+        rig.engine.kernel.plan(Planned {
+            call: Call::Words,
+            after: steps,
+            times: 1,
+            trouble: Trouble::NoMemory,
+            pages: Pages(0),
+        });
+        let attached = rig.engine.attach(allocator_api2::unsize_box!(OwnBox::new_in(second.clone(), Own)));
+        rig.engine.kernel.relent();
+        if attached.is_ok() {
+            break;
+        }
+        assert!(matches!(attached, Err(EngineError::Memory(Trouble::NoMemory))));
+        assert_eq!(rig.engine.tiers.iter().count(), 1);
+        assert_eq!(second.references(), 1, "the device was dropped");
+        rig.engine.check();
+        steps += 1;
+    }
+    assert_eq!(steps, 3, "an allocator, descriptors and their tables");
+    assert_eq!(rig.engine.tiers.iter().count(), 2);
+    rig.engine.detach(0).map(drop).unwrap();
     expect_all(&rig, range);
 }

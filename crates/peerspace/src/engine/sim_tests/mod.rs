@@ -115,6 +115,11 @@ impl Shelf {
         self.mood.lock().losses
     }
 
+    /// How many share it, this one included.
+    pub(super) fn references(&self) -> usize {
+        Arc::strong_count(&self.mood)
+    }
+
     /// Pages it holds, if it has been used as devices are to be.
     pub(super) fn held(&self) -> u64 {
         let m = self.mood.lock();
