@@ -4,8 +4,10 @@
 //! there can be, and so the one to measure the engine with; and a template for authors of devices.
 
 use super::{Descriptor, Device, DevicePages, Load, Store, Usage};
+use peerspace_core::words::Words;
 use peerspace_os::Trouble;
-use peerspace_os::own::{Area, Own, Vec};
+use peerspace_os::linux::map::Arena;
+use peerspace_os::own::Area;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Memory of a fixed size.
@@ -14,7 +16,7 @@ pub struct Soft {
     memory: Area,
     page: u64,
     /// A bit for each page that was ever written, and how many there are: what the device takes up of RAM.
-    touched: Vec<AtomicU64>,
+    touched: Arena,
     count: AtomicU64,
 }
 
@@ -27,8 +29,7 @@ impl Soft {
         let page = rustix::param::page_size() as u64;
         let memory = Area::new((bytes / page * page) as usize)?;
         let words = (memory.len() as u64 / page).div_ceil(64) as usize;
-        let mut touched = Vec::with_capacity_in(words, Own);
-        touched.resize_with(words, || AtomicU64::new(0));
+        let touched = Arena::new(words.max(1), words.max(1)).map_err(|_| Trouble::NoMemory)?;
         Ok(Soft { memory, page, touched, count: AtomicU64::new(0) })
     }
 
@@ -48,7 +49,7 @@ impl Device for Soft {
             self.memory.write(self.at(store.page), store.bytes);
             for page in store.page..store.page + store.bytes.len() as u64 / self.page {
                 let bit = 1 << (page % 64);
-                if self.touched[(page / 64) as usize].fetch_or(bit, Relaxed) & bit == 0 {
+                if self.touched.at((page / 64) as usize).fetch_or(bit, Relaxed) & bit == 0 {
                     self.count.fetch_add(1, Relaxed);
                 }
             }

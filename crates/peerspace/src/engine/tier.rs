@@ -197,12 +197,21 @@ impl<W: Words> Tier<W> {
         asks && unwinding(|| self.device.holds(page, bytes)) == Some(Ok(true))
     }
 
-    /// Takes `2^order` pages for the data of `vpn`. `reserved`: of what was [reserved](Tier::reserve).
-    pub(crate) fn take(&self, order: Order, vpn: Vpn, reserved: bool) -> Option<u64> {
+    /// Takes pages for each of `wanted`: for the data of a page, a folio of this order. Calls `taken` with the number and the
+    /// first page of those that could be had. `reserved`: of what was [reserved](Tier::reserve).
+    pub(crate) fn take(
+        &self,
+        wanted: impl Iterator<Item = (usize, Order, Vpn)>,
+        reserved: bool,
+        mut taken: impl FnMut(usize, u64),
+    ) {
         let mut room = self.room.lock();
-        let page = room.alloc(order, vpn, reserved)?;
+        for (i, order, vpn) in wanted {
+            if let Some(page) = room.alloc(order, vpn, reserved) {
+                taken(i, page);
+            }
+        }
         self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
-        Some(page)
     }
 
     /// The data of pages in use are those of `vpn` from now on. Their entry is locked.

@@ -192,11 +192,11 @@ impl<W: Words> Tiers<W> {
             }
             let mut which: ArrayVec<(usize, u64), BATCH> = ArrayVec::new();
             let mut batch: ArrayVec<Store<'_>, BATCH> = ArrayVec::new();
-            for (i, f) in folios.iter().enumerate().filter(|(_, f)| f.at.is_none()) {
-                let Some(page) = tier.take(f.order, f.vpn, reserved) else { continue };
+            let wanted = folios.iter().enumerate().filter(|(_, f)| f.at.is_none()).map(|(i, f)| (i, f.order, f.vpn));
+            tier.take(wanted, reserved, |i, page| {
                 which.push((i, page));
-                batch.push(Store::new(page, f.bytes));
-            }
+                batch.push(Store::new(page, folios[i].bytes));
+            });
             if batch.is_empty() {
                 continue;
             }
