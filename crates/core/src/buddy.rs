@@ -65,6 +65,12 @@ impl<W: Words> Buddy<W> {
         Pages(self.available)
     }
 
+    /// The pages that may be taken: those from the first part on were never taken yet, apart from the last block if that is
+    /// a short one.
+    pub fn touched(&self) -> [core::ops::Range<u64>; 2] {
+        [0..self.frontier, self.pages & !(BLOCK_PAGES - 1)..self.pages]
+    }
+
     /// Pages there are.
     pub fn pages(&self) -> Pages {
         Pages(self.pages)
@@ -261,6 +267,7 @@ mod tests {
             }
             for (i, f) in free.iter().enumerate() {
                 prop_assert_eq!(b.is_free(i as u64), *f);
+                prop_assert!(*f || b.touched().iter().any(|r| r.contains(&(i as u64))));
             }
         }
     }

@@ -268,10 +268,10 @@ impl<W: Words> DeviceMap<W> {
         }
     }
 
-    /// The first folio in use at `from` or behind it. Takes no longer for pages that were never used.
-    pub fn next_in_use(&self, from: u64) -> Option<InUse> {
-        let mut page = from;
-        while page < self.pages {
+    /// The first folio in use of `pages`, or that reaches into them. Leaves that are not there take next to no time.
+    pub fn next_in_use(&self, pages: Range<u64>) -> Option<InUse> {
+        let mut page = pages.start;
+        while page < pages.end {
             let block = page / BLOCK_PAGES;
             let (at, whole) = self.at(page);
             if whole {
@@ -282,7 +282,7 @@ impl<W: Words> DeviceMap<W> {
                 page = self.skip(page, at);
                 continue;
             };
-            let end = (leaf.start + leaf.bytes).min(self.pages_of(block).end).min(self.page_at(self.pages));
+            let end = (leaf.start + leaf.bytes).min(self.pages_of(block).end).min(self.page_at(pages.end));
             for at in (at..end).step_by(DESCRIPTOR_BYTES as usize) {
                 if Folio(self.word_in(leaf, at, 0)).counts().refcount > 0 {
                     let vpn = Vpn(self.word_in(leaf, at, 1).load(Relaxed) >> VPN_SHIFT);
@@ -362,12 +362,12 @@ mod tests {
         assert_eq!(m.bytes(), [4096, 0]);
         let touched = m.host.iter().filter(|w| w.load(Relaxed) != 0).count();
         assert!(touched <= 512);
-        assert_eq!(m.next_in_use(0), Some(InUse { page: 0, order: Order::BLOCK, vpn: Vpn(0) }));
-        assert_eq!(m.next_in_use(256 * 512), None);
+        assert_eq!(m.next_in_use(0..m.pages), Some(InUse { page: 0, order: Order::BLOCK, vpn: Vpn(0) }));
+        assert_eq!(m.next_in_use(256 * 512..m.pages), None);
         // Tails only after a split.
         assert!(m.put(3, Order::BASE));
         assert_eq!(m.bytes(), [3 * 4096, 0]);
-        assert_eq!(m.next_in_use(3), Some(InUse { page: 4, order: Order::BASE, vpn: Vpn(4) }));
+        assert_eq!(m.next_in_use(3..m.pages), Some(InUse { page: 4, order: Order::BASE, vpn: Vpn(4) }));
         assert_eq!((m.vpn(3), m.vpn(511), m.vpn(512)), (None, Some(Vpn(511)), Some(Vpn(512))));
     }
 
@@ -396,7 +396,7 @@ mod tests {
         assert!(full(m.take(600, Order::BASE, Vpn(600))));
         assert!(m.put(9, Order::BASE), "and what was promised is kept");
         assert_eq!(m.bytes(), [0, 3 * 4096]);
-        assert_eq!(m.next_in_use(512), None);
+        assert_eq!(m.next_in_use(512..m.pages), None);
     }
 
     proptest! {
@@ -443,7 +443,7 @@ mod tests {
                 }
                 let mut found = BTreeMap::new();
                 let mut from = 0;
-                while let Some(used) = m.next_in_use(from) {
+                while let Some(used) = m.next_in_use(from..pages) {
                     prop_assert!(used.page >= from);
                     for i in 0..used.order.pages().0 {
                         found.insert(used.page + i, used.vpn.0 + i);

@@ -266,7 +266,12 @@ impl Linux {
         wake == Wake::Yes && self.delivery == Delivery::Messages
     }
 
-    fn assert_foreign(&self, range: VaRange) {
+    /// Makes missing pages of `range` fault from now on.
+    pub(super) fn register(&self, range: VaRange) -> Result<(), Trouble> {
+        self.uffd.register(range.start.0, range.len(), self.mode).map_err(trouble)
+    }
+
+    pub(super) fn assert_foreign(&self, range: VaRange) {
         assert!(!self.staging.range().overlaps(range), "{range} is staging, not region memory");
     }
 
@@ -370,7 +375,7 @@ impl Kernel for Linux {
         // SAFETY: advice without effect on content. Huge pages appear by our moves alone, not by the kernel's
         // own faults, since every missing page of a registered range is ours to fill.
         let _ = unsafe { mapping.advise(0, r.len() as usize, Advice::LinuxHugepage) };
-        self.uffd.register(r.start.0, r.len(), self.mode).map_err(trouble)?;
+        self.register(r)?;
         // The mapping is the program's from here on, not one of ours that must not be managed.
         super::map::unclaim(r);
         Ok(mapping.leak())
@@ -386,7 +391,7 @@ impl Kernel for Linux {
 
     fn adopt(&self, range: VaRange) -> Result<(), Trouble> {
         self.assert_foreign(range);
-        self.uffd.register(range.start.0, range.len(), self.mode).map_err(trouble)
+        self.register(range)
     }
 
     fn disown(&self, range: VaRange) -> Result<(), Trouble> {

@@ -430,3 +430,126 @@ fn pages_that_leave_a_huge_page_together_are_counted() {
     }
     assert!(stopped < 100, "every other move came to nothing");
 }
+
+// --- memory of devices in place ---
+
+/// A file of one block in memory.
+fn shared(bytes: u64) -> OwnedFd {
+    let file = memfd_create("a device", MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, bytes).unwrap();
+    file
+}
+
+/// What a pager does that thinks of registration last.
+fn hide_naively(k: &Linux, range: VaRange) {
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    let (prot, len) = (ProtFlags::READ | ProtFlags::WRITE, range.len() as usize);
+    // SAFETY: the test's own memory, which is read and written as atomic words.
+    unsafe { rustix::mm::mmap_anonymous(range.start.0 as *mut _, len, prot, flags) }.unwrap();
+    thread::yield_now();
+    k.adopt(range).unwrap();
+}
+
+/// Z5: a block goes to memory that a device shares and comes back, again and again, under readers who never see zeros and a
+/// writer whose writes are never lost. Returns how many zeros were seen.
+fn blocks_come_and_go_in_place(rounds: u64, naive: bool) -> u64 {
+    let k = open();
+    let r = region(&k);
+    let staging = VaRange { start: k.staging().start, end: Va(k.staging().start.0 + r.len()) };
+    let device = shared(r.len());
+    for n in 0..512 {
+        let _ = copy(&k, page(r, n), 1000 + n, Protect::No);
+    }
+    // Held by whoever moves the block: what is missing is on its way.
+    let moving = Mutex::new(());
+    let (over, ended, zeros) = (AtomicBool::new(false), AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|s| {
+        s.spawn(|| {
+            let mut waiting = Vec::new();
+            while !ended.load(SeqCst) {
+                if k.wait_message(Some(Duration::from_millis(1))) {
+                    match k.receive() {
+                        Some(Message::Fault { va, .. }) => waiting.push((va.0 - r.start.0) / PAGE),
+                        Some(Message::Unmap(range)) => assert!(range == r || !range.overlaps(r), "{range}"),
+                        Some(Message::Move { to, len, .. }) => assert_eq!((to, len), (r.start, r.len())),
+                        None => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+                if let Ok(_still) = moving.try_lock() {
+                    waiting.drain(..).for_each(|n| k.wake(page(r, n)).unwrap());
+                }
+            }
+        });
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                s.spawn(|| {
+                    while !over.load(SeqCst) {
+                        for n in 1..512 {
+                            let value = read(page(r, n).start);
+                            assert!(value == 1000 + n || value == 0, "page {n}: {value}");
+                            zeros.fetch_add((value == 0) as u64, SeqCst);
+                        }
+                    }
+                })
+            })
+            .collect();
+        let writer = s.spawn(|| {
+            let (at, mut last) = (r.start, 1000);
+            while !over.load(SeqCst) {
+                let value = read(at);
+                if naive && value != last {
+                    return; // that is lost as well
+                }
+                assert_eq!(value, last, "a write was lost");
+                last += 1;
+                write(at, last);
+            }
+        });
+        let all = Done::all(Pages(512));
+        for _ in 0..rounds {
+            {
+                let _moving = moving.lock().unwrap();
+                while k.take_out(staging.start, r) != all {}
+                k.read_staged(staging, |b| rustix::io::pwrite(&device, b, 0)).unwrap();
+                k.show(r, device.as_fd(), 0).unwrap();
+            }
+            thread::sleep(Duration::from_micros(300));
+            let _moving = moving.lock().unwrap();
+            if naive {
+                hide_naively(&k, r);
+            } else {
+                k.hide(r).unwrap();
+            }
+            k.write_staged(staging, |b| rustix::io::pread(&device, b, 0)).unwrap();
+            if naive {
+                // Pages of zeros are in the way by now; the others are filled so that everybody comes to an end.
+                for n in 0..512 {
+                    let _ = copy(&k, page(r, n), 1000 + n, Protect::No);
+                }
+                break;
+            }
+            while k.put_back(r.start, staging, Wake::Yes) != all {}
+        }
+        over.store(true, SeqCst);
+        for thread in readers.into_iter().chain([writer]) {
+            while !thread.is_finished() {
+                k.wake(r).unwrap();
+                thread::yield_now();
+            }
+            thread.join().unwrap();
+        }
+        ended.store(true, SeqCst);
+    });
+    zeros.load(SeqCst)
+}
+
+#[test]
+fn z5_readers_see_no_zeros_while_memory_is_shared_in_place() {
+    assert_eq!(blocks_come_and_go_in_place(60, false), 0);
+}
+
+#[test]
+fn registering_afterwards_shows_zeros() {
+    assert!((0..200).any(|_| blocks_come_and_go_in_place(1, true) > 0), "the test above could not fail");
+}

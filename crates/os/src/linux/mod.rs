@@ -4,6 +4,7 @@ pub mod child;
 pub mod files;
 pub mod fork;
 pub mod futex;
+pub mod inplace;
 pub mod kernel;
 pub mod lock;
 pub mod map;

@@ -226,7 +226,9 @@ impl<W: Words> Tier<W> {
 
     /// The first folio in use at `from` or behind it.
     pub(crate) fn next_in_use(&self, from: u64) -> Option<InUse> {
-        self.room.lock().map.next_in_use(from)
+        let room = self.room.lock();
+        let mut parts = room.buddy.touched().into_iter();
+        parts.find_map(|part| room.map.next_in_use(part.start.max(from)..part.end))
     }
 
     /// Keeps up to `pages` pages for whoever has [reserved](Tier::take) them. Returns how many.
