@@ -189,6 +189,70 @@ fn z9_a_device_can_be_marked_as_failed() {
     fails(false);
 }
 
+/// G12: a process forks while devices are exchanged; each child has all data, and a space that works.
+fn forks(faults: Faults) {
+    let space = space(faults, 8 * MIB, soft(64));
+    let mut region = space.region(24 * MIB as u64).unwrap();
+    for (i, word) in region.typed_mut::<u64>().iter_mut().enumerate() {
+        *word = i as u64 * 3;
+    }
+    let stop = AtomicBool::new(false);
+    let forked = std::thread::scope(|scope| {
+        let exchanger = scope.spawn(|| {
+            let mut rounds = 0;
+            while !stop.load(Relaxed) || rounds < 3 {
+                let old = space.devices()[0];
+                space.attach(soft(64)).unwrap();
+                space.detach(old).unwrap();
+                rounds += 1;
+            }
+            rounds
+        });
+        for _ in 0..8 {
+            std::thread::sleep(Duration::from_millis(3));
+            // SAFETY: the child only reads, writes and ends.
+            let pid = unsafe { libc::fork() };
+            assert!(pid >= 0);
+            if pid == 0 {
+                let child = || {
+                    let right = |region: &peerspace::Region| {
+                        region.typed::<u64>().iter().enumerate().step_by(61).all(|(i, w)| *w == i as u64 * 3)
+                    };
+                    // In the child nobody is in the midst of taking a device away.
+                    let fine = right(&region) && space.attach(soft(64)).is_ok() && {
+                        let old = space.devices()[0];
+                        space.detach(old).is_ok() && right(&region)
+                    };
+                    space.check();
+                    fine
+                };
+                let fine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child));
+                // SAFETY: ends the process.
+                unsafe { libc::_exit(!matches!(fine, Ok(true)) as i32) };
+            }
+            let mut status = 0;
+            // SAFETY: waits for the child made above.
+            assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+            assert_eq!(status, 0, "the child failed");
+        }
+        stop.store(true, Relaxed);
+        exchanger.join().unwrap()
+    });
+    assert!(forked >= 3, "devices were exchanged {forked} times");
+    assert!(region.typed::<u64>().iter().enumerate().all(|(i, w)| *w == i as u64 * 3));
+    space.check();
+}
+
+#[test]
+fn g12_devices_are_exchanged_while_processes_fork_by_signal() {
+    forks(Faults::Signal);
+}
+
+#[test]
+fn g12_devices_are_exchanged_while_processes_fork_by_threads() {
+    forks(Faults::Threads);
+}
+
 /// Not more than there can be at once; as many as one likes one after the other.
 #[test]
 fn devices_come_and_go() {
