@@ -10,7 +10,6 @@ use super::context::Working;
 use super::fault::Hold;
 use super::stats::{count, count_n};
 use super::{AddError, Engine, Entry};
-use crate::device::Load;
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::{Dirt, State};
@@ -221,15 +220,7 @@ impl<K: Kernel> Engine<K> {
         let from_standby = match entry.state() {
             State::Standby { pfn, .. } => Some(self.memmap.page(pfn)),
             State::Device { pfn, .. } => {
-                let tier = self.tiers.of(pfn);
-                let mut load = || {
-                    let mut batch = [Load::new(pfn - tier.range.base, &mut *bytes)];
-                    tier.load(&mut batch, self.geometry);
-                    let [load] = batch;
-                    load.result
-                };
-                // Twice, as in a fault: it may be a passing failure.
-                if let Err(e) = load().or_else(|_| load()) {
+                if let Err(e) = self.tiers.load(pfn, bytes) {
                     self.lose(entry, e, context);
                     return Ok(());
                 }

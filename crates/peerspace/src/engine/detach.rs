@@ -16,7 +16,7 @@ use super::context::Working;
 use super::fault::{Outcome, Patience};
 use super::tiers::WriteBack;
 use super::{Engine, EngineError, Entry};
-use crate::device::{Device, DeviceError, Load};
+use crate::device::Device;
 use peerspace_core::addr::{Access, Order, Pages, Pfn, Vpn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Backing, Frame};
@@ -198,7 +198,7 @@ impl<K: Kernel> Engine<K> {
         let State::Device { pfn, stamp, rewritten } = entry.state() else { unreachable!("it is on a device") };
         let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
         let bytes = &mut buffer[..self.geometry.bytes(order.pages()) as usize];
-        if let Err(e) = self.load_folio(pfn, bytes) {
+        if let Err(e) = self.tiers.load(pfn, bytes) {
             if entry.is_whole() {
                 // In pages: exactly those are lost that cannot be read (rule Z9).
                 entry.split_evenly();
@@ -222,17 +222,5 @@ impl<K: Kernel> Engine<K> {
             }
             None => Moved::NoRoom,
         }
-    }
-
-    /// Reads a folio, once more if that fails.
-    fn load_folio(&self, pfn: Pfn, bytes: &mut [u8]) -> Result<(), DeviceError> {
-        let tier = self.tiers.of(pfn);
-        let mut load = || {
-            let mut batch = [Load::new(pfn - tier.range.base, &mut *bytes)];
-            tier.load(&mut batch, self.geometry);
-            let [load] = batch;
-            load.result
-        };
-        load().or_else(|_| load())
     }
 }

@@ -4,7 +4,7 @@
 //! it there; a page in use keeps it there as well, so that its owner can always have one.
 
 use super::tier::{BATCH, Tier, answer, unwinding};
-use crate::device::{Device, DeviceError, ForkSide, Store};
+use crate::device::{Device, DeviceError, ForkSide, Load, Store};
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{Geometry, Order, Pfn, Vpn};
@@ -165,6 +165,21 @@ impl<W: Words> Tiers<W> {
     pub(crate) fn place(&self, pfn: Pfn, order: Order, vpn: Vpn) {
         let tier = self.of(pfn);
         tier.place(pfn - tier.range.base, order, vpn);
+    }
+
+    /// Reads a folio that begins at `pfn`; once more if that fails, since it may be a passing failure.
+    ///
+    /// # Errors
+    /// What the device says, the second time.
+    pub(crate) fn load(&self, pfn: Pfn, bytes: &mut [u8]) -> Result<(), DeviceError> {
+        let tier = self.of(pfn);
+        let mut load = || {
+            let mut batch = [Load::new(pfn - tier.range.base, &mut *bytes)];
+            tier.load(&mut batch, self.geometry);
+            let [load] = batch;
+            load.result
+        };
+        load().or_else(|_| load())
     }
 
     /// Whether the device page `pfn` holds exactly `bytes`; false where that cannot be said.
