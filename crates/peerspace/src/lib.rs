@@ -53,6 +53,7 @@
 //!   than data lost.
 //! - If a device cannot give a page back, that page is lost and no other. An access to it gets SIGBUS, or
 //!   [`Error::Lost`] by [`Region::try_read`] and [`Region::try_write`]; never zeros, never what it was before.
+//! - Devices come and go at any time ([`Space::attach`], [`Space::detach`]): what one holds moves to others first.
 //! - After `fork`, parent and child both have everything, and go on apart.
 //!
 //! # What cannot
