@@ -201,7 +201,7 @@ impl Metric {
             Metric::ProcessTime => "ms from start of process",
             Metric::AttachTime => "ms to attach 1 TiB",
             Metric::AttachBytes => "bytes of RAM for it",
-            Metric::DetachTime => "ms to detach it, full",
+            Metric::DetachTime => "ms to detach it with its data",
             Metric::DescriptorsHuge => "bytes/GiB, in huge folios",
             Metric::DescriptorsSmall => "bytes/GiB, in pages",
             Metric::PerBlock => "us/2 MiB",

@@ -4,7 +4,7 @@ use super::Contender;
 use super::footprint::{BYTE, Reciter, own_bytes};
 use crate::error::Trouble;
 use crate::spec::{Metric, Sample, Spec, Work};
-use peerspace::{Faults, Hint, Space};
+use peerspace::{Faults, Hint, Region, Space};
 use std::time::Instant;
 
 const PAGE: u64 = 4096;
@@ -22,7 +22,7 @@ impl Attach {
     }
 
     /// Bytes of descriptors for each GiB that is used of a device of 1 TiB, in huge folios or in pages.
-    fn metadata(&self, space: &Space, hint: Hint) -> Result<(f64, u64), Trouble> {
+    fn metadata(&self, space: &Space, hint: Hint) -> Result<(f64, Region), Trouble> {
         let mut region = space.region(self.0.data).map_err(Trouble::failed("make a region"))?;
         region.advise(hint).map_err(Trouble::failed("advise the region"))?;
         region.bytes_mut().fill(BYTE);
@@ -35,7 +35,7 @@ impl Attach {
         if wrong > 0 {
             return Err(Trouble::Wrong(format!("{wrong} pages")));
         }
-        Ok((device.metadata_bytes as f64 * GIB / device.used_bytes as f64, region.len() as u64 / PAGE))
+        Ok((device.metadata_bytes as f64 * GIB / device.used_bytes as f64, region))
     }
 }
 
@@ -57,10 +57,17 @@ impl Contender for Attach {
         let before = own_bytes()?;
         let (third, attached, _) = exchange(second)?;
         let bytes = own_bytes()? - before;
-        let (huge, n) = self.metadata(&space, Hint::Dense)?;
+        let (huge, region) = self.metadata(&space, Hint::Dense)?;
+        // With all that it holds, which goes to another one.
         let (_, _, detached) = exchange(third)?;
-        let (small, m) = self.metadata(&space, Hint::Sparse)?;
-        Ok(Sample::verified(n + m)
+        let wrong = region.bytes().iter().step_by(PAGE as usize).filter(|b| **b != BYTE).count();
+        if wrong > 0 {
+            return Err(Trouble::Wrong(format!("{wrong} pages after their device has gone")));
+        }
+        let pages = region.len() as u64 / PAGE;
+        drop(region);
+        let (small, _) = self.metadata(&space, Hint::Sparse)?;
+        Ok(Sample::verified(3 * pages)
             .with(Metric::AttachTime, attached.as_secs_f64() * 1e3)
             .with(Metric::AttachBytes, bytes.max(0) as f64)
             .with(Metric::DetachTime, detached.as_secs_f64() * 1e3)
