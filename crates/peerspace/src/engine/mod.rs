@@ -13,7 +13,7 @@
 //! | [`adopt`] | memory the program already has |
 //! | [`own`] | regions of the space's own, made and given back |
 //! | [`collapse`], [`compact`] | small pages become huge folios again, and room is made for them |
-//! | [`hold`] | pages held where they are |
+//! | [`hold`], [`cold`] | pages held where they are, and pages set aside |
 //! | [`changes`] | what the program itself does to its memory |
 //! | [`lost`] | pages that cannot be had back |
 //! | [`ahead`] | reading ahead of streams |
