@@ -395,14 +395,17 @@ impl Make<'_> {
         }
     }
 
+    /// Somebody who has four times as much RAM as data, and something of its own to do.
+    fn with_room(&self, id: &'static str, kind: Kind, what: &str) -> Plan {
+        let mut plan = Plan { evicts: false, ..self.plan(id, kind, Work::Own, what) };
+        (plan.spec.data, plan.spec.host) = (self.sizes.host / 2, 2 * self.sizes.host);
+        plan
+    }
+
     fn huge_turnover(&self) -> Benchmark {
         const TOUCHED: &str = "touched";
         const RAW: &str = "raw";
-        let plan = |id, by, what| {
-            let mut plan = Plan { evicts: false, ..self.plan(id, Kind::Turnover(by), Work::Own, what) };
-            (plan.spec.data, plan.spec.host) = (self.sizes.host / 2, 2 * self.sizes.host);
-            plan
-        };
+        let plan = |id, by, what| self.with_room(id, Kind::Turnover(by), what);
         let by = |subject, target: Option<f64>| Versus {
             subject,
             reference: RAW,
@@ -428,11 +431,7 @@ impl Make<'_> {
     fn huge_collapse(&self) -> Benchmark {
         const KERNEL: &str = "kernel";
         const LEAST: &str = "least";
-        let plan = |id, by, what| {
-            let mut plan = Plan { evicts: false, ..self.plan(id, Kind::Collapse(by), Work::Own, what) };
-            (plan.spec.data, plan.spec.host) = (self.sizes.host / 2, 2 * self.sizes.host);
-            plan
-        };
+        let plan = |id, by, what| self.with_room(id, Kind::Collapse(by), what);
         let by = |reference, target: Option<f64>| Versus {
             subject: OURS,
             reference,

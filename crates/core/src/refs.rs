@@ -148,11 +148,6 @@ impl Refs {
         self.state.store(VACANT, Ordering::Release);
     }
 
-    /// Whether new references are to be had.
-    pub fn is_live(&self) -> bool {
-        self.state.load(Ordering::Relaxed) == LIVE
-    }
-
     /// In a forked child, where whoever had a reference does not exist.
     pub fn renew(&self) {
         self.shards.iter().for_each(|shard| shard.0.store(0, Ordering::Relaxed));

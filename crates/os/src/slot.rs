@@ -86,11 +86,6 @@ impl<T> Slot<T> {
         Ok(value.expect("what is revoked was there"))
     }
 
-    /// Whether references are to be had.
-    pub fn is_live(&self) -> bool {
-        self.refs.is_live()
-    }
-
     /// In a forked child, in which no thread has a reference.
     pub fn renew(&self) {
         self.refs.renew();

@@ -5,8 +5,8 @@ use crate::engine::EngineError;
 use crate::engine::detach::DetachError;
 use crate::error::Error;
 use crate::space::Space;
+use crate::spec::own;
 use peerspace_os::linux::signal::without_signals;
-use peerspace_os::own::{Box as OwnBox, Own};
 
 /// A device of a space. No two devices of a space ever have the same, also when one is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,8 +39,7 @@ impl Space {
     /// # Errors
     /// [`Error::Device`] when the device cannot be used; [`Error::Kernel`] when there is no memory for its tables.
     pub fn attach(&self, device: impl Device + 'static) -> Result<DeviceId, Error> {
-        let device: OwnBox<dyn Device> = allocator_api2::unsize_box!(OwnBox::new_in(device, Own));
-        Ok(DeviceId(without_signals(|| self.engine().attach(device))?))
+        Ok(DeviceId(without_signals(|| self.engine().attach(own(device)))?))
     }
 
     /// Takes a device away, and drops it (rule Z3): room for what it holds is reserved on the other devices and in free RAM,

@@ -195,7 +195,8 @@ impl Region {
     /// bytes were set aside. What is kept [resident](Space::make_resident) stays, and so do huge folios that lie inside only
     /// in part.
     ///
-    /// What `madvise(2)` calls MADV_COLD. Takes about a microsecond a page, and two for a huge folio.
+    /// What `madvise(2)` calls MADV_COLD. Takes no data transfer, unless so many small pages rest already that some have to
+    /// go on to a device.
     ///
     /// # Errors
     /// When the range does not lie inside the region.

@@ -146,8 +146,6 @@ pub struct DeviceStatistics {
     pub errors: u64,
     /// Bytes of host memory that the descriptors of its pages take up: those that are or were in use.
     pub metadata_bytes: u64,
-    /// Bytes of its own memory that they take up.
-    pub metadata_device_bytes: u64,
 }
 
 impl Statistics {
@@ -226,8 +224,7 @@ impl Statistics {
                         loads: t.loads.load(Relaxed),
                         stores: t.stores.load(Relaxed),
                         errors: t.errors.load(Relaxed),
-                        metadata_bytes: t.metadata()[0],
-                        metadata_device_bytes: t.metadata()[1],
+                        metadata_bytes: t.metadata_bytes(),
                     }
                 })
                 .collect(),

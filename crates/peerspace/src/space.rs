@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::fork::Forks;
 use crate::region::Region;
 use crate::report::Statistics;
-use crate::spec::{DeviceSpec, SpecError};
+use crate::spec::{DeviceSpec, SpecError, own};
 use peerspace_core::addr::{Access, Geometry, Va};
 use peerspace_core::reclaim::{Policy, S3Fifo};
 use peerspace_core::regions::Attributes;
@@ -75,7 +75,7 @@ impl Builder {
     /// The device is moved out of the program's heap. What it has allocated itself stays where it is, and must
     /// never be managed by a space: see [`device`](crate::device).
     pub fn device(mut self, device: impl Device + 'static) -> Builder {
-        self.devices.push(allocator_api2::unsize_box!(OwnBox::new_in(device, Own)));
+        self.devices.push(own(device));
         self
     }
 

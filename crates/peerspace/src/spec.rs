@@ -142,8 +142,7 @@ pub struct Reservation {
 pub(crate) type OpenDevice = peerspace_os::own::Box<dyn Device>;
 
 /// Moves a device into our own memory.
-#[allow(dead_code)] // not without any device
-fn own(device: impl Device + 'static) -> OpenDevice {
+pub(crate) fn own(device: impl Device + 'static) -> OpenDevice {
     use peerspace_os::own::{Box, Own};
     allocator_api2::unsize_box!(Box::new_in(device, Own))
 }

@@ -1,14 +1,14 @@
 //! A device that fails after a while: to see what becomes of a program then (rule Z9).
 
 use super::{Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, Store, Usage};
-use peerspace_os::own::{Box, Own};
+use crate::spec::{OpenDevice, own};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Another device, until so many pages have been transferred; then it is [gone](DeviceError::Gone) for good.
 pub struct Failing {
-    inner: Box<dyn Device>,
+    inner: OpenDevice,
     left: AtomicU64,
     page: u64,
 }
@@ -16,25 +16,21 @@ pub struct Failing {
 impl Failing {
     /// `device`, for `pages` pages to or from it.
     pub fn new(device: impl Device + 'static, pages: u64) -> Failing {
-        Failing::of(allocator_api2::unsize_box!(Box::new_in(device, Own)), pages)
+        Failing::of(own(device), pages)
     }
 
-    pub(crate) fn of(inner: Box<dyn Device>, pages: u64) -> Failing {
+    pub(crate) fn of(inner: OpenDevice, pages: u64) -> Failing {
         Failing { inner, left: AtomicU64::new(pages), page: rustix::param::page_size() as u64 }
-    }
-
-    #[cfg(feature = "process")]
-    pub(crate) fn boxed(self) -> Box<dyn Device> {
-        allocator_api2::unsize_box!(Box::new_in(self, Own))
     }
 
     /// Whether it lives through a transfer of so many bytes.
     fn lives(&self, bytes: u64) -> bool {
         let pages = bytes / self.page;
-        self.left
-            .fetch_update(Relaxed, Relaxed, |left| Some(left.saturating_sub(pages)))
-            .is_ok_and(|left| left >= pages)
-            && self.left.load(Relaxed) > 0
+        let lives = self.left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(pages)).is_ok();
+        if !lives {
+            self.left.store(0, Relaxed);
+        }
+        lives
     }
 }
 
@@ -145,6 +141,9 @@ mod tests {
         device.load(&mut load);
         assert_eq!((&store[0].result, &load[0].result), (&Ok(()), &Ok(())));
         assert_eq!(device.holds(1, &bytes), Ok(true));
+        let mut third = [Store::new(2, &bytes)];
+        device.store(&mut third);
+        assert_eq!(third[0].result, Ok(()));
         for _ in 0..2 {
             let mut load = [Load::new(1, &mut back)];
             device.load(&mut load);

@@ -379,7 +379,7 @@ impl<K: Kernel> Engine<K> {
         let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
         let on_device = match state {
             State::Host { pfn, .. } | State::Standby { pfn, .. } => {
-                let frame = if entry.is_whole() { self.memmap.block(pfn) } else { self.memmap.page(pfn) };
+                let frame = self.frame_of(pfn, entry.is_whole());
                 self.memmap.place(frame, to, self.memmap.epoch(frame));
                 self.memmap.backing(frame)
             }

@@ -137,7 +137,7 @@ impl<K: Kernel> Engine<K> {
         census
     }
 
-    fn frame_of(&self, pfn: Pfn, whole: bool) -> Frame {
+    pub(super) fn frame_of(&self, pfn: Pfn, whole: bool) -> Frame {
         assert!(self.memmap.contains(pfn), "{pfn} is no frame of the host");
         if whole { self.memmap.block(pfn) } else { self.memmap.page(pfn) }
     }

@@ -151,7 +151,7 @@ impl<K: Kernel> Engine<K> {
         match entry.state() {
             State::Device { pfn: at, .. } if at == pfn => self.move_to_another(entry, buffer, work),
             State::Host { pfn: frame, writable, .. } => {
-                let frame = self.frame_at(&entry, frame);
+                let frame = self.frame_of(frame, entry.is_whole());
                 if self.memmap.backing(frame) != Backing::Page(pfn) {
                     return Moved::No;
                 }
@@ -166,7 +166,7 @@ impl<K: Kernel> Engine<K> {
                 Moved::Yes
             }
             State::Standby { pfn: frame, .. } => {
-                let frame = self.frame_at(&entry, frame);
+                let frame = self.frame_of(frame, entry.is_whole());
                 if self.memmap.backing(frame) != Backing::Page(pfn) {
                     return Moved::No;
                 }
@@ -177,12 +177,8 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    fn frame_at(&self, entry: &Entry<'_, K>, pfn: Pfn) -> Frame {
-        if entry.is_whole() { self.memmap.block(pfn) } else { self.memmap.page(pfn) }
-    }
-
     /// The frame is the only copy from now on.
-    fn forget_copy(&self, entry: &mut Entry<'_, K>, frame: Frame) {
+    pub(super) fn forget_copy(&self, entry: &mut Entry<'_, K>, frame: Frame) {
         let copy = self.memmap.backing(frame);
         self.memmap.set_backing(frame, Backing::None);
         entry.set(match entry.state() {

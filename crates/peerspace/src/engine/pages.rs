@@ -371,16 +371,21 @@ impl<K: Kernel> Engine<K> {
         let tier = self.tiers.of(pfn);
         let loud = tier.tell_lost(va, pfn, error);
         count(&context.counters.poisoned);
+        let (vpn, range) = (entry.vpn(), self.addresses(entry.range()));
+        entry.commit(State::Poisoned { pfn });
+        self.tiers.free(pfn, Order::BASE);
+        // Before the program learns of it, and without a lock: it may take a file to be written.
         if let (true, Some(tell)) = (loud, self.on_loss.get()) {
             tell();
         }
-        let marked = self.mark_lost(&entry, context);
-        let range = self.addresses(entry.range());
-        entry.commit(State::Poisoned { pfn });
+        let marked = match self.table.lock(vpn) {
+            Ok(entry) if matches!(entry.state(), State::Poisoned { .. }) => self.mark_lost(&entry, context),
+            // Discarded meanwhile: whoever waits looks again.
+            _ => true,
+        };
         if marked {
             let _ = self.kernel.wake(range);
         }
-        self.tiers.free(pfn, Order::BASE);
     }
 
     /// Maps a page on standby again. By copying: that needs no flush of other processors' translations, and

@@ -22,8 +22,8 @@ use super::stats::{count, count_n};
 use super::{Engine, Entry};
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange};
-use peerspace_core::entry::{Dirt, State};
-use peerspace_core::memmap::{Arrival, Backing, Frame};
+use peerspace_core::entry::State;
+use peerspace_core::memmap::{Arrival, Frame};
 use peerspace_core::regions::Attributes;
 use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
 use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
@@ -474,13 +474,9 @@ impl<K: Kernel> Engine<K> {
 
     /// Takes note that a mapped page (or block) is not write-protected any more, and so may differ from its backing.
     fn make_dirty(&self, entry: &mut Entry<'_, K>, frame: Frame) {
-        let State::Host { pfn, writable, .. } = entry.state() else { unreachable!("a victim is mapped") };
+        let State::Host { writable, .. } = entry.state() else { unreachable!("a victim is mapped") };
         if !writable {
-            let backing = self.memmap.backing(frame);
-            self.memmap.set_backing(frame, Backing::None);
-            let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
-            entry.set(State::Host { pfn, writable: true, dirt: Dirt::Dirty });
-            self.free_backing(backing, order);
+            self.forget_copy(entry, frame);
         }
     }
 

@@ -256,9 +256,9 @@ impl<W: Words> Tier<W> {
         self.range.pages - self.available()
     }
 
-    /// Bytes of descriptors in host memory, and in the device itself.
-    pub(crate) fn metadata(&self) -> [u64; 2] {
-        self.room.lock().map.bytes()
+    /// Bytes of descriptors in host memory.
+    pub(crate) fn metadata_bytes(&self) -> u64 {
+        self.room.lock().map.bytes()[0]
     }
 
     /// The device, of which nothing is in use any more.

@@ -21,6 +21,7 @@ use crate::engine::adopt::AdoptError;
 use crate::engine::{self, Config, Engine, MIN_LIMIT};
 use crate::report::Statistics;
 use crate::space::Real;
+use crate::spec::own;
 use peerspace_core::addr::{Access, Geometry, PageRange, Va, VaRange};
 use peerspace_core::reclaim::{Policy, S3Fifo};
 use peerspace_core::sync::Latch;
@@ -434,7 +435,7 @@ impl Process {
             let spec = if first { spec } else { spec.beside() };
             let device = spec.open_reserved(self.options.host).map_err(|e| plain(&e))?;
             devices.push(match self.options.failure(i) {
-                Some(pages) => Failing::of(device, pages).boxed(),
+                Some(pages) => own(Failing::of(device, pages)),
                 None => device,
             });
         }
