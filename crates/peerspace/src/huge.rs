@@ -7,6 +7,9 @@ use peerspace_core::addr::{BLOCK_PAGES, PageRange, VaRange};
 use peerspace_core::regions::Attributes;
 use peerspace_os::linux::signal::without_signals;
 
+/// How often a block is tried that somebody works with.
+const TRIES: u32 = 8;
+
 /// How memory is going to be used: see [`Region::advise`](crate::Region::advise) and
 /// [`Adopted::advise`](crate::Adopted::advise).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -58,7 +61,17 @@ impl Space {
             });
         }
         let block = |range: &PageRange| range.pages().0 == BLOCK_PAGES;
-        let huge = |range: &PageRange| matches!(engine.collapse(range.start), Ok(()) | Err(NoCollapse::Huge));
+        let huge = |range: &PageRange| {
+            for _ in 0..TRIES {
+                match engine.collapse(range.start) {
+                    Ok(()) | Err(NoCollapse::Huge) => return true,
+                    Err(NoCollapse::Unsuitable | NoCollapse::NoRoom) => return false,
+                    // Reclaim may have one of its pages in hand for a moment, or just have taken one away.
+                    Err(NoCollapse::Busy | NoCollapse::Sparse) => std::thread::yield_now(),
+                }
+            }
+            false
+        };
         let blocks = pages.by_block().filter(block);
         Ok(without_signals(|| blocks.filter(huge).count()) * engine.geometry.block_bytes())
     }
