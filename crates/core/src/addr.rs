@@ -195,6 +195,95 @@ macro_rules! counts {
 counts!(Vpn);
 counts!(Pfn);
 
+/// The frame number of a page of a device: what a page that is on a device is known by.
+///
+/// Without the feature `device` there is no such number (rule Z10). Whatever names one can then not exist either: the
+/// compiler knows that, and leaves out every branch for it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct DevicePfn(Number);
+
+#[cfg(feature = "device")]
+type Number = Pfn;
+#[cfg(not(feature = "device"))]
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Number {}
+
+impl DevicePfn {
+    /// A page of a device.
+    #[cfg(feature = "device")]
+    #[inline]
+    pub const fn new(pfn: Pfn) -> DevicePfn {
+        DevicePfn(pfn)
+    }
+
+    /// A number found where one of a device belongs; `None` in a build without devices.
+    #[inline]
+    pub const fn decode(pfn: Pfn) -> Option<DevicePfn> {
+        #[cfg(feature = "device")]
+        return Some(DevicePfn(pfn));
+        #[cfg(not(feature = "device"))]
+        {
+            let _ = pfn;
+            None
+        }
+    }
+
+    /// The number among those of all page frames.
+    #[inline]
+    pub const fn pfn(self) -> Pfn {
+        #[cfg(feature = "device")]
+        return self.0;
+        #[cfg(not(feature = "device"))]
+        match self.0 {}
+    }
+
+    /// For callers that know no devices, and so are never called with a page of one.
+    ///
+    /// # Panics
+    /// Where this crate knows devices.
+    pub fn of_no_device(self) -> ! {
+        #[cfg(feature = "device")]
+        panic!("{self} is said to be on a device, and there are none");
+        #[cfg(not(feature = "device"))]
+        match self.0 {}
+    }
+}
+
+impl Add<u64> for DevicePfn {
+    type Output = DevicePfn;
+    #[inline]
+    fn add(self, n: u64) -> DevicePfn {
+        #[cfg(feature = "device")]
+        return DevicePfn(self.0 + n);
+        #[cfg(not(feature = "device"))]
+        {
+            let _ = n;
+            match self.0 {}
+        }
+    }
+}
+
+impl Sub<Pfn> for DevicePfn {
+    type Output = u64;
+    #[inline]
+    fn sub(self, other: Pfn) -> u64 {
+        self.pfn() - other
+    }
+}
+
+impl fmt::Debug for DevicePfn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.pfn(), f)
+    }
+}
+
+impl fmt::Display for DevicePfn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.pfn(), f)
+    }
+}
+
 impl Add for Pages {
     type Output = Pages;
     fn add(self, other: Pages) -> Pages {
@@ -436,5 +525,24 @@ mod tests {
         assert!(Geometry::from_page_bytes(65536).is_some());
         assert!(Geometry::from_page_bytes(2048).is_none());
         assert!(Geometry::from_page_bytes(5000).is_none());
+    }
+
+    #[cfg(feature = "device")]
+    #[test]
+    fn a_device_page_is_its_number_and_nothing_else() {
+        assert_eq!(size_of::<DevicePfn>(), size_of::<Pfn>());
+        let page = DevicePfn::decode(Pfn(700)).unwrap();
+        assert_eq!((page, page.pfn()), (DevicePfn::new(Pfn(700)), Pfn(700)));
+        assert_eq!(((page + 5).pfn(), page - Pfn(600)), (Pfn(705), 100));
+        assert_eq!(format!("{page} {page:?}"), "pfn 0x2bc pfn 0x2bc");
+    }
+
+    /// Rule Z10: what takes up no room in an `Option` is what can never be there.
+    #[cfg(not(feature = "device"))]
+    #[test]
+    fn without_devices_no_page_is_on_one() {
+        assert_eq!(size_of::<DevicePfn>(), 0);
+        assert_eq!(size_of::<Option<DevicePfn>>(), 0);
+        assert_eq!(DevicePfn::decode(Pfn(700)), None);
     }
 }

@@ -94,6 +94,33 @@ impl<W: Words> Buddy<W> {
         None
     }
 
+    /// Takes the `2^order` pages from `at` on, if all of them are free. Takes longer the further from all that was ever
+    /// taken they are.
+    ///
+    /// # Panics
+    /// When `at` is no multiple of their number.
+    pub fn alloc_at(&mut self, at: u64, order: Order) -> bool {
+        let want = order.get() as usize;
+        assert!(at & ((1 << want) - 1) == 0, "page {at:#x} is no run of order {want}");
+        if at.checked_add(1 << want).is_none_or(|end| end > self.pages) {
+            return false;
+        }
+        // What lies between has not been taken, but may be from now on.
+        let whole = self.pages & !(BLOCK_PAGES - 1);
+        while self.frontier <= at && self.frontier < whole {
+            self.free[ORDERS - 1].set(&self.words, self.frontier >> (ORDERS - 1));
+            self.frontier += BLOCK_PAGES;
+        }
+        let Some(have) = (want..ORDERS).find(|k| self.free[*k].get(&self.words, at >> k)) else { return false };
+        self.free[have].clear(&self.words, at >> have);
+        for k in want..have {
+            // The half that is not wanted.
+            self.free[k].set(&self.words, (at >> k) ^ 1);
+        }
+        self.available -= 1 << want;
+        true
+    }
+
     /// Keeps the lower `2^want` of the `2^have` pages at `at`, frees the rest.
     fn carve(&mut self, at: u64, have: usize, want: usize) -> u64 {
         for k in want..have {
@@ -204,6 +231,7 @@ mod tests {
     #[derive(Debug, Clone)]
     enum Op {
         Alloc(u8),
+        AllocAt(u64, u8),
         Free(usize),
         FreePart(usize, u8),
     }
@@ -219,6 +247,7 @@ mod tests {
                     (0u8..=9).prop_map(Op::Alloc),
                     any::<usize>().prop_map(Op::Free),
                     (any::<usize>(), any::<u8>()).prop_map(|(i, p)| Op::FreePart(i, p)),
+                    (any::<u64>(), 0u8..=9).prop_map(|(at, k)| Op::AllocAt(at, k)),
                 ],
                 1..200,
             ),
@@ -243,6 +272,16 @@ mod tests {
                                 runs.push((at, k));
                             }
                             None => prop_assert!(!exists, "a free run of order {} was not found", k),
+                        }
+                    }
+                    Op::AllocAt(at, k) => {
+                        let at = (at % pages) >> k << k;
+                        let run = at as usize..((at + (1 << k)) as usize);
+                        let is_free = run.end as u64 <= pages && free[run.clone()].iter().all(|f| *f);
+                        prop_assert_eq!(b.alloc_at(at, order(k)), is_free);
+                        if is_free {
+                            free[run].fill(false);
+                            runs.push((at, k));
                         }
                     }
                     Op::Free(i) if !runs.is_empty() => {

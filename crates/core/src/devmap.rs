@@ -40,10 +40,10 @@ pub trait DeviceWords: Send + Sync {
 }
 
 /// The descriptors of one device.
-pub struct DeviceMap<W> {
+pub struct DeviceMap<W, D> {
     table: Vmemmap<W>,
     host: W,
-    own: Option<(Altmap, alloc::boxed::Box<dyn DeviceWords>)>,
+    own: Option<(Altmap, D)>,
     sizes: Sizes,
     pages: u64,
     heads: u64,
@@ -79,16 +79,21 @@ impl Host for Lazy<'_> {
     }
 }
 
-impl<W: Words> DeviceMap<W> {
-    /// Bytes of the array for `pages` pages; and where its second part begins.
-    fn layout(pages: u64, page_bytes: u64) -> (u64, u64) {
-        let heads = (pages.div_ceil(BLOCK_PAGES) * DESCRIPTOR_BYTES).next_multiple_of(page_bytes);
-        (heads + pages * DESCRIPTOR_BYTES, heads)
-    }
+/// Bytes of the array for `pages` pages; and where its second part begins.
+fn layout(pages: u64, page_bytes: u64) -> (u64, u64) {
+    let heads = (pages.div_ceil(BLOCK_PAGES) * DESCRIPTOR_BYTES).next_multiple_of(page_bytes);
+    (heads + pages * DESCRIPTOR_BYTES, heads)
+}
 
+/// Pages that an altmap needs for the descriptors of `pages` pages, its own not counted.
+pub fn altmap_pages(pages: Pages, page_bytes: u64) -> Pages {
+    Pages(layout(pages.0, page_bytes).0.div_ceil(page_bytes))
+}
+
+impl<W: Words, D: DeviceWords> DeviceMap<W, D> {
     /// Words of host memory that the descriptors of `pages` pages can take up, and words of the upper tables.
     pub fn words_for(pages: Pages, page_bytes: u64) -> [usize; 2] {
-        let (bytes, _) = Self::layout(pages.0, page_bytes);
+        let (bytes, _) = layout(pages.0, page_bytes);
         let upper = Vmemmap::<W>::words_for(Sizes::new(page_bytes, DESCRIPTOR_BYTES), bytes);
         [bytes.next_multiple_of(page_bytes) as usize / 8, upper]
     }
@@ -101,18 +106,13 @@ impl<W: Words> DeviceMap<W> {
         pages: Pages,
         page_bytes: u64,
         [host, upper]: [W; 2],
-        own: Option<(Altmap, alloc::boxed::Box<dyn DeviceWords>)>,
-    ) -> DeviceMap<W> {
-        let (bytes, heads) = Self::layout(pages.0, page_bytes);
+        own: Option<(Altmap, D)>,
+    ) -> DeviceMap<W, D> {
+        let (bytes, heads) = layout(pages.0, page_bytes);
         let sizes = Sizes::new(page_bytes, DESCRIPTOR_BYTES);
         assert!(own.is_some() || host.len() as u64 * 8 >= bytes);
         let table = Vmemmap::new(upper, sizes, Policy::SPACE, bytes);
         DeviceMap { table, host, own, sizes, pages: pages.0, heads, host_bytes: 0 }
-    }
-
-    /// Pages that an altmap needs for the descriptors of `pages` pages, its own not counted.
-    pub fn altmap_pages(pages: Pages, page_bytes: u64) -> Pages {
-        Pages(Self::layout(pages.0, page_bytes).0.div_ceil(page_bytes))
     }
 
     fn head_at(block: u64) -> u64 {
@@ -313,7 +313,7 @@ impl<W: Words> DeviceMap<W> {
     }
 }
 
-impl<W> fmt::Debug for DeviceMap<W> {
+impl<W, D> fmt::Debug for DeviceMap<W, D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DeviceMap").field("pages", &self.pages).field("host_bytes", &self.host_bytes).finish()
     }
@@ -330,7 +330,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::vec::Vec;
 
-    type Map = DeviceMap<Box<[AtomicU64]>>;
+    type Map = DeviceMap<Box<[AtomicU64]>, OwnWords>;
 
     /// Memory of a device, for its altmap: pages from `base` on.
     struct OwnWords(Pfn, Vec<Box<[AtomicU64]>>);
@@ -347,7 +347,7 @@ mod tests {
         let words = Map::words_for(Pages(pages), 4096).map(zeroed);
         let own = (altmap > 0).then(|| {
             let words = OwnWords(BASE, (0..altmap).map(|_| zeroed(512)).collect());
-            (Altmap::new(BASE, Pages(altmap), Pages(0), Pages(altmap)).unwrap(), Box::new(words) as Box<_>)
+            (Altmap::new(BASE, Pages(altmap), Pages(0), Pages(altmap)).unwrap(), words)
         });
         Map::new(Pages(pages), 4096, words, own)
     }
@@ -373,7 +373,7 @@ mod tests {
 
     #[test]
     fn a4_leaves_come_from_the_device_alone() {
-        let need = Map::altmap_pages(Pages(2048), 4096).0;
+        let need = altmap_pages(Pages(2048), 4096).0;
         let mut m = map(2048, need);
         for block in 0..3 {
             m.take(block * 512, Order::BLOCK, Vpn(block * 512)).unwrap();

@@ -12,7 +12,7 @@
 //! the frame compares with what the device still holds ([`Dirt`]). `R`: the page was written when it was last home. *lock* and *wait* belong to
 //! [`Table`](crate::table::Table) and are no part of an [`Entry`].
 
-use crate::addr::Pfn;
+use crate::addr::{DevicePfn, Pfn};
 use core::fmt;
 
 /// The lock bit of a table word: whoever sets it owns the page and everything about it.
@@ -73,11 +73,16 @@ pub enum State {
     /// Only in device memory (rule Z7).
     Device {
         /// The page of the device, in the common number space.
-        pfn: Pfn,
+        pfn: DevicePfn,
         /// When it was evicted, modulo [`STAMPS`].
         stamp: u16,
         /// It came from a device the last time, too, and was written before it left: it will be written again.
         rewritten: bool,
+    },
+    /// On a device whose memory the CPU maps in its place: an access takes no fault (rule Z5).
+    Coherent {
+        /// The page of the device, in the common number space.
+        pfn: DevicePfn,
     },
     /// A block that is split: its 512 pages have words of their own in this leaf.
     Leaf(u32),
@@ -85,7 +90,7 @@ pub enum State {
     Poisoned {
         /// The page of the device that could not be read. It is not ours any more: the number says which device
         /// it was.
-        pfn: Pfn,
+        pfn: DevicePfn,
     },
 }
 
@@ -100,6 +105,7 @@ mod tag {
     pub(super) const DEVICE: u64 = 3;
     pub(super) const LEAF: u64 = 4;
     pub(super) const POISONED: u64 = 5;
+    pub(super) const COHERENT: u64 = 6;
 }
 
 impl Entry {
@@ -132,12 +138,13 @@ impl Entry {
             }
             State::Standby { pfn, dirt } => Self::build(tag::STANDBY, pfn) | ((dirt as u64) << DIRT_SHIFT),
             State::Device { pfn, stamp, rewritten } => {
-                Self::build(tag::DEVICE, pfn)
+                Self::build(tag::DEVICE, pfn.pfn())
                     | ((stamp as u64 & (STAMPS as u64 - 1)) << STAMP_SHIFT)
                     | if rewritten { REWRITTEN } else { 0 }
             }
             State::Leaf(leaf) => Self::build(tag::LEAF, Pfn(leaf as u64)),
-            State::Poisoned { pfn } => Self::build(tag::POISONED, pfn),
+            State::Poisoned { pfn } => Self::build(tag::POISONED, pfn.pfn()),
+            State::Coherent { pfn } => Self::build(tag::COHERENT, pfn.pfn()),
         })
     }
 
@@ -152,11 +159,12 @@ impl Entry {
             tag::EMPTY => State::Empty,
             tag::HOST => State::Host { pfn, writable: self.0 & WRITABLE != 0, dirt: self.dirt() },
             tag::STANDBY => State::Standby { pfn, dirt: self.dirt() },
-            tag::DEVICE => {
+            tag::DEVICE if let Some(pfn) = DevicePfn::decode(pfn) => {
                 State::Device { pfn, stamp: (self.0 >> STAMP_SHIFT) as u16, rewritten: self.0 & REWRITTEN != 0 }
             }
             tag::LEAF => State::Leaf(pfn.0 as u32),
-            tag::POISONED => State::Poisoned { pfn },
+            tag::POISONED if let Some(pfn) = DevicePfn::decode(pfn) => State::Poisoned { pfn },
+            tag::COHERENT if let Some(pfn) = DevicePfn::decode(pfn) => State::Coherent { pfn },
             other => panic!("logical table word {:#x} has the unknown tag {other}: memory is corrupt", self.0),
         }
     }
@@ -192,6 +200,7 @@ impl Entry {
             State::Standby { pfn, dirt } => Entry::new(State::Standby { pfn: pfn + i, dirt }),
             State::Device { pfn, stamp, rewritten } => Entry::new(State::Device { pfn: pfn + i, stamp, rewritten }),
             State::Poisoned { pfn } => Entry::new(State::Poisoned { pfn: pfn + i }),
+            State::Coherent { pfn } => Entry::new(State::Coherent { pfn: pfn + i }),
             State::Empty => self,
             State::Leaf(_) => unreachable!("a leaf has no pages of its own"),
         }
@@ -213,6 +222,11 @@ mod tests {
         prop_oneof![Just(Dirt::Dirty), Just(Dirt::Clean), Just(Dirt::Unverified)]
     }
 
+    /// Without devices, nothing.
+    fn on_device(pfn: Pfn, state: impl FnOnce(DevicePfn) -> State) -> State {
+        DevicePfn::decode(pfn).map_or(State::Empty, state)
+    }
+
     fn states() -> impl Strategy<Value = State> {
         let pfn = (0..=MAX_PFN).prop_map(Pfn);
         prop_oneof![
@@ -223,12 +237,11 @@ mod tests {
                 dirt
             }),
             (pfn.clone(), dirt()).prop_map(|(pfn, dirt)| State::Standby { pfn, dirt }),
-            (pfn, 0..STAMPS as u16, any::<bool>()).prop_map(|(pfn, stamp, rewritten)| State::Device {
-                pfn,
-                stamp,
-                rewritten
+            (pfn.clone(), 0..STAMPS as u16, any::<bool>()).prop_map(|(pfn, stamp, rewritten)| {
+                on_device(pfn, |pfn| State::Device { pfn, stamp, rewritten })
             }),
-            (0..=MAX_PFN).prop_map(|pfn| State::Poisoned { pfn: Pfn(pfn) }),
+            pfn.clone().prop_map(|pfn| on_device(pfn, |pfn| State::Poisoned { pfn })),
+            pfn.prop_map(|pfn| on_device(pfn, |pfn| State::Coherent { pfn })),
             any::<u32>().prop_map(State::Leaf),
         ]
     }
@@ -240,6 +253,18 @@ mod tests {
             prop_assert_eq!(entry.state(), state);
             prop_assert_eq!(Entry::from_word(entry.word() | LOCK | WAIT), entry);
             prop_assert_eq!(entry.word() & (LOCK | WAIT), 0);
+        }
+    }
+
+    /// Rule Z10.
+    #[cfg(not(feature = "device"))]
+    #[test]
+    fn without_devices_a_page_on_one_is_corrupt() {
+        for tag in [tag::DEVICE, tag::POISONED, tag::COHERENT] {
+            let entry = Entry::from_word(Entry::build(tag, Pfn(7)));
+            let said = std::panic::catch_unwind(|| entry.state()).unwrap_err();
+            let said = said.downcast::<std::string::String>().unwrap();
+            assert!(said.contains("memory is corrupt"), "{said}");
         }
     }
 

@@ -27,15 +27,20 @@ extern crate alloc;
 extern crate std;
 
 pub mod addr;
+#[cfg(feature = "device")]
 pub mod altmap;
+#[cfg(feature = "device")]
 pub mod bitmap;
+#[cfg(feature = "device")]
 pub mod buddy;
+#[cfg(feature = "device")]
 pub mod devmap;
 pub mod entry;
 pub mod folio;
 #[cfg(all(test, loom))]
 mod loom_tests;
 pub mod memmap;
+#[cfg(feature = "device")]
 pub mod pagemap;
 pub mod plan;
 pub mod reclaim;
@@ -45,5 +50,6 @@ pub mod sketch;
 pub mod stream;
 pub mod sync;
 pub mod table;
+#[cfg(feature = "device")]
 pub mod vmemmap;
 pub mod words;

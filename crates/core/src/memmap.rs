@@ -26,7 +26,7 @@
 //! Orderings: everything here but the state word is Relaxed. Hand-over between threads goes through the table's locks, the
 //! policy's lock, or the free stacks, each of which orders it.
 
-use crate::addr::{BLOCK_PAGES, Pages, Pfn, Vpn};
+use crate::addr::{BLOCK_PAGES, DevicePfn, Pages, Pfn, Vpn};
 use crate::folio::{Folio, Left, MOST_PAGES, SplitBusy, Tail};
 use crate::sync::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use crate::words::{FreeStack, Words};
@@ -78,7 +78,7 @@ pub enum Backing {
     /// It is all zeros, like memory never touched.
     Zero,
     /// At this page of a device, which the frame's owner owns too.
-    Page(Pfn),
+    Page(DevicePfn),
 }
 
 /// The list a frame is on.
@@ -452,7 +452,10 @@ impl<W: Words> Memmap<W> {
         match self.word(frame, 3).load(Relaxed) & PFN_MASK {
             NO_PFN => Backing::None,
             ZERO_PFN => Backing::Zero,
-            pfn => Backing::Page(Pfn(pfn)),
+            pfn => match DevicePfn::decode(Pfn(pfn)) {
+                Some(page) => Backing::Page(page),
+                None => panic!("{frame:?} has the copy {pfn:#x}, and there are no devices: memory is corrupt"),
+            },
         }
     }
 
@@ -461,7 +464,7 @@ impl<W: Words> Memmap<W> {
         let bits = match backing {
             Backing::None => NO_PFN,
             Backing::Zero => ZERO_PFN,
-            Backing::Page(pfn) => pfn.0,
+            Backing::Page(page) => page.pfn().0,
         };
         self.change(frame, PFN_MASK, bits);
     }
@@ -550,6 +553,11 @@ mod tests {
         Memmap::new(zeroed(Map::words_for(blocks, small)), blocks, small)
     }
 
+    /// A copy on a device; zeros where there are none.
+    fn copy(pfn: u64) -> Backing {
+        DevicePfn::decode(Pfn(pfn)).map_or(Backing::Zero, Backing::Page)
+    }
+
     #[test]
     fn a_whole_block_takes_one_descriptor_of_32_bytes() {
         // A8: nothing but the head is touched while the block is whole.
@@ -557,7 +565,7 @@ mod tests {
         let f = m.take_block().unwrap();
         m.reset(f);
         m.place(f, Vpn(512), 1);
-        m.set_backing(f, Backing::Page(Pfn(9999)));
+        m.set_backing(f, copy(9999));
         let touched = m.words.iter().filter(|w| w.load(Relaxed) != 0).count();
         assert!(touched <= DESCRIPTOR_WORDS);
         assert_eq!(DESCRIPTOR_WORDS * 8, 32);
@@ -584,13 +592,13 @@ mod tests {
         let f = m.take_block().unwrap();
         m.reset(f);
         m.place(f, Vpn(1024), 3);
-        m.set_backing(f, Backing::Page(Pfn(5120)));
+        m.set_backing(f, copy(5120));
         m.split_block(f);
         assert!(m.take_block().is_none());
         for i in 0..512 {
             let part = m.page(m.pfn(f) + i);
             assert_eq!(m.vpn(part), Vpn(1024 + i));
-            assert_eq!(m.backing(part), Backing::Page(Pfn(5120 + i)));
+            assert_eq!(m.backing(part), copy(5120 + i));
             assert_eq!(m.epoch(part), 3);
             assert_eq!((m.head_of(part), m.head(part)), (Some(f), part));
             if i % 2 == 0 {
@@ -609,11 +617,11 @@ mod tests {
         let m = memmap(0, 2);
         let f = m.take_small().unwrap();
         m.reset(f);
-        m.set_backing(f, Backing::Page(Pfn((1 << 40) - 1)));
+        m.set_backing(f, copy((1 << 40) - 1));
         m.set_list(f, ListId::Main);
         m.set_frequency(f, 9);
         m.set_arrival(f, Arrival::Reuse);
-        assert_eq!(m.backing(f), Backing::Page(Pfn((1 << 40) - 1)));
+        assert_eq!(m.backing(f), copy((1 << 40) - 1));
         assert_eq!((m.list(f), m.frequency(f), m.arrival(f)), (ListId::Main, 7, Arrival::Reuse));
         m.set_backing(f, Backing::Zero);
         assert_eq!((m.backing(f), m.list(f)), (Backing::Zero, ListId::Main));

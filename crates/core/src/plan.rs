@@ -3,7 +3,7 @@
 //! The functions here are pure. The engine, the simulator and the model checkers carry out the same plans; who
 //! wants to know what a fault does in which state reads [`on_fault`].
 
-use crate::addr::{Access, BLOCK_PAGES, Pages, Pfn};
+use crate::addr::{Access, BLOCK_PAGES, DevicePfn, Pages};
 use crate::entry::{Dirt, State};
 use crate::memmap::Backing;
 use crate::regions::Attributes;
@@ -22,9 +22,11 @@ pub enum FaultPlan {
     /// It is in a frame that nobody maps: map it again.
     TakeBack,
     /// It is on a device: bring it home (rule Z8).
-    Load(Pfn),
+    Load(DevicePfn),
+    /// The CPU maps it where it is, on a device: nothing of ours is to be done (rule Z5).
+    InPlace(DevicePfn),
     /// It is lost: say so (rule Z9).
-    Poison,
+    Poison(DevicePfn),
 }
 
 /// What to do about an access of the CPU that faulted in `state`.
@@ -38,7 +40,8 @@ pub fn on_fault(state: State, access: Access) -> FaultPlan {
         State::Host { .. } => FaultPlan::Present,
         State::Standby { .. } => FaultPlan::TakeBack,
         State::Device { pfn, .. } => FaultPlan::Load(pfn),
-        State::Poisoned { .. } => FaultPlan::Poison,
+        State::Coherent { pfn } => FaultPlan::InPlace(pfn),
+        State::Poisoned { pfn } => FaultPlan::Poison(pfn),
         State::Leaf(_) => unreachable!("a page is no leaf"),
     }
 }
@@ -68,9 +71,9 @@ pub enum EvictPlan {
     /// Its content is all zeros for certain: the page becomes empty.
     DropToZero,
     /// The device still has the content for certain: the page is on the device.
-    DropTo(Pfn),
+    DropTo(DevicePfn),
     /// The device had the content; compare, and drop the frame if it still has.
-    CompareWith(Pfn),
+    CompareWith(DevicePfn),
     /// The page was zero when it was mapped; look whether it still is.
     CompareWithZero,
     /// The frame is the only copy: write it back.
@@ -162,6 +165,7 @@ impl Watermarks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addr::Pfn;
 
     const HOST: State = State::Host { pfn: Pfn(512), writable: false, dirt: Dirt::Clean };
 
@@ -172,9 +176,11 @@ mod tests {
         assert_eq!(on_fault(HOST, Access::Write), FaultPlan::Upgrade);
         let standby = State::Standby { pfn: Pfn(512), dirt: Dirt::Dirty };
         assert_eq!(on_fault(standby, Access::Read), FaultPlan::TakeBack);
-        let device = State::Device { pfn: Pfn(7), stamp: 0, rewritten: false };
-        assert_eq!(on_fault(device, Access::Write), FaultPlan::Load(Pfn(7)));
-        assert_eq!(on_fault(State::Poisoned { pfn: Pfn(7) }, Access::Read), FaultPlan::Poison);
+        if let Some(pfn) = DevicePfn::decode(Pfn(7)) {
+            let device = State::Device { pfn, stamp: 0, rewritten: false };
+            assert_eq!(on_fault(device, Access::Write), FaultPlan::Load(pfn));
+            assert_eq!(on_fault(State::Poisoned { pfn }, Access::Read), FaultPlan::Poison(pfn));
+        }
     }
 
     #[test]
@@ -188,17 +194,19 @@ mod tests {
 
     #[test]
     fn nothing_is_dropped_unless_another_copy_is_certain() {
-        let page = Backing::Page(Pfn(9));
-        assert_eq!(on_evict(Dirt::Clean, page, true), EvictPlan::DropTo(Pfn(9)));
         assert_eq!(on_evict(Dirt::Clean, Backing::Zero, true), EvictPlan::DropToZero);
         // After a fork the protection is gone with the parent's mappings.
-        assert_eq!(on_evict(Dirt::Clean, page, false), EvictPlan::CompareWith(Pfn(9)));
         assert_eq!(on_evict(Dirt::Clean, Backing::Zero, false), EvictPlan::CompareWithZero);
-        assert_eq!(on_evict(Dirt::Unverified, page, true), EvictPlan::CompareWith(Pfn(9)));
+        if let Some(pfn) = DevicePfn::decode(Pfn(9)) {
+            let page = Backing::Page(pfn);
+            assert_eq!(on_evict(Dirt::Clean, page, true), EvictPlan::DropTo(pfn));
+            assert_eq!(on_evict(Dirt::Clean, page, false), EvictPlan::CompareWith(pfn));
+            assert_eq!(on_evict(Dirt::Unverified, page, true), EvictPlan::CompareWith(pfn));
+            assert_eq!(on_evict(Dirt::Dirty, page, true), EvictPlan::WriteBack);
+        }
         for dirt in [Dirt::Clean, Dirt::Unverified, Dirt::Dirty] {
             assert_eq!(on_evict(dirt, Backing::None, true), EvictPlan::WriteBack);
         }
-        assert_eq!(on_evict(Dirt::Dirty, page, true), EvictPlan::WriteBack);
     }
 
     #[test]

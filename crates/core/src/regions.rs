@@ -29,6 +29,8 @@ impl Attributes {
     pub const ON_REQUEST: Attributes = Attributes(32);
     /// Being given back: nobody refers to it any more, and no fault in it is resolved.
     pub const LEAVING: Attributes = Attributes(16);
+    /// A named region of a persistent device: its memory is used in place, and never goes anywhere else (rule Z5).
+    pub const PERSISTENT: Attributes = Attributes(64);
 
     /// Both.
     pub const fn with(self, other: Attributes) -> Attributes {

@@ -243,6 +243,25 @@ impl<W: Words, P: Park> Table<W, P> {
         }
     }
 
+    /// Locks the word that holds the state of `vpn`, waiting as long as `stop` does not hold; `None` if it does, and somebody
+    /// else holds the word. Whoever makes it hold [turns away](Locked::turn_away) those who wait already.
+    ///
+    /// # Errors
+    /// [`Uncovered`] when no region covers the page.
+    pub fn lock_unless(&self, vpn: Vpn, stop: impl Fn() -> bool) -> Result<Option<Locked<'_, W, P>>, Uncovered> {
+        loop {
+            let stopped = core::cell::Cell::new(false);
+            let locked = self.attempt(vpn, |word| {
+                let entry = self.wait_unless(word, &stop);
+                stopped.set(entry.is_none());
+                entry
+            })?;
+            if locked.is_some() || stopped.get() {
+                return Ok(locked);
+            }
+        }
+    }
+
     /// Locks the word that holds the state of `vpn` unless somebody else holds it.
     ///
     /// # Errors
@@ -279,20 +298,26 @@ impl<W: Words, P: Park> Table<W, P> {
     }
 
     fn wait_for(&self, word: &AtomicU64) -> Entry {
+        self.wait_unless(word, &|| false).expect("nothing stops the wait")
+    }
+
+    fn wait_unless(&self, word: &AtomicU64, stop: &impl Fn() -> bool) -> Option<Entry> {
         let mut spins = 0;
         loop {
             let seen = word.load(Ordering::Relaxed);
             if seen & LOCK == 0 {
                 // Acquire: pairs with the Release of the commit before.
                 if word.compare_exchange_weak(seen, seen | LOCK, Ordering::Acquire, Ordering::Relaxed).is_ok() {
-                    return Entry::from_word(seen);
+                    return Some(Entry::from_word(seen));
                 }
             } else if spins < SPINS {
                 spins += 1;
                 spin_hint();
-            } else if seen & WAIT != 0
-                || word.compare_exchange(seen, seen | WAIT, Ordering::Relaxed, Ordering::Relaxed).is_ok()
-            {
+            // Acquire: pairs with the Release of whoever turned those away who waited before.
+            } else if word.compare_exchange(seen, seen | WAIT, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+                if stop() {
+                    return None;
+                }
                 self.park.wait(word, seen | WAIT);
             }
         }
@@ -409,6 +434,15 @@ impl<'t, W: Words, P: Park> Locked<'t, W, P> {
     /// True when this is the word of a whole block.
     pub fn is_whole(&self) -> bool {
         self.whole
+    }
+
+    /// Has everybody who waits for the lock look again at what may [stop](Table::lock_unless) the wait.
+    pub fn turn_away(&self) {
+        // Release: what stops the wait is seen by whoever begins to wait from here on. Whoever was about to sleep finds
+        // the word changed.
+        if self.word.fetch_and(!WAIT, Ordering::Release) & WAIT != 0 {
+            self.table.park.wake(self.word);
+        }
     }
 
     /// The pages this lock is about.

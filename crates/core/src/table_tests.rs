@@ -1,7 +1,7 @@
 //! Tests of the logical table: walking, splitting, joining, and many threads against an oracle.
 
 use super::*;
-use crate::addr::{Pages, Pfn};
+use crate::addr::{DevicePfn, Pages, Pfn};
 use crate::entry::Dirt;
 use crate::sync::Spin;
 use crate::words::zeroed;
@@ -62,8 +62,9 @@ fn a_split_block_goes_on_as_it_was() {
     }
     let l = t.lock(Vpn(5)).unwrap();
     assert!(!l.is_whole());
-    l.commit(State::Poisoned { pfn: Pfn(9) });
-    assert_eq!(t.look(Vpn(5)).unwrap().0.state(), State::Poisoned { pfn: Pfn(9) });
+    let lost = DevicePfn::decode(Pfn(9)).map_or(State::Empty, |pfn| State::Poisoned { pfn });
+    l.commit(lost);
+    assert_eq!(t.look(Vpn(5)).unwrap().0.state(), lost);
     assert_eq!(t.look(Vpn(6)).unwrap().0.state(), host(1030));
 }
 

@@ -15,7 +15,7 @@
 //! What the wrapper keeps are counters of its own, never those of a model checker: they are no part of what is
 //! tested.
 
-use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, Trouble, Wake};
+use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
 use peerspace_core::addr::{Geometry, Pages, Va, VaRange};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -39,6 +39,8 @@ pub enum Call {
     Protect,
     Poison,
     Bury,
+    Show,
+    Hide,
     IsPresent,
     PresentRuns,
     IsHuge,
@@ -69,6 +71,8 @@ impl Call {
         Call::Protect,
         Call::Poison,
         Call::Bury,
+        Call::Show,
+        Call::Hide,
         Call::IsPresent,
         Call::PresentRuns,
         Call::IsHuge,
@@ -93,9 +97,8 @@ impl Call {
             Call::Adopt => &[NoMemory, Busy, Unsuitable],
             Call::Collapse => &[NoMemory, Busy, Unsuitable],
             Call::Unshare => &[NoMemory, Busy, Interrupted],
-            Call::Words | Call::Grow | Call::Map | Call::Disown | Call::Discard | Call::DropStaged | Call::Bury => {
-                &[NoMemory]
-            }
+            Call::Words | Call::Grow | Call::Map | Call::Disown => &[NoMemory],
+            Call::Discard | Call::DropStaged | Call::Bury | Call::Show | Call::Hide => &[NoMemory],
             Call::WaitMessage | Call::Receive => &[Interrupted],
         }
     }
@@ -167,6 +170,11 @@ impl<K: Kernel> Inject<K> {
         self.odds.iter().for_each(|o| o.store(0, Relaxed));
         self.lock().clear();
         self.plans.store(0, Relaxed);
+    }
+
+    /// Whether any call may be made to fail.
+    pub fn is_failing(&self) -> bool {
+        self.odds.iter().any(|o| o.load(Relaxed) > 0) || self.plans.load(Relaxed) > 0
     }
 
     /// How many failures of `call` were made up so far.
@@ -333,6 +341,26 @@ impl<K: Kernel> Kernel for Inject<K> {
 
     fn bury(&self, va: Va) -> Result<(), Trouble> {
         self.whole(Call::Bury, || self.kernel.bury(va))
+    }
+
+    fn show(&self, range: VaRange, memory: SharedMemory<'_>) -> Result<(), Trouble> {
+        self.whole(Call::Show, || self.kernel.show(range, memory))
+    }
+
+    fn hide(&self, range: VaRange) -> Result<(), Trouble> {
+        self.whole(Call::Hide, || self.kernel.hide(range))
+    }
+
+    fn close(&self, range: VaRange) -> Result<(), Trouble> {
+        self.kernel.close(range)
+    }
+
+    fn is_accessible(&self, range: VaRange, write: bool) -> bool {
+        self.kernel.is_accessible(range, write)
+    }
+
+    fn most_mappings(&self) -> u64 {
+        self.kernel.most_mappings()
     }
 
     fn is_present(&self, va: Va) -> Result<bool, Trouble> {

@@ -24,6 +24,7 @@
 use peerspace_core::addr::{Geometry, Pages, Va, VaRange};
 use peerspace_core::sync::Park;
 use peerspace_core::words::Words;
+use rustix::fd::BorrowedFd;
 use std::fmt;
 use std::time::Duration;
 
@@ -89,6 +90,15 @@ impl Done {
     pub const fn stopped(pages: Pages, trouble: Trouble) -> Done {
         Done { pages, trouble: Some(trouble) }
     }
+}
+
+/// Memory of a device that the CPU can map (rule Z5): a file, from an offset on.
+#[derive(Debug, Clone, Copy)]
+pub struct SharedMemory<'a> {
+    /// The file, or the device node.
+    pub file: BorrowedFd<'a>,
+    /// Bytes from its start.
+    pub offset: u64,
 }
 
 /// Whether a page appears write-protected.
@@ -302,6 +312,43 @@ pub trait Kernel: Send + Sync + 'static {
     /// # Errors
     /// When it cannot be found out.
     fn mapping_at(&self, va: Va) -> Result<Option<VaRange>, Trouble>;
+
+    // --- memory of devices, in the place of a region's ---
+
+    /// Puts the memory of a device in the place of `range`, blocks or pages of one region all of whose pages are out.
+    /// Whoever waits for one of them goes on with what the device holds; no access faults from then on.
+    ///
+    /// Where there was a registered mapping, a [`Message::Unmap`] of `range` tells of it, and the call waits until that is
+    /// received. Not for threads that receive messages, and not in a section.
+    ///
+    /// # Errors
+    /// When the kernel refuses the mapping; the message may have come nevertheless.
+    fn show(&self, range: VaRange, memory: SharedMemory<'_>) -> Result<(), Trouble>;
+
+    /// Puts missing pages of a region in the place of the memory that [`show`](Kernel::show) has put at `range`: every access
+    /// waits from then on, and none sees anything else in between. What was written until then, the device holds.
+    ///
+    /// What takes the place is prepared elsewhere and moves there: a [`Message::Move`] to `range` tells of it, and a
+    /// [`Message::Unmap`] of where it came from. The call waits for both to be received. Not for threads that receive
+    /// messages, and not in a section.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the device's memory stays, and no message is left over.
+    fn hide(&self, range: VaRange) -> Result<(), Trouble>;
+
+    /// Puts nothing at all in the place of memory that [`show`](Kernel::show) has put at `range`, and that nobody refers to
+    /// any more. The addresses stay taken. Nobody is told.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the device's memory stays.
+    fn close(&self, range: VaRange) -> Result<(), Trouble>;
+
+    /// Whether an access to memory of a device in place would succeed, as far as can be said: a file may have become shorter,
+    /// the memory behind it broken. Changes no byte.
+    fn is_accessible(&self, range: VaRange, write: bool) -> bool;
+
+    /// How many mappings this process may have.
+    fn most_mappings(&self) -> u64;
 
     // --- staging ---
 

@@ -6,67 +6,106 @@
 //! ```
 //!
 //! What takes the place of the device's memory is registered before it gets there: from its first moment on, a missing page is
-//! a fault that waits. Both steps are changes of mappings like the program's own, and a message tells of them: an unmapping of
-//! the range by [`show`](Linux::show); by [`hide`](Linux::hide) a move to the range, from an address that was never a region,
-//! and the unmapping of that. The calls wait until these are received, so a thread that receives must not make them.
+//! a fault that waits. The other way there is nothing to be seen in between, because all of the device's memory is there.
 
 use super::kernel::{Linux, trouble};
 use super::map::{Mapping, unclaim};
-use crate::kernel::{Kernel, Trouble};
-use peerspace_core::addr::VaRange;
-use rustix::fd::BorrowedFd;
+use crate::kernel::{Kernel, SharedMemory, Trouble};
+use peerspace_core::addr::{Va, VaRange};
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
 
-impl Linux {
-    /// Puts the memory of `file` from `offset` on in the place of `range`: blocks of one region, all of whose pages are out.
-    /// Whoever waits for one of them goes on with what the file holds.
-    ///
-    /// # Errors
-    /// When the kernel refuses the mapping; see [`Trouble`].
-    pub fn show(&self, range: VaRange, file: BorrowedFd<'_>, offset: u64) -> Result<(), Trouble> {
-        self.assert_foreign(range);
-        // SAFETY: the range is a region's, and none of its pages is there: nobody sees a byte of it change.
-        unsafe {
-            rustix::mm::mmap(
-                range.start.0 as *mut _,
-                range.len() as usize,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::FIXED,
-                file,
-                offset,
-            )
-        }
-        .map_err(trouble)?;
-        self.wake(range)
+/// Maps `memory` at `range`, in the place of what is there.
+///
+/// # Safety
+/// What is at `range` may be replaced: nobody relies on its bytes.
+unsafe fn map_over(range: VaRange, memory: SharedMemory<'_>) -> Result<(), Errno> {
+    let (at, len) = (range.start.0 as *mut _, range.len() as usize);
+    // SAFETY: as the caller says.
+    unsafe {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        rustix::mm::mmap(at, len, prot, flags, memory.file, memory.offset)?;
+        // Refusal is no harm: small pages do as well.
+        let _ = rustix::mm::madvise(at, len, Advice::LinuxHugepage);
     }
+    Ok(())
+}
 
-    /// Puts missing pages in the place of the memory that [`show`](Linux::show) has put at `range`: every access waits from
-    /// then on. What was written until then is in the file.
-    ///
-    /// # Errors
-    /// When the kernel refuses; the device's memory stays.
-    pub fn hide(&self, range: VaRange) -> Result<(), Trouble> {
-        self.assert_foreign(range);
-        let len = range.len() as usize;
-        let fresh = Mapping::new(len, self.geometry().block_bytes(), true).map_err(trouble)?;
-        // SAFETY: advice without effect on content.
-        let _ = unsafe { fresh.advise(0, len, Advice::LinuxHugepage) };
-        let at = fresh.range();
-        self.register(at)?;
-        unclaim(at);
-        // SAFETY: what is at `range` is the device's memory, which stays in the file; no reference into it is lost sight of,
-        // since its addresses go on to be served, with the same bytes. The fresh mapping is nobody else's.
-        let moved = unsafe {
-            rustix::mm::mremap_fixed(at.start.0 as *mut _, len, len, MremapFlags::MAYMOVE, range.start.0 as *mut _)
-        };
-        // It is not there any more, or is given back below.
-        let _ = fresh.leak();
-        match moved {
-            Ok(_) => Ok(()),
-            Err(e) => {
-                let _ = self.unmap(at);
-                Err(trouble(e))
-            }
+/// Maps pieces of so many bytes, one after the other, where there is room.
+pub(super) fn map_all<'a>(
+    k: &Linux,
+    pieces: impl Iterator<Item = (SharedMemory<'a>, u64)> + Clone,
+) -> Result<VaRange, Trouble> {
+    let len: u64 = pieces.clone().map(|(_, len)| len).sum();
+    let room = Mapping::new(len as usize, k.geometry().block_bytes(), false).map_err(trouble)?;
+    let range = room.range();
+    let mut at = range.start;
+    for (memory, len) in pieces {
+        let piece = VaRange { start: at, end: Va(at.0 + len) };
+        // SAFETY: the room is ours, and there is nothing in it.
+        unsafe { map_over(piece, memory) }.map_err(trouble)?;
+        at = piece.end;
+    }
+    unclaim(range);
+    Ok(room.leak())
+}
+
+pub(super) fn show(k: &Linux, range: VaRange, memory: SharedMemory<'_>) -> Result<(), Trouble> {
+    k.assert_foreign(range);
+    // SAFETY: the range is a region's, and none of its pages is there: nobody sees a byte of it change.
+    unsafe { map_over(range, memory) }.map_err(trouble)?;
+    k.wake(range)
+}
+
+pub(super) fn hide(k: &Linux, range: VaRange) -> Result<(), Trouble> {
+    k.assert_foreign(range);
+    let len = range.len() as usize;
+    let fresh = Mapping::new(len, k.geometry().block_bytes(), true).map_err(trouble)?;
+    // SAFETY: advice without effect on content.
+    let _ = unsafe { fresh.advise(0, len, Advice::LinuxHugepage) };
+    let at = fresh.range();
+    k.register(at)?;
+    unclaim(at);
+    // SAFETY: what is at `range` is the device's memory, which stays in the file; no reference into it is lost sight of,
+    // since its addresses go on to be served, with the same bytes. The fresh mapping is nobody else's.
+    let moved = unsafe {
+        rustix::mm::mremap_fixed(at.start.0 as *mut _, len, len, MremapFlags::MAYMOVE, range.start.0 as *mut _)
+    };
+    // It is not there any more, or is given back below.
+    let _ = fresh.leak();
+    match moved {
+        Ok(_) => Ok(()),
+        Err(e) => {
+            let _ = k.unmap(at);
+            Err(trouble(e))
         }
     }
+}
+
+pub(super) fn close(k: &Linux, range: VaRange) -> Result<(), Trouble> {
+    k.assert_foreign(range);
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    // SAFETY: the caller says that nobody refers to what is there; its bytes stay in the file.
+    let closed = unsafe {
+        let (at, len) = (range.start.0 as *mut _, range.len() as usize);
+        rustix::mm::mmap_anonymous(at, len, ProtFlags::empty(), flags)
+    };
+    closed.map(drop).map_err(trouble)
+}
+
+pub(super) fn is_accessible(range: VaRange, write: bool) -> bool {
+    let advice = if write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+    // SAFETY: pages that are there are mapped; no byte changes.
+    match unsafe { rustix::mm::madvise(range.start.0 as *mut _, range.len() as usize, advice) } {
+        // Kernels before 5.14 cannot say.
+        Ok(()) | Err(Errno::INVAL) => true,
+        Err(_) => false,
+    }
+}
+
+/// How many mappings a process may have.
+pub(super) fn most_mappings() -> u64 {
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count");
+    limit.ok().and_then(|s| s.trim().parse().ok()).unwrap_or(65530)
 }

@@ -14,7 +14,7 @@ use super::scan::{Maps, Pagemap};
 use super::staging::{Staging, Use};
 use super::uffd::{FAULT_WP, FAULT_WRITE, Mode, Partial, Uffd, event, feature};
 use crate::error::OsError;
-use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, Trouble, Wake};
+use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
 use peerspace_core::addr::{Geometry, Va, VaRange};
 use peerspace_core::plan::CLUSTER;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -234,6 +234,18 @@ impl Linux {
     /// As for [`Kernel::map`].
     pub fn map_memory(&self, len: u64) -> Result<Memory, Trouble> {
         Ok(Memory::new(self.map(len)?))
+    }
+
+    /// Maps memory of devices, piece after piece of so many bytes, at a block boundary, to be used as bytes. Nothing faults in
+    /// it.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn map_shared_memory<'a>(
+        &self,
+        pieces: impl Iterator<Item = (SharedMemory<'a>, u64)> + Clone,
+    ) -> Result<Memory, Trouble> {
+        super::inplace::map_all(self, pieces).map(Memory::new)
     }
 
     /// Gives back what [`map_memory`](Linux::map_memory) mapped.
@@ -543,6 +555,26 @@ impl Kernel for Linux {
 
     fn mapping_at(&self, va: Va) -> Result<Option<VaRange>, Trouble> {
         Ok(self.maps.at(va).map_err(trouble)?.filter(|v| !v.file && !v.shared).map(|v| v.range))
+    }
+
+    fn show(&self, range: VaRange, memory: SharedMemory<'_>) -> Result<(), Trouble> {
+        super::inplace::show(self, range, memory)
+    }
+
+    fn hide(&self, range: VaRange) -> Result<(), Trouble> {
+        super::inplace::hide(self, range)
+    }
+
+    fn close(&self, range: VaRange) -> Result<(), Trouble> {
+        super::inplace::close(self, range)
+    }
+
+    fn is_accessible(&self, range: VaRange, write: bool) -> bool {
+        super::inplace::is_accessible(range, write)
+    }
+
+    fn most_mappings(&self) -> u64 {
+        super::inplace::most_mappings()
     }
 
     fn staging(&self) -> VaRange {

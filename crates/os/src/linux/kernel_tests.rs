@@ -512,7 +512,7 @@ fn blocks_come_and_go_in_place(rounds: u64, naive: bool) -> u64 {
                 let _moving = moving.lock().unwrap();
                 while k.take_out(staging.start, r) != all {}
                 k.read_staged(staging, |b| rustix::io::pwrite(&device, b, 0)).unwrap();
-                k.show(r, device.as_fd(), 0).unwrap();
+                k.show(r, SharedMemory { file: device.as_fd(), offset: 0 }).unwrap();
             }
             thread::sleep(Duration::from_micros(300));
             let _moving = moving.lock().unwrap();

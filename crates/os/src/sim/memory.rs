@@ -6,7 +6,9 @@
 
 use crate::kernel::{Done, Message, Protect, Trouble};
 use peerspace_core::addr::{BLOCK_PAGES, PageRange, Pages, Vpn};
+use rustix::fd::OwnedFd;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 /// EFAULT: the kernel itself came upon a page that is not there.
 const FAULTED: Trouble = Trouble::Other(14);
@@ -29,6 +31,8 @@ pub(super) struct Kind {
     pub(super) allowed: Allowed,
     /// A file without bytes: access raises SIGBUS.
     pub(super) buried: bool,
+    /// Memory of a device.
+    pub(super) in_place: bool,
 }
 
 /// A physical page.
@@ -51,6 +55,8 @@ pub(super) enum Content {
     Missing,
     Poisoned,
     Page(Page),
+    /// So many bytes into the memory of a device.
+    Device(Arc<OwnedFd>, u64),
 }
 
 #[derive(Debug)]
@@ -132,6 +138,16 @@ impl Memory {
         self.forget_huge(range);
     }
 
+    /// Maps the memory of a device, from `offset` on.
+    pub(super) fn map_device(&mut self, range: PageRange, file: &Arc<OwnedFd>, offset: u64) {
+        let kind = Kind { registered: false, allowed: Allowed::Write, buried: false, in_place: true };
+        for (i, vpn) in range.iter().enumerate() {
+            let content = Content::Device(file.clone(), offset + (i * self.page_bytes) as u64);
+            self.places.insert(vpn.0, Place { kind, content });
+        }
+        self.forget_huge(range);
+    }
+
     pub(super) fn unmap(&mut self, range: PageRange) {
         range.iter().for_each(|v| drop(self.places.remove(&v.0)));
         self.forget_huge(range);
@@ -158,7 +174,7 @@ impl Memory {
 
     /// The mapping around `vpn`.
     pub(super) fn mapping_at(&self, vpn: Vpn) -> Option<PageRange> {
-        let kind = self.kind(vpn.0).filter(|k| !k.buried)?;
+        let kind = self.kind(vpn.0).filter(|k| !k.buried && !k.in_place)?;
         let (mut start, mut end) = (vpn.0, vpn.0 + 1);
         while start > 0 && self.kind(start - 1) == Some(kind) {
             start -= 1;
@@ -187,7 +203,7 @@ impl Memory {
 
     /// True when all of `range` is mapped, private and anonymous.
     pub(super) fn is_plain(&self, range: PageRange) -> bool {
-        range.iter().all(|v| self.kind(v.0).is_some_and(|k| !k.buried))
+        range.iter().all(|v| self.kind(v.0).is_some_and(|k| !k.buried && !k.in_place))
     }
 
     /// Moves a mapping with its pages.
@@ -222,7 +238,9 @@ impl Memory {
 
     /// Drops the pages of `range`, as MADV_DONTNEED does.
     pub(super) fn drop_pages(&mut self, range: PageRange) {
-        self.places.range_mut(range.start.0..range.end.0).for_each(|(_, p)| p.content = Content::Missing);
+        let there = self.places.range_mut(range.start.0..range.end.0);
+        // What a file holds, it goes on to hold.
+        there.filter(|(_, p)| !p.kind.in_place).for_each(|(_, p)| p.content = Content::Missing);
         self.forget_huge(range);
     }
 
@@ -235,7 +253,7 @@ impl Memory {
         write: bool,
         access: impl FnOnce(&mut [u8]) -> T,
     ) -> Result<T, Trap> {
-        let zeros = self.zeros();
+        let (zeros, page_bytes) = (self.zeros(), self.page_bytes);
         let Some(place) = self.places.get_mut(&vpn.0) else { return Err(Trap::Refused) };
         if place.kind.allowed < if write { Allowed::Write } else { Allowed::Read } {
             return Err(Trap::Refused);
@@ -259,6 +277,19 @@ impl Memory {
                     (page.protected, page.shared) = (false, false);
                 }
                 Ok(access(&mut page.bytes))
+            }
+            Content::Device(file, offset) => {
+                let mut bytes = vec![0; page_bytes];
+                // Beyond the end of a file: SIGBUS.
+                match rustix::io::pread(&**file, &mut *bytes, *offset) {
+                    Ok(n) if n == bytes.len() => {}
+                    _ => return Err(Trap::Lost),
+                }
+                let out = access(&mut bytes);
+                if write {
+                    rustix::io::pwrite(&**file, &bytes, *offset).map_err(|_| Trap::Lost)?;
+                }
+                Ok(out)
             }
             _ => Err(Trap::Lost),
         }
@@ -302,7 +333,7 @@ impl Memory {
             return done;
         }
         match self.one_mapping(from) {
-            Some(Kind { allowed: Allowed::Write, buried: false, .. }) => {}
+            Some(Kind { allowed: Allowed::Write, buried: false, in_place: false, .. }) => {}
             _ => return Done::stopped(Pages(0), Trouble::Unsuitable),
         }
         let whole = is_block(from) && to.is_block_start() && self.huge.contains(&from.start.block());
@@ -312,7 +343,7 @@ impl Memory {
             let trouble = match &mut place.content {
                 _ if self.staged.contains_key(&at) => Trouble::Present,
                 Content::Missing => Trouble::Absent,
-                Content::Poisoned => FAULTED,
+                Content::Poisoned | Content::Device(..) => FAULTED,
                 Content::Page(page) if page.shared => Trouble::Busy,
                 Content::Page(_) => {
                     let Content::Page(page) = std::mem::replace(&mut place.content, Content::Missing) else {
@@ -381,7 +412,7 @@ impl Memory {
     }
 
     pub(super) fn collapse(&mut self, block: PageRange) -> Result<(), Trouble> {
-        if !is_block(block) || self.one_mapping(block).is_none_or(|k| k.buried) {
+        if !is_block(block) || self.one_mapping(block).is_none_or(|k| k.buried || k.in_place) {
             return Err(Trouble::Unsuitable);
         }
         for vpn in block.iter() {
@@ -452,7 +483,10 @@ impl Memory {
 
     /// A mark that a page is lost counts as one that is swapped out: it is there.
     pub(super) fn is_present(&self, vpn: Vpn) -> bool {
-        matches!(self.places.get(&vpn.0), Some(Place { content: Content::Page(_) | Content::Poisoned, .. }))
+        match self.places.get(&vpn.0).map(|p| &p.content) {
+            Some(Content::Page(_) | Content::Poisoned | Content::Device(..)) => true,
+            Some(Content::Missing) | None => false,
+        }
     }
 
     pub(super) fn is_huge(&self, vpn: Vpn) -> bool {

@@ -18,12 +18,12 @@ pub use memory::{Allowed, Trap};
 pub use program::Waiting;
 pub use words::SimWords;
 
-use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, Trouble, Wake};
+use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
 use memory::{Kind, Memory};
 use peerspace_core::addr::{BLOCK_PAGES, Geometry, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::sync::{AtomicU64, Ordering, Spin, spin_hint};
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Where regions begin.
@@ -246,7 +246,7 @@ impl Kernel for Sim {
 
     fn map(&self, len: u64) -> Result<VaRange, Trouble> {
         let len = len.next_multiple_of(self.geometry.page_bytes() as u64);
-        Ok(self.place(len, Kind { registered: true, allowed: Allowed::Write, buried: false }))
+        Ok(self.place(len, Kind { registered: true, allowed: Allowed::Write, buried: false, in_place: false }))
     }
 
     fn unmap(&self, range: VaRange) -> Result<(), Trouble> {
@@ -362,13 +362,60 @@ impl Kernel for Sim {
             let mut m = self.step();
             let told = m.pieces(page).iter().any(|(_, k)| k.registered);
             m.changing += told as u32;
-            m.map(page, Kind { registered: false, allowed: Allowed::Write, buried: true });
+            m.map(page, Kind { registered: false, allowed: Allowed::Write, buried: true, in_place: false });
             told
         };
         if told {
             self.tell(Message::Unmap(self.geometry.range(page)));
         }
         self.wake(self.geometry.range(page))
+    }
+
+    fn show(&self, range: VaRange, memory: SharedMemory<'_>) -> Result<(), Trouble> {
+        let pages = self.foreign(range);
+        let file = memory.file.try_clone_to_owned().map_err(|_| Trouble::NoMemory)?;
+        let told = {
+            let mut m = self.step();
+            assert!(pages.iter().all(|v| !m.is_present(v)), "a page of {range} is there yet: it would be lost");
+            let told = m.pieces(pages).iter().any(|(_, k)| k.registered);
+            m.changing += told as u32;
+            m.map_device(pages, &Arc::new(file), memory.offset);
+            told
+        };
+        if told {
+            self.tell(Message::Unmap(range));
+        }
+        self.wake(range)
+    }
+
+    fn hide(&self, range: VaRange) -> Result<(), Trouble> {
+        let pages = self.foreign(range);
+        let kind = Kind { registered: true, allowed: Allowed::Write, buried: false, in_place: false };
+        let fresh = self.place(range.len(), kind);
+        {
+            let mut m = self.step();
+            assert!(m.pieces(pages).iter().all(|(_, k)| k.in_place), "{range} is not the memory of a device");
+            m.changing += 2;
+            m.unmap(pages_of(self.geometry, fresh));
+            m.map(pages, kind);
+        }
+        self.tell_all(&[Message::Move { from: fresh.start, to: range.start, len: range.len() }, Message::Unmap(fresh)]);
+        Ok(())
+    }
+
+    fn close(&self, range: VaRange) -> Result<(), Trouble> {
+        let pages = self.foreign(range);
+        let kind = Kind { registered: false, allowed: Allowed::Nothing, buried: false, in_place: false };
+        self.step().map(pages, kind);
+        Ok(())
+    }
+
+    fn is_accessible(&self, range: VaRange, write: bool) -> bool {
+        self.foreign(range).iter().all(|vpn| self.step().access(vpn, write, |_| ()).is_ok())
+    }
+
+    fn most_mappings(&self) -> u64 {
+        1 << 16
     }
 
     fn is_present(&self, va: Va) -> Result<bool, Trouble> {

@@ -57,7 +57,7 @@ impl Sim {
 
     /// Maps ordinary memory of whole pages at a block boundary: the kernel itself populates it.
     pub fn map_plain(&self, len: u64) -> VaRange {
-        self.place(len, Kind { registered: false, allowed: Allowed::Write, buried: false })
+        self.place(len, Kind { registered: false, allowed: Allowed::Write, buried: false, in_place: false })
     }
 
     /// Unmaps `range`, whatever is there.
@@ -106,7 +106,7 @@ impl Sim {
             }
             None => {
                 let free =
-                    self.place(range.len(), Kind { registered: false, allowed: Allowed::Nothing, buried: false });
+                    self.place(range.len(), Kind { registered: false, allowed: Allowed::Nothing, buried: false, in_place: false });
                 free.start
             }
         };
@@ -134,7 +134,7 @@ impl Sim {
         let mut m = self.step();
         let before = self.geometry.vpn(Va(end.0 - 1));
         let Some((_, kind)) = m.pieces(PageRange { start: before, end: before + 1 }).pop() else { return false };
-        if kind.buried || !m.pieces(more).is_empty() {
+        if kind.buried || kind.in_place || !m.pieces(more).is_empty() {
             return false;
         }
         m.map(more, kind);
@@ -152,7 +152,7 @@ impl Sim {
         let mut m = self.step();
         m.fork(true);
         for region in regions {
-            m.change_kind(pages_of(self.geometry, region), |k| k.registered = !k.buried);
+            m.change_kind(pages_of(self.geometry, region), |k| k.registered = !k.buried && !k.in_place);
         }
     }
 
@@ -168,7 +168,7 @@ impl Sim {
 
     /// The same for several changes made by one call, which are announced one after the other. Who plays all the parts
     /// gets them at once: a receiver may wait for the second one before it returns from the first.
-    fn tell_all(&self, messages: &[Message]) {
+    pub(super) fn tell_all(&self, messages: &[Message]) {
         let at_once = if self.is_alone() { messages.len() } else { 1 };
         for some in messages.chunks(at_once.max(1)) {
             let last = {
