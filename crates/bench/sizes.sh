@@ -1,16 +1,39 @@
 #!/bin/sh
-# How large the preloaded library is with each device, with none and with all (rule Z10): what is left out costs nothing.
-# Prints a table of bytes of the stripped library, and of its code.
+# How large the preloaded library is without device memory at all, with the layer for it but no device, with each device and
+# with all (rule Z10): what is left out costs nothing.
+# Prints a table of bytes: of the stripped library, of its code, of the functions that resolve a fault (the modules fault,
+# pages and block of the engine), and of the functions that only device memory needs. Where that is left out, there must be
+# none of the latter.
 set -eu
 cd "$(dirname "$0")/../.."
 
 target=$(mktemp -d)
 trap 'rm -rf "$target"' EXIT
-printf '%-24s %12s %12s\n' devices 'file, bytes' 'code, bytes'
-for features in "" soft compressed file "soft compressed file"; do
+
+# The bytes of the functions that a pattern fits.
+functions() {
+    nm -S --demangle "$library" | awk -v pattern="$1" '
+        function number(hex,  i, n) { for (i = 1; i <= length(hex); i++) n = 16 * n + index("0123456789abcdef", substr(hex, i, 1)) - 1; return n }
+        $3 ~ /^[tTwW]$/ && $0 ~ pattern { sum += number($2) }
+        END { print sum + 0 }'
+}
+
+printf '%-24s %12s %12s %12s %12s\n' devices 'file, bytes' 'code, bytes' 'fault path' 'device layer'
+for features in "" devices soft compressed file "soft compressed file"; do
     cargo build --quiet --release -p peerspace-preload --no-default-features --features "$features" --target-dir "$target"
     library=$target/release/libpeerspace_preload.so
     strip -o "$target/stripped.so" "$library"
     code=$(size -A "$library" | awk '$1 == ".text" { print $2 }')
-    printf '%-24s %12s %12s\n' "${features:-none}" "$(wc -c <"$target/stripped.so")" "$code"
+    path=$(functions 'peerspace::engine::(fault|pages|block)::')
+    devices=$(functions 'peerspace::(device|spec|engine::(tiers?|detach))::|peerspace_core::(altmap|bitmap|buddy|devmap|pagemap|vmemmap)::')
+    case $features in
+        "") name="no device memory" ;;
+        devices) name=none ;;
+        *) name=$features ;;
+    esac
+    printf '%-24s %12s %12s %12s %12s\n' "$name" "$(wc -c <"$target/stripped.so")" "$code" "$path" "$devices"
+    if [ "$path" = 0 ] || { [ -z "$features" ] && [ "$devices" != 0 ]; }; then
+        echo "the functions counted are not those that were meant" >&2
+        exit 1
+    fi
 done

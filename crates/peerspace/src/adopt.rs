@@ -5,7 +5,7 @@ use crate::engine::hold::HoldError;
 use crate::error::Error;
 use crate::huge::Hint;
 use crate::space::Space;
-use peerspace_core::addr::{Access, PageRange, Pages, Pfn, Va, VaRange, Vpn};
+use peerspace_core::addr::{Access, DevicePfn, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_os::linux::fork::is_arena_start;
 use peerspace_os::linux::map::ours_within;
 use peerspace_os::linux::scan::Vma;
@@ -166,7 +166,7 @@ impl Space {
     }
 
     /// What to tell the program of the page `vpn`, which was on the device page `pfn`.
-    pub(crate) fn lost(&self, vpn: Vpn, pfn: Pfn) -> Error {
+    pub(crate) fn lost(&self, vpn: Vpn, pfn: DevicePfn) -> Error {
         let engine = self.engine();
         let tier = engine.tiers.find(pfn);
         let (device, page) = match tier {
@@ -182,6 +182,7 @@ impl Space {
             HoldError::Lost(vpn, pfn) => self.lost(vpn, pfn),
             HoldError::Foreign(_) => bad("part of it is not managed by this space"),
             HoldError::TooMany(_) => bad("a page of it is kept resident too many times"),
+            HoldError::Stays(_) => bad("a page of it is in place on a device, and could not be migrated out of there"),
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Devices added to a space, and taken away, while it is in use (rules Z1 to Z3, Z9).
 
 use crate::device::Device;
-use crate::engine::EngineError;
 use crate::engine::detach::DetachError;
 use crate::error::Error;
 use crate::space::Space;
@@ -11,15 +10,6 @@ use peerspace_os::linux::signal::without_signals;
 /// A device of a space. No two devices of a space ever have the same, also when one is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DeviceId(pub(crate) u64);
-
-impl From<EngineError> for Error {
-    fn from(e: EngineError) -> Error {
-        match e {
-            EngineError::Memory(why) => Error::Kernel { what: "reserve memory for tables".into(), why },
-            EngineError::Device(name, why) => Error::Device { name, why },
-        }
-    }
-}
 
 impl Space {
     /// Adds a device, to be tried after those that are there. Takes the same time for a device of any size, and RAM only for
@@ -69,6 +59,13 @@ impl Space {
                 name: name(),
                 why: format!("{pages} of it are in use without pause, and cannot be moved"),
             }),
+            Err(DetachError::Open(pages)) => Err(Error::Device {
+                name: name(),
+                why: format!("regions with names that are open take up {pages} of it: drop them first"),
+            }),
+            Err(DetachError::Place(e)) => {
+                Err(Error::Device { name: name(), why: format!("what is mapped of it in place stays: {e}") })
+            }
             Err(DetachError::NoMemory) => {
                 Err(Error::Kernel { what: "map a buffer".into(), why: peerspace_os::Trouble::NoMemory })
             }
@@ -87,7 +84,14 @@ impl Space {
     /// # Errors
     /// [`Error::NoSuchDevice`] when it is not there.
     pub fn fail(&self, device: DeviceId) -> Result<(), Error> {
-        let found = self.engine().tiers.iter().find(|t| t.id == device.0);
-        found.map(|tier| tier.fail()).ok_or(Error::NoSuchDevice)
+        let engine = self.engine();
+        let failed = engine.tiers.iter().find(|t| t.id == device.0).map(|tier| {
+            tier.fail();
+            tier.base()
+        });
+        let base = failed.ok_or(Error::NoSuchDevice)?;
+        // What the CPU has in place it would go on to use.
+        without_signals(|| engine.take_all_from_place(base));
+        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! What can go wrong, said so that one knows what to do about it.
 
+use crate::engine::EngineError;
 use peerspace_core::addr::VaRange;
 use peerspace_os::{OsError, Trouble};
 
@@ -51,6 +52,26 @@ pub enum Error {
         /// How many bytes of room are missing.
         missing: u64,
     },
+    /// Memory could not be migrated. What was before it is migrated; it is where it was.
+    #[error("{range} cannot be migrated to {to}: {why}")]
+    Migrate {
+        /// What could not.
+        range: VaRange,
+        /// Where to: a device, or RAM.
+        to: String,
+        /// Why.
+        why: String,
+    },
+    /// A region with a name cannot be had.
+    #[error("the region {name:?} of device {device}: {why}")]
+    Named {
+        /// Its name.
+        name: String,
+        /// Of which device.
+        device: String,
+        /// Why not, and what to do about it.
+        why: String,
+    },
     /// A size or an address does not fit.
     #[error("{what}: {why}")]
     BadRange {
@@ -96,4 +117,13 @@ pub enum Error {
     /// A thread could not be started.
     #[error("cannot start a thread of the engine: {0}")]
     Thread(String),
+}
+
+impl From<EngineError> for Error {
+    fn from(e: EngineError) -> Error {
+        match e {
+            EngineError::Memory(why) => Error::Kernel { what: "reserve memory for tables".into(), why },
+            EngineError::Device(name, why) => Error::Device { name, why },
+        }
+    }
 }

@@ -8,9 +8,10 @@
 //! A child whose faults are to be delivered to threads has none at first, and starting one touches the C library's
 //! heap, which may be managed itself. Until its threads run, its faults therefore come by signal.
 
-use crate::device::ForkSide;
+use crate::engine::tiers::ForkSide;
 use crate::space::{Real, start_threads};
 use peerspace_core::addr::{Access, PageRange, Pages, VaRange};
+use peerspace_core::regions::Attributes;
 use peerspace_os::linux::fork::{ForkHandler, early_child_memory};
 use peerspace_os::linux::signal;
 use peerspace_os::linux::{Delivery, exit_now};
@@ -48,6 +49,10 @@ impl Held {
 
 /// Before a fork: brings `engine` to rest.
 pub(crate) fn come_to_rest(engine: &Real, held: &Held) {
+    // Nothing is put in place from here on.
+    let turn = engine.take_turn();
+    engine.leave_shared_memory(&turn);
+    turn.keep();
     held.hold_early_memory(engine);
     loop {
         engine.settle_changes();
@@ -66,7 +71,10 @@ pub(crate) fn come_to_rest(engine: &Real, held: &Held) {
 /// After a fork, in the parent: lets `engine` go on.
 pub(crate) fn go_on(engine: &Real, held: &Held) {
     engine.tiers.after_fork(ForkSide::Parent);
+    engine.inplace.is_left_behind();
     engine.contexts.thaw();
+    engine.reopen_shared_memory();
+    engine.inplace.give_up_turn(&engine.kernel.park());
     held.let_go(engine);
 }
 
@@ -74,6 +82,9 @@ pub(crate) fn go_on(engine: &Real, held: &Held) {
 /// `by_signal`, faults come by signal for the time being.
 pub(crate) fn new_life(engine: &Real, by_signal: bool) -> Result<(), OsError> {
     engine.begin_life();
+    if engine.inplace.is_left_behind() {
+        return Err(OsError::plain("it shares memory of a device with the process it was forked from"));
+    }
     let mut gone: Vec<VaRange> = Vec::new_in(own::Own);
     engine.kernel.renew(by_signal, regions(engine), &mut |r| gone.push(r))?;
     for range in gone {
@@ -84,7 +95,9 @@ pub(crate) fn new_life(engine: &Real, by_signal: bool) -> Result<(), OsError> {
 }
 
 fn regions(engine: &Real) -> impl Iterator<Item = VaRange> + '_ {
-    engine.regions.iter().map(|r| engine.addresses(r.range))
+    // What is persistent is the same memory for both, and needs nothing of us.
+    let own = engine.regions.iter().filter(|r| !r.attributes.has(Attributes::PERSISTENT));
+    own.map(|r| engine.addresses(r.range))
 }
 
 /// The engine of a space, and what it takes to set it going in a child.

@@ -16,6 +16,7 @@
 use crate::error::Error;
 use crate::region::Region;
 use crate::space::{Builder, Faults, Space};
+#[cfg(feature = "devices")]
 use crate::spec::DeviceSpec;
 use peerspace_core::addr::{Va, VaRange};
 use peerspace_os::linux::fork::{self, ForkHandler};
@@ -319,6 +320,7 @@ pub struct Heap {
     host: u64,
     room: u64,
     from: usize,
+    #[cfg(feature = "devices")]
     devices: &'static [&'static str],
     faults: Faults,
     prepare: Option<fn(Builder) -> Builder>,
@@ -339,6 +341,7 @@ impl Heap {
             host,
             room: 1 << 40,
             from: 16 << 10,
+            #[cfg(feature = "devices")]
             devices: &[],
             faults: Faults::Threads,
             prepare: None,
@@ -348,6 +351,7 @@ impl Heap {
     }
 
     /// Other devices, as written on the command line ([`DeviceSpec`]), in the order in which they are tried.
+    #[cfg(feature = "devices")]
     pub const fn devices(mut self, specs: &'static [&'static str]) -> Heap {
         self.devices = specs;
         self
@@ -411,11 +415,13 @@ impl Heap {
 
     fn build(&self) -> Result<Pool, Box<dyn std::error::Error>> {
         let mut builder = Space::builder().host(self.host).faults(self.faults);
+        #[cfg(feature = "devices")]
         for spec in self.devices {
             builder = builder.spec(&spec.parse()?)?;
         }
         builder = match self.prepare {
             Some(prepare) => prepare(builder),
+            #[cfg(feature = "devices")]
             None if self.devices.is_empty() => {
                 builder.spec(&DeviceSpec::Compressed(None))?.spec(&DeviceSpec::File(std::env::temp_dir(), None))?
             }

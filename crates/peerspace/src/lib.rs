@@ -69,11 +69,15 @@
 //!
 //! | feature | default | what it adds |
 //! |---|---|---|
+//! | `devices` | yes, by the next three | memory beyond RAM: [devices](device), those of one's own included |
 //! | `compressed` | yes | the compressed store |
 //! | `file` | yes | files on disk, by io_uring where it can be had |
 //! | `soft` | yes | plain memory behind the device interface, for tests and measurements |
 //! | `hashbrown` | yes | [`Pool`] as an allocator for `hashbrown` and whatever else uses version 0.2 of `allocator-api2` |
 //! | `process` | no | the management of a whole process from inside, for preloaded libraries |
+//!
+//! Without `devices` nothing of them is left, no branch on the path of a fault either. A space has RAM alone then: what does
+//! not fit into its budget exceeds it, with a warning.
 //!
 //! # Which kernel
 //!
@@ -82,30 +86,43 @@
 //! kernel. `peerspace doctor` says what a machine can do.
 
 mod adopt;
+#[cfg(feature = "devices")]
 mod attach;
+#[cfg(feature = "devices")]
 pub mod device;
 pub(crate) mod engine;
 mod error;
 mod fork;
 mod heap;
 mod huge;
+#[cfg(feature = "devices")]
+mod migrate;
 #[cfg(feature = "process")]
 pub mod process;
+#[cfg(feature = "devices")]
+mod persistent;
 mod region;
 mod report;
+mod size;
 mod space;
+#[cfg(feature = "devices")]
 mod spec;
 pub(crate) mod sync;
 pub(crate) mod tell;
 
 pub use adopt::{Adopted, Resident, Use};
+#[cfg(feature = "devices")]
 pub use attach::DeviceId;
 pub use error::Error;
 pub use heap::{Heap, Pool};
 pub use huge::Hint;
 pub use peerspace_os::linux::signal::forward as forward_sigbus;
 pub use peerspace_os::linux::thread::unmanaged;
+#[cfg(feature = "devices")]
+pub use persistent::Persistent;
 pub use region::Region;
 pub use report::{DeviceStatistics, FaultStatistics, Statistics, ThpStatistics};
+pub use size::{Size, SizeError};
 pub use space::{Builder, Faults, Space};
-pub use spec::{DeviceSpec, KINDS as DEVICE_KINDS, Reservation, Size, SizeError, SpecError};
+#[cfg(feature = "devices")]
+pub use spec::{DeviceSpec, KINDS as DEVICE_KINDS, Reservation, SpecError};

@@ -63,6 +63,12 @@ impl Region {
         Ok(Region { memory: Some(memory), range, space })
     }
 
+    /// What is mapped already, and a region of the space's.
+    #[cfg(feature = "devices")]
+    pub(crate) fn of_memory(space: Space, memory: Memory, range: VaRange) -> Region {
+        Region { memory: Some(memory), range, space }
+    }
+
     fn memory(&self) -> &Memory {
         self.memory.as_ref().expect("a region has memory until it is dropped")
     }
@@ -219,7 +225,10 @@ impl Region {
         if !engine.kernel.capabilities().move_pages {
             lost()?;
         }
-        engine.discard_now(whole).map_err(|why| Error::Kernel { what: format!("discard {range}"), why })?;
+        let discarded = engine.discard_in_place(engine.geometry.pages_inside(whole), |rest| {
+            engine.discard_now(engine.addresses(rest))
+        });
+        discarded.map_err(|why| Error::Kernel { what: format!("discard {range}"), why })?;
         lost()
     }
 }
@@ -256,7 +265,7 @@ fn held_in_pieces(
         let held = held.map_err(|e| space.cannot_hold(e, &bad))?;
         let end = engine.addresses(held).end.min(wanted.end);
         copy((next.0 - all.start.0) as usize..(end.0 - all.start.0) as usize);
-        without_signals(|| engine.let_go(held));
+        without_signals(|| engine.let_go_some(held));
         next = end;
     }
     Ok(())

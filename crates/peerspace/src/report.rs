@@ -1,8 +1,10 @@
 //! What a space is doing, in numbers.
 
+#[cfg(feature = "devices")]
 use crate::device::Usage;
 use crate::engine::stats::{Histogram, Sums};
 use crate::space::Real;
+#[cfg(feature = "devices")]
 use peerspace_core::sync::Ordering::Relaxed;
 use std::time::Duration;
 
@@ -146,6 +148,10 @@ pub struct DeviceStatistics {
     pub errors: u64,
     /// Bytes of host memory that the descriptors of its pages take up: those that are or were in use.
     pub metadata_bytes: u64,
+    /// Bytes of its own memory that they take up (rule A2).
+    pub own_metadata_bytes: u64,
+    /// Bytes of it that the CPU maps in place (rule Z5).
+    pub in_place_bytes: u64,
 }
 
 impl Statistics {
@@ -202,7 +208,13 @@ impl Statistics {
             background_reclaims: s.background_reclaims,
             waits_for_changes: s.changes,
             poisoned: s.poisoned,
+            #[cfg(not(feature = "devices"))]
+            device_errors: 0,
+            #[cfg(not(feature = "devices"))]
+            devices: Vec::new(),
+            #[cfg(feature = "devices")]
             device_errors: engine.tiers.iter().map(|t| t.errors.load(Relaxed)).sum(),
+            #[cfg(feature = "devices")]
             devices: engine
                 .tiers
                 .iter()
@@ -212,6 +224,7 @@ impl Statistics {
                         used_bytes: g.bytes(t.range.pages - t.available()),
                         peak_bytes: pages(t.most_used.load(Relaxed)),
                     });
+                    let [host, own] = t.metadata_bytes();
                     DeviceStatistics {
                         name: t.info.name.clone(),
                         memory: t.info.memory.name(),
@@ -224,7 +237,9 @@ impl Statistics {
                         loads: t.loads.load(Relaxed),
                         stores: t.stores.load(Relaxed),
                         errors: t.errors.load(Relaxed),
-                        metadata_bytes: t.metadata_bytes(),
+                        metadata_bytes: host,
+                        own_metadata_bytes: own,
+                        in_place_bytes: pages(t.in_place.load(Relaxed)),
                     }
                 })
                 .collect(),

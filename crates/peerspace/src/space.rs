@@ -1,11 +1,14 @@
 //! A space: what a program creates first, and what its regions and devices belong to.
 
+#[cfg(feature = "devices")]
 use crate::device::Device;
+use crate::engine::tiers::OpenDevice;
 use crate::engine::{self, Config, Engine, MIN_LIMIT};
 use crate::error::Error;
 use crate::fork::Forks;
 use crate::region::Region;
 use crate::report::Statistics;
+#[cfg(feature = "devices")]
 use crate::spec::{DeviceSpec, SpecError, own};
 use peerspace_core::addr::{Access, Geometry, Va};
 use peerspace_core::reclaim::{Policy, S3Fifo};
@@ -51,7 +54,7 @@ pub enum Faults {
 pub struct Builder {
     host: u64,
     faults: Faults,
-    devices: OwnVec<OwnBox<dyn Device>>,
+    devices: OwnVec<OpenDevice>,
     policy: Option<OwnBox<dyn Policy<<Linux as Kernel>::Words>>>,
     handlers: usize,
     without: u64,
@@ -74,6 +77,7 @@ impl Builder {
     ///
     /// The device is moved out of the program's heap. What it has allocated itself stays where it is, and must
     /// never be managed by a space: see [`device`](crate::device).
+    #[cfg(feature = "devices")]
     pub fn device(mut self, device: impl Device + 'static) -> Builder {
         self.devices.push(own(device));
         self
@@ -84,6 +88,7 @@ impl Builder {
     ///
     /// # Errors
     /// When the device cannot be had, or this build is without it.
+    #[cfg(feature = "devices")]
     pub fn spec(mut self, spec: &DeviceSpec) -> Result<Builder, SpecError> {
         self.devices.push(spec.open(self.host)?);
         Ok(self)
@@ -134,7 +139,7 @@ impl Builder {
         if limit > most {
             return Err(Error::BudgetTooLarge { given: self.host, most: geometry.bytes(most) });
         }
-        if self.devices.is_empty() {
+        if cfg!(feature = "devices") && self.devices.is_empty() {
             return Err(Error::NoDevice);
         }
         let (blocks, slots) = engine::staging_layout(limit);

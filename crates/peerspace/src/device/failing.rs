@@ -1,6 +1,8 @@
 //! A device that fails after a while: to see what becomes of a program then (rule Z9).
 
-use super::{Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, Store, Usage};
+use super::{
+    Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, NamedRegions, OwnMetadata, SharedMemory, Store, Usage,
+};
 use crate::spec::{OpenDevice, own};
 use std::fmt;
 use std::str::FromStr;
@@ -63,6 +65,18 @@ impl Device for Failing {
 
     fn usage(&self) -> Option<Usage> {
         self.inner.usage()
+    }
+
+    fn shared(&self, page: u64) -> Option<SharedMemory<'_>> {
+        self.inner.shared(page)
+    }
+
+    fn altmap(&self) -> Option<OwnMetadata> {
+        self.inner.altmap()
+    }
+
+    fn named(&self) -> Option<&dyn NamedRegions> {
+        self.inner.named()
     }
 
     fn before_fork(&self) {

@@ -57,8 +57,14 @@
 use peerspace_core::addr::Pages;
 use std::fmt;
 
+pub use peerspace_core::altmap::{Altmap, AltmapError};
+pub use peerspace_core::devmap::DeviceWords;
+pub use peerspace_os::SharedMemory;
+
 #[cfg(feature = "compressed")]
 pub mod compressed;
+#[cfg(feature = "dax")]
+pub mod dax;
 pub mod failing;
 #[cfg(feature = "file")]
 pub mod file;
@@ -106,6 +112,9 @@ pub struct Descriptor {
     pub compares: bool,
     /// What it takes up is RAM of this process ([`Device::usage`] says how much).
     pub in_ram: bool,
+    /// What leaves RAM for want of room may go there. Elsewhere pages go only where they are
+    /// [sent](crate::Region::migrate_to) (rule Z5).
+    pub takes_evicted: bool,
 }
 
 impl Descriptor {
@@ -119,7 +128,26 @@ impl Descriptor {
             slow: false,
             compares: false,
             in_ram: false,
+            takes_evicted: true,
         }
+    }
+
+    /// A coherent device of `pages` pages, which the CPU maps in place: see [`Device::shared`]. Pages go there only when they
+    /// are sent.
+    pub fn coherent(name: impl Into<String>, pages: u64) -> Descriptor {
+        Descriptor { memory: MemoryType::Coherent, takes_evicted: false, ..Descriptor::private(name, pages) }
+    }
+
+    /// A persistent device of `pages` pages, for regions that have names: see [`Device::named`].
+    pub fn persistent(name: impl Into<String>, pages: u64) -> Descriptor {
+        Descriptor { memory: MemoryType::Persistent, ..Descriptor::coherent(name, pages) }
+    }
+
+    /// The same for a device to which pages go also when they leave RAM for want of room, and from which a fault brings
+    /// those home again.
+    #[must_use]
+    pub fn takes_evicted(self) -> Descriptor {
+        Descriptor { takes_evicted: true, ..self }
     }
 
     /// The same for a device that keeps what it holds in this process's RAM.
@@ -276,6 +304,24 @@ pub trait Device: Send + Sync {
         None
     }
 
+    /// Where the memory of `page` is for the CPU to map (rule Z5). Pages that follow each other lie side by side. Coherent and
+    /// persistent devices have such memory; what is written there by the CPU, loads see, and the other way round.
+    fn shared(&self, page: u64) -> Option<SharedMemory<'_>> {
+        let _ = page;
+        None
+    }
+
+    /// A part of the device's own memory, no page of it, for the descriptors of its pages (rule A2). Asked once, when the
+    /// device is attached. Without it descriptors are in host memory.
+    fn altmap(&self) -> Option<OwnMetadata> {
+        None
+    }
+
+    /// The regions that have names, of a persistent device.
+    fn named(&self) -> Option<&dyn NamedRegions> {
+        None
+    }
+
     /// The process is about to fork: bring everything into a state that two processes can go on from. Nothing is
     /// in flight.
     fn before_fork(&self) {}
@@ -284,6 +330,69 @@ pub trait Device: Send + Sync {
     fn after_fork(&self, side: ForkSide) {
         let _ = side;
     }
+}
+
+/// A part of a device's own memory for descriptors (`vmem_altmap`).
+pub struct OwnMetadata {
+    pub(crate) altmap: Altmap,
+    pub(crate) words: peerspace_os::own::Box<dyn DeviceWords>,
+}
+
+impl OwnMetadata {
+    /// The pages that `altmap` says, in memory that `words` reaches.
+    pub fn new(altmap: Altmap, words: impl DeviceWords + 'static) -> OwnMetadata {
+        use peerspace_os::own::{Box, Own};
+        OwnMetadata { altmap, words: allocator_api2::unsize_box!(Box::new_in(words, Own)) }
+    }
+}
+
+impl fmt::Debug for OwnMetadata {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OwnMetadata").field("altmap", &self.altmap).finish_non_exhaustive()
+    }
+}
+
+/// A region that a persistent device keeps by its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedRegion {
+    /// Its name.
+    pub name: String,
+    /// Bytes, as they were asked for.
+    pub bytes: u64,
+    /// Where it is: runs of the device's pages, whole blocks, in the order of the region.
+    pub extents: Vec<DevicePages>,
+}
+
+/// A region by a name cannot be had: a sentence that says why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct NamedError(pub String);
+
+/// The regions of a persistent device, which outlive the process. What returns without error is durable.
+pub trait NamedRegions {
+    /// The regions there are.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    fn list(&self) -> Result<Vec<NamedRegion>, NamedError>;
+
+    /// Makes a region of zeros.
+    ///
+    /// # Errors
+    /// When there is one of that name, or no room. Nothing has changed.
+    fn create(&self, name: &str, bytes: u64) -> Result<NamedRegion, NamedError>;
+
+    /// Removes a region, with everything in it.
+    ///
+    /// # Errors
+    /// When there is none of that name. Nothing has changed.
+    fn remove(&self, name: &str) -> Result<(), NamedError>;
+
+    /// Makes durable what the CPU has written to the addresses `range`, where memory of this device is mapped in place.
+    ///
+    /// # Errors
+    /// When it may not be.
+    fn flush(&self, range: std::ops::Range<usize>) -> Result<(), DeviceError>;
 }
 
 /// Which process this is, after a fork.

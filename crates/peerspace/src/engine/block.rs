@@ -13,8 +13,8 @@
 use super::context::Working;
 use super::fault::{Fault, Hold, Outcome, Patience, Ration};
 use super::stats::{Counters, count, count_n};
+use super::tiers::Load;
 use super::{Engine, Entry};
-use crate::device::Load;
 use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Vpn};
 use peerspace_core::entry::{Dirt, Entry as Word, State};
 use peerspace_core::memmap::{Arrival, Backing, Frame};

@@ -159,7 +159,7 @@ impl Budget {
         self.note_peak();
     }
 
-    #[cfg(feature = "process")]
+    #[cfg(any(all(test, not(shuttle)), feature = "process"))]
     pub(crate) fn set_native(&self, pages: i64) {
         self.native.store(pages.max(0), Relaxed);
         self.note_peak();

@@ -13,6 +13,7 @@ use peerspace_core::entry::State;
 use peerspace_core::folio::SplitBusy;
 use peerspace_core::memmap::{Backing, Frame};
 use peerspace_core::regions::RegionInfo;
+use peerspace_os::own::{Own, Vec};
 use peerspace_os::{Kernel, Message, Trouble};
 use std::time::Duration;
 
@@ -54,7 +55,7 @@ impl<K: Kernel> Engine<K> {
     /// there may be another one. Nobody has to do anything for these to come, so they are waited for here.
     fn apply(&self, first: Message, counters: &Counters) {
         let mut news = News { postponed: ArrayVec::new(), due: ArrayVec::new() };
-        self.note(first, &mut news, counters);
+        self.note_when_free(first, &mut news, counters);
         while !(news.postponed.is_empty() && news.due.is_empty()) {
             match self.kernel.receive() {
                 // The thread faults again when all is done.
@@ -76,6 +77,27 @@ impl<K: Kernel> Engine<K> {
                 None => crate::sync::yield_now(),
             }
         }
+    }
+
+    /// Acts on `first`; but if somebody [changes what is in place](super::inplace), and has entries locked until the news of
+    /// that is received, receives that before.
+    fn note_when_free(&self, first: Message, news: &mut News, counters: &Counters) {
+        if self.inplace.is_ours(&first) {
+            return;
+        }
+        if !self.inplace.is_under_way() {
+            return self.note(first, news, counters);
+        }
+        let mut waiting = Vec::new_in(Own);
+        waiting.push(first);
+        self.inplace.await_end(
+            || self.kernel.receive(),
+            |message| match message {
+                Message::Fault { va, .. } => self.send_back(va),
+                change => waiting.push(change),
+            },
+        );
+        waiting.drain(..).for_each(|change| self.note(change, news, counters));
     }
 
     /// Acts on `change` and on what was postponed because of it; or postpones it.
@@ -196,6 +218,12 @@ impl<K: Kernel> Engine<K> {
         match entry.state() {
             State::Empty => {}
             State::Poisoned { .. } => entry.commit(State::Empty),
+            // It was unmapped where it was in place.
+            State::Coherent { pfn } => {
+                self.gone_from_place(entry.range(), pfn);
+                entry.commit(State::Empty);
+                self.tiers.free(pfn, order);
+            }
             State::Device { pfn, .. } => {
                 entry.commit(State::Empty);
                 self.tiers.free(pfn, order);
@@ -383,7 +411,7 @@ impl<K: Kernel> Engine<K> {
                 self.memmap.place(frame, to, self.memmap.epoch(frame));
                 self.memmap.backing(frame)
             }
-            State::Device { pfn, .. } => Backing::Page(pfn),
+            State::Device { pfn, .. } | State::Coherent { pfn } => Backing::Page(pfn),
             _ => Backing::None,
         };
         if let Backing::Page(pfn) = on_device {

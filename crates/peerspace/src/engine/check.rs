@@ -4,9 +4,10 @@
 //! and the account of memory adds up.
 
 use super::Engine;
-use peerspace_core::addr::{BLOCK_PAGES, PageRange, Pfn};
+use peerspace_core::addr::{BLOCK_PAGES, DevicePfn, PageRange, Pfn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::folio::Counts;
+use peerspace_core::sync::Ordering;
 use peerspace_core::memmap::{Backing, Frame, ListId};
 use peerspace_os::Kernel;
 use std::collections::HashMap;
@@ -24,6 +25,8 @@ pub(crate) struct Census {
     pub(crate) standby: u64,
     /// Pages on devices alone.
     pub(crate) on_devices: u64,
+    /// Pages of devices that the CPU maps in place.
+    pub(crate) in_place: u64,
     /// Pages that are lost.
     pub(crate) poisoned: u64,
     /// Device pages owned, backing of clean frames included.
@@ -36,6 +39,7 @@ impl<K: Kernel> Engine<K> {
     /// # Panics
     /// When one does not hold.
     pub(crate) fn check(&self) -> Census {
+        let _turn = self.take_turn();
         let _rest = self.rest();
         let mut census = Census::default();
         let mut owners: HashMap<Pfn, String> = HashMap::new();
@@ -70,10 +74,17 @@ impl<K: Kernel> Engine<K> {
                     State::Empty => {}
                     State::Poisoned { .. } => census.poisoned += n,
                     State::Device { pfn, .. } => {
-                        assert!(!self.memmap.contains(pfn), "{who}: {pfn} is no device page");
+                        assert!(!self.memmap.contains(pfn.pfn()), "{who}: {pfn} is no device page");
                         self.check_device_page(pfn, range, &who);
-                        own(pfn, n, who);
+                        own(pfn.pfn(), n, who);
                         census.on_devices += n;
+                        census.device_pages += n;
+                    }
+                    State::Coherent { pfn } => {
+                        assert!(!self.memmap.contains(pfn.pfn()), "{who}: {pfn} is no device page");
+                        self.check_device_page(pfn, range, &who);
+                        own(pfn.pfn(), n, who);
+                        census.in_place += n;
                         census.device_pages += n;
                     }
                     State::Host { pfn, writable, dirt } => {
@@ -165,7 +176,7 @@ impl<K: Kernel> Engine<K> {
             (Dirt::Dirty, Backing::None) | (Dirt::Clean | Dirt::Unverified, Backing::Zero) => {}
             (Dirt::Clean | Dirt::Unverified, Backing::Page(pfn)) => {
                 self.check_device_page(pfn, range, who);
-                own(pfn, n, format!("backing of {who}"));
+                own(pfn.pfn(), n, format!("backing of {who}"));
                 census.device_pages += n;
             }
             (dirt, backing) => panic!("{who}: {dirt:?} with backing {backing:?}"),
@@ -173,8 +184,11 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The descriptors of device pages name the pages whose data they hold.
-    fn check_device_page(&self, pfn: Pfn, range: PageRange, who: &str) {
+    fn check_device_page(&self, pfn: DevicePfn, range: PageRange, who: &str) {
         let tier = self.tiers.of(pfn);
+        if tier.is_foreign() {
+            return;
+        }
         for (i, vpn) in range.iter().enumerate() {
             let page = pfn - tier.range.base + i as u64;
             assert_eq!(tier.vpn(page), Some(vpn), "{who}: the reverse map of page {page} of {}", tier.info.name);
@@ -184,7 +198,13 @@ impl<K: Kernel> Engine<K> {
     /// Device pages in use are exactly those that somebody owns.
     fn check_tiers(&self, census: &Census) {
         let used: u64 = self.tiers.iter().map(|t| t.used().0).sum();
+        // The books of devices that a forked process has no part in are not its own.
+        if self.tiers.iter().any(|t| t.is_foreign() && t.used().0 > 0) {
+            return;
+        }
         assert_eq!(used, census.device_pages, "device pages in use, and owned");
+        let in_place: u64 = self.tiers.iter().map(|t| t.in_place.load(Ordering::Relaxed)).sum();
+        assert_eq!(in_place, census.in_place, "pages in place, and counted");
         for tier in self.tiers.iter() {
             let (mut described, mut from) = (0, 0);
             while let Some(folio) = tier.next_in_use(from) {

@@ -14,12 +14,13 @@
 
 use super::context::Working;
 use super::fault::{Outcome, Patience};
+use super::inplace::{PlaceError, Turn};
 use super::tiers::WriteBack;
 use super::{Engine, EngineError, Entry};
-use crate::device::Device;
-use peerspace_core::addr::{Access, Order, Pages, Pfn, Vpn};
-use peerspace_core::entry::{Dirt, State};
-use peerspace_core::memmap::{Backing, Frame};
+use crate::device::{Device, MemoryType};
+use peerspace_core::addr::{Access, DevicePfn, Order, Pages, Vpn};
+use peerspace_core::entry::State;
+use peerspace_core::memmap::Backing;
 use peerspace_core::pagemap::PfnRange;
 use peerspace_os::own::{Box, Buffer};
 use peerspace_os::{Kernel, Protect, Wake};
@@ -36,6 +37,10 @@ pub(crate) enum DetachError {
     NoRoom(Pages),
     /// So many pages are in use without pause.
     Busy(Pages),
+    /// So many pages are of regions with names that are open.
+    Open(Pages),
+    /// What is in place cannot be taken away.
+    Place(PlaceError),
     /// There is no memory to move pages through.
     NoMemory,
 }
@@ -62,11 +67,18 @@ impl<K: Kernel> Engine<K> {
     /// Takes a device away (rule Z3), and returns it. Nothing that it holds is lost.
     pub(crate) fn detach(&self, id: u64) -> Result<Box<dyn Device>, DetachError> {
         let mut buffer = Buffer::new(self.geometry.block_bytes()).map_err(|_| DetachError::NoMemory)?;
+        // One device at a time.
+        let turn = self.take_turn();
         let base = {
             let _work = self.contexts.take();
+            let tier = self.tiers.by_id(id).ok_or(DetachError::NotThere)?;
+            if tier.info.memory == MemoryType::Persistent && tier.used() > Pages(0) {
+                return Err(DetachError::Open(tier.used()));
+            }
+            drop(tier);
             self.tiers.revoke(id).ok_or(DetachError::NotThere)?
         };
-        let moved = self.reserve_elsewhere(base).and_then(|()| self.evict_all(base, &mut buffer));
+        let moved = self.reserve_elsewhere(base).and_then(|()| self.evict_all(base, &mut buffer, &turn, false));
         let _work = self.contexts.take();
         self.tiers.iter().for_each(|tier| tier.unreserve(u64::MAX));
         if let Err(e) = moved {
@@ -77,10 +89,10 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Keeps room for all that the device at `base` holds: on the others, and in RAM that is free.
-    fn reserve_elsewhere(&self, base: Pfn) -> Result<(), DetachError> {
+    fn reserve_elsewhere(&self, base: DevicePfn) -> Result<(), DetachError> {
         let _work = self.contexts.take();
         let mut missing = self.tiers.of(base).used().0;
-        for tier in self.tiers.iter().filter(|t| t.range.base != base && t.accepts()) {
+        for tier in self.tiers.iter().filter(|t| t.range.base != base.pfn() && t.takes_evicted()) {
             missing -= tier.reserve(missing);
         }
         let ram = (self.budget.left() - self.budget.watermarks().low.0 as i64).max(0) as u64;
@@ -90,10 +102,17 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    fn evict_all(&self, base: Pfn, buffer: &mut Buffer) -> Result<(), DetachError> {
+    /// Moves everything off the device at `base`. `beyond`: home, beyond the budget, what has no room anywhere.
+    pub(super) fn evict_all(
+        &self,
+        base: DevicePfn,
+        buffer: &mut Buffer,
+        turn: &Turn<'_, K::Park>,
+        beyond: bool,
+    ) -> Result<(), DetachError> {
         let mut idle = 0;
         loop {
-            let (used, moved) = self.evict_round(base, buffer)?;
+            let (used, moved) = self.evict_round(base, buffer, turn, beyond)?;
             if used == Pages(0) {
                 return Ok(());
             }
@@ -108,7 +127,13 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Goes through the device once. Returns how many pages are in use yet, and whether any was moved.
-    fn evict_round(&self, base: Pfn, buffer: &mut Buffer) -> Result<(Pages, bool), DetachError> {
+    fn evict_round(
+        &self,
+        base: DevicePfn,
+        buffer: &mut Buffer,
+        turn: &Turn<'_, K::Park>,
+        beyond: bool,
+    ) -> Result<(Pages, bool), DetachError> {
         let (mut from, mut moved) = (0, false);
         loop {
             let mut work = self.contexts.take();
@@ -117,6 +142,11 @@ impl<K: Kernel> Engine<K> {
                 (tier.range, tier.next_in_use(from))
             };
             let Some(folio) = found else { return Ok((self.tiers.of(base).used(), moved)) };
+            if let Some(State::Coherent { .. }) = self.table.look(folio.vpn).map(|(entry, _)| entry.state()) {
+                drop(work);
+                self.take_from_place(folio.vpn, turn).map_err(DetachError::Place)?;
+                work = self.contexts.take();
+            }
             // A block on the device may be pages to the table.
             let whole = matches!(self.table.look(folio.vpn), Some((_, true)));
             let order = if whole { folio.order } else { Order::BASE };
@@ -128,7 +158,7 @@ impl<K: Kernel> Engine<K> {
             match self.move_off(range, page, vpn, buffer, &mut work) {
                 Moved::Yes => moved = true,
                 Moved::No => {}
-                Moved::NoRoom if self.budget.left() > 0 => {
+                Moved::NoRoom if beyond || self.budget.left() > 0 => {
                     drop(work);
                     // Home, then; it is written from there to wherever there is room later.
                     let va = self.geometry.va(vpn);
@@ -146,10 +176,24 @@ impl<K: Kernel> Engine<K> {
     /// Moves the folio at `page` of the device at `range`, which holds the data of `vpn` as its descriptor says, elsewhere;
     /// or has the frame that it is the copy of go on without a copy.
     fn move_off(&self, range: PfnRange, page: u64, vpn: Vpn, buffer: &mut Buffer, work: &mut Working<'_>) -> Moved {
-        let pfn = range.base + page;
-        let Ok(mut entry) = self.table.lock(vpn) else { return Moved::No };
+        let pfn = DevicePfn::new(range.base + page);
+        let Ok(entry) = self.table.lock(vpn) else { return Moved::No };
         match entry.state() {
             State::Device { pfn: at, .. } if at == pfn => self.move_to_another(entry, buffer, work),
+            _ => self.forget_copy_if(entry, pfn, work),
+        }
+    }
+
+    /// Has the frame of `vpn` go on without the copy at `page` of the device at `range`, if that is its copy.
+    pub(super) fn forget_copy_of(&self, range: PfnRange, page: u64, vpn: Vpn, work: &Working<'_>) {
+        if let Ok(entry) = self.table.lock(vpn) {
+            self.forget_copy_if(entry, DevicePfn::new(range.base + page), work);
+        }
+    }
+
+    /// Has the frame of `entry` go on without a copy if that is at `pfn`.
+    fn forget_copy_if(&self, mut entry: Entry<'_, K>, pfn: DevicePfn, work: &Working<'_>) -> Moved {
+        match entry.state() {
             State::Host { pfn: frame, writable, .. } => {
                 let frame = self.frame_of(frame, entry.is_whole());
                 if self.memmap.backing(frame) != Backing::Page(pfn) {
@@ -175,18 +219,6 @@ impl<K: Kernel> Engine<K> {
             }
             _ => Moved::No,
         }
-    }
-
-    /// The frame is the only copy from now on.
-    pub(super) fn forget_copy(&self, entry: &mut Entry<'_, K>, frame: Frame) {
-        let copy = self.memmap.backing(frame);
-        self.memmap.set_backing(frame, Backing::None);
-        entry.set(match entry.state() {
-            State::Host { pfn, .. } => State::Host { pfn, writable: true, dirt: Dirt::Dirty },
-            State::Standby { pfn, .. } => State::Standby { pfn, dirt: Dirt::Dirty },
-            other => unreachable!("{other:?} has no frame"),
-        });
-        self.free_backing(copy, if entry.is_whole() { Order::BLOCK } else { Order::BASE });
     }
 
     /// Moves what only the device holds to another one.

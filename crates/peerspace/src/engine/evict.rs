@@ -6,11 +6,10 @@
 
 use super::context::Working;
 use super::stats::{count, count_n};
-use super::tier::BATCH;
-use super::tiers::WriteBack;
+use super::tiers::{BATCH, WriteBack};
 use super::{Engine, Entry};
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{BLOCK_PAGES, Order, Pages, Pfn, VaRange};
+use peerspace_core::addr::{BLOCK_PAGES, DevicePfn, Order, Pages, VaRange};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Backing, Frame};
 use peerspace_core::plan::{self, EvictPlan};
@@ -122,7 +121,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The state of a page that leaves for `pfn` now.
-    fn on_device(&self, pfn: Pfn, rewritten: bool) -> State {
+    fn on_device(&self, pfn: DevicePfn, rewritten: bool) -> State {
         State::Device { pfn, stamp: self.stamp(), rewritten }
     }
 
@@ -157,7 +156,7 @@ impl<K: Kernel> Engine<K> {
         let first = dirty[0].2;
         let count_slots = dirty[dirty.len() - 1].2 - first + 1;
         let range = self.ring.range(super::staging::Slots { first, count: count_slots });
-        let mut placed: ArrayVec<Option<Pfn>, BATCH> = ArrayVec::new();
+        let mut placed: ArrayVec<Option<DevicePfn>, BATCH> = ArrayVec::new();
         self.kernel.read_staged(range, |bytes| {
             let of = |slot: u32| {
                 let at = (slot - first) as usize * page;

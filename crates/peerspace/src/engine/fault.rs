@@ -132,11 +132,20 @@ impl<K: Kernel> Engine<K> {
     /// # Errors
     /// [`Pause`], if there is no patience for what it would take. Never with [`Patience::Waits`].
     pub(crate) fn fault(&self, va: Va, access: Access, wake: Wake, patience: Patience) -> Result<Outcome, Pause> {
-        let started = Instant::now();
         let vpn = self.geometry.vpn(va);
-        let mut work = self.contexts.take();
         let (level, direction) = self.streams.arrive(vpn);
-        let mut fault = Fault { patience, direction, ahead: false, ..Fault::ahead(vpn, access, wake, level) };
+        self.resolve(Fault { patience, direction, ahead: false, ..Fault::ahead(vpn, access, wake, level) })
+    }
+
+    /// Resolves `fault`, whatever stream it belongs to.
+    ///
+    /// # Errors
+    /// As [`fault`](Engine::fault).
+    pub(crate) fn resolve(&self, mut fault: Fault) -> Result<Outcome, Pause> {
+        let started = Instant::now();
+        let Fault { vpn, level, direction, patience, .. } = fault;
+        let va = self.geometry.va(vpn);
+        let mut work = self.contexts.take();
         let mut ration = Ration::default();
         let mut attempts = 0;
         let mut refused: Option<Instant> = None;
@@ -204,7 +213,12 @@ impl<K: Kernel> Engine<K> {
         self.provide(seen.state(), whole, grain, fault, work, ration)?;
 
         let entry = match fault.patience {
-            Patience::Waits | Patience::Locks => self.table.lock(fault.vpn).map_err(|_| Hold::Again)?,
+            Patience::Waits => self.table.lock(fault.vpn).map_err(|_| Hold::Again)?,
+            // Who has it may wait for a thread like this one to receive.
+            Patience::Locks => {
+                let locked = self.table.lock_unless(fault.vpn, || self.inplace.is_under_way());
+                locked.map_err(|_| Hold::Again)?.ok_or(Hold::Changing)?
+            }
             Patience::Never => self.table.try_lock(fault.vpn).map_err(|_| Hold::Again)?.ok_or(Hold::Busy)?,
         };
         // Look again (H12): the region may have gone and the state changed before the lock was ours.
@@ -212,8 +226,9 @@ impl<K: Kernel> Engine<K> {
             return Err(Hold::Again);
         }
         match plan::on_fault(entry.state(), fault.access) {
-            FaultPlan::Poison => self.poisoned(entry, fault, work),
+            FaultPlan::Poison(_) => self.poisoned(entry, fault, work),
             FaultPlan::Present => self.present(entry, fault, work),
+            FaultPlan::InPlace(pfn) => self.fault_in_place(pfn, entry, fault, work.context()),
             FaultPlan::Upgrade => self.upgrade(entry, region, fault, work),
             FaultPlan::TakeBack if whole => self.take_back_block(entry, fault, work),
             FaultPlan::TakeBack => self.take_back(entry, fault, work, ration),
@@ -228,8 +243,8 @@ impl<K: Kernel> Engine<K> {
                 let Grain::Pages(most) = grain else { return Err(Hold::Again) };
                 let most = if fault.alone { Pages(1) } else { most };
                 match plan {
-                    FaultPlan::Fill => self.fill(entry, region, most, fault, work, ration),
-                    _ => self.load(entry, region, most, fault, work, ration),
+                    FaultPlan::Load(_) => self.load(entry, region, most, fault, work, ration),
+                    _ => self.fill(entry, region, most, fault, work, ration),
                 }
             }
         }
@@ -263,7 +278,7 @@ impl<K: Kernel> Engine<K> {
                     ration.pages = 1;
                 }
             }
-            FaultPlan::Present | FaultPlan::Upgrade | FaultPlan::Poison => {}
+            FaultPlan::Present | FaultPlan::InPlace(_) | FaultPlan::Upgrade | FaultPlan::Poison(_) => {}
         }
         Ok(())
     }

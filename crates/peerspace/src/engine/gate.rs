@@ -125,6 +125,12 @@ impl Gate {
         }
     }
 
+    /// Nobody receives anything just now.
+    #[cfg(feature = "devices")]
+    pub(crate) fn is_idle(&self) -> bool {
+        self.word.load(Ordering::SeqCst) & STATE == 0
+    }
+
     /// Waits until no change is being acted on.
     pub(crate) fn wait_open(&self, park: &impl Park) {
         loop {

@@ -6,22 +6,25 @@
 
 use super::fault::{Outcome, Patience};
 use super::{Engine, Entry};
-use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pfn, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, DevicePfn, PageRange, Pages, Vpn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::folio::TooManyPins;
 use peerspace_core::memmap::{Arrival, Frame};
 use peerspace_core::plan::CLUSTER;
+use peerspace_core::regions::Attributes;
 use peerspace_os::{Kernel, Wake};
 
 /// A page cannot be held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HoldError {
     /// Its data is gone (rule Z9), with this page of a device.
-    Lost(Vpn, Pfn),
+    Lost(Vpn, DevicePfn),
     /// It lies in no region of the space.
     Foreign(Vpn),
     /// As many users rely on it as can be counted.
     TooMany(Vpn),
+    /// It is in place on a device, and cannot be migrated out of there.
+    Stays(Vpn),
 }
 
 /// The folios of a range, one after the other: which of them was pinned last.
@@ -76,6 +79,18 @@ impl<K: Kernel> Engine<K> {
                     self.pin_mapped(&entry, walk).map_err(|TooManyPins| HoldError::TooMany(vpn))?;
                     return Ok(entry.range().end);
                 }
+                // It stays where it is for good.
+                State::Coherent { pfn } if self.is_persistent(vpn) => {
+                    let page = self.addresses(PageRange::new(vpn, Pages(1)));
+                    let fine = self.kernel.is_accessible(page, access == Access::Write);
+                    return if fine { Ok(vpn + 1) } else { Err(HoldError::Lost(vpn, pfn)) };
+                }
+                // A pin for long migrates it out (rule Z5).
+                State::Coherent { pfn } => {
+                    drop((entry, work));
+                    self.leave_place(pfn, vpn).ok_or(HoldError::Stays(vpn))?;
+                    continue;
+                }
                 // A native page: it is there, but the table knows nothing of it yet.
                 State::Empty if faulted => self.track_native(entry),
                 State::Poisoned { pfn } if faulted => return Err(HoldError::Lost(vpn, pfn)),
@@ -103,7 +118,7 @@ impl<K: Kernel> Engine<K> {
         if walk.is_new(folio, huge) { self.memmap.folio(folio).pin() } else { Ok(()) }
     }
 
-    /// Holds some pages at the start of `pages`, to be copied and [let go](Engine::let_go): the block of the first if
+    /// Holds some pages at the start of `pages`, to be copied and [let go](Engine::let_go_some): the block of the first if
     /// that is mapped whole, else a few single pages. Returns what is held. Pages that are mapped already take no fault.
     ///
     /// # Errors
@@ -128,6 +143,9 @@ impl<K: Kernel> Engine<K> {
         let mut held = PageRange { start: pages.start, end: pages.start };
         while held.end < pages.end && held.pages() < CLUSTER {
             let Ok(entry) = self.table.lock(held.end) else { break };
+            if let State::Coherent { pfn } = entry.state() {
+                return self.hold_in_place(pfn, &entry, pages, access == Access::Write);
+            }
             let State::Host { writable, .. } = entry.state() else { break };
             let allowed = writable || access == Access::Read;
             // A whole block alone.
@@ -137,6 +155,11 @@ impl<K: Kernel> Engine<K> {
             held.end = entry.range().end.min(pages.end);
         }
         (!held.is_empty()).then_some(held)
+    }
+
+    /// Whether the region of `vpn` is one of a persistent device, which stays where it is.
+    pub(super) fn is_persistent(&self, vpn: Vpn) -> bool {
+        self.region(vpn).is_some_and(|r| r.attributes.has(Attributes::PERSISTENT))
     }
 
     /// Takes the page at `vpn` into the table where it is, if it is a native one.
@@ -167,6 +190,19 @@ impl<K: Kernel> Engine<K> {
         self.memmap.map(frame);
         self.announce(frame, Arrival::New);
         entry.commit(State::Host { pfn: self.memmap.pfn(frame), writable: true, dirt: Dirt::Dirty });
+    }
+
+    /// Undoes [`hold_some`](Engine::hold_some).
+    pub(crate) fn let_go_some(&self, held: PageRange) {
+        {
+            let _work = self.contexts.take();
+            if let Ok(entry) = self.table.lock(held.start)
+                && let State::Coherent { pfn } = entry.state()
+            {
+                return self.let_go_in_place(pfn, held.start);
+            }
+        }
+        self.let_go(held);
     }
 
     /// Undoes [`hold_pages`](Engine::hold_pages).

@@ -12,7 +12,7 @@ use super::context::Context;
 use super::{Engine, Entry};
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{PageRange, Pages, Pfn, Vpn};
+use peerspace_core::addr::{DevicePfn, PageRange, Pages, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::regions::Attributes;
 use peerspace_core::sync::{AtomicU32, AtomicU64, Ordering};
@@ -141,7 +141,7 @@ impl<K: Kernel> Engine<K> {
 
     /// The first lost page of `pages` that cannot be made good by discarding it, because it is buried: after a discarding
     /// of all of them. Without a context.
-    pub(crate) fn still_lost(&self, pages: PageRange) -> Option<(Vpn, Pfn)> {
+    pub(crate) fn still_lost(&self, pages: PageRange) -> Option<(Vpn, DevicePfn)> {
         let can = self.kernel.capabilities();
         if can.poison || !can.kernel_faults {
             return None;

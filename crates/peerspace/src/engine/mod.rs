@@ -8,11 +8,13 @@
 //! | [`reclaim`] | unmapping victims to standby |
 //! | [`evict`] | from standby to a device, or dropped |
 //! | [`staging`] | where frames are meanwhile |
-//! | [`tiers`], [`tier`] | the devices, and who owns each of their pages |
+//! | [`tiers`], [`tier`] | the devices, and who owns each of their pages; `no_tiers.rs` in a build without any |
 //! | [`detach`] | devices that come and go |
 //! | [`adopt`] | memory the program already has |
 //! | [`own`] | regions of the space's own, made and given back |
 //! | [`collapse`], [`compact`] | small pages become huge folios again, and room is made for them |
+//! | [`migrate`], [`inplace`] | blocks sent to a device, and mapped there in place |
+//! | [`named`] | regions of persistent devices |
 //! | [`hold`], [`cold`] | pages held where they are, and pages set aside |
 //! | [`changes`] | what the program itself does to its memory |
 //! | [`lost`] | pages that cannot be had back |
@@ -29,6 +31,7 @@
 //! its device page, its staging slot and its mapping. Locks are taken in this order, and none is held while
 //! waiting for an earlier one:
 //!
+//! 0. the [turn](inplace), by who puts memory of devices in place or takes it away, forks, or detaches,
 //! 1. a [context](context) and the [budget] (neither is a lock on data),
 //! 2. table entries, ascending; reclaim, which comes from the frame to the entry, only ever tries,
 //! 3. a [section](gate) (short, nothing waits in it),
@@ -47,6 +50,7 @@ pub(crate) mod cold;
 pub(crate) mod collapse;
 pub(crate) mod compact;
 pub(crate) mod context;
+#[cfg(feature = "devices")]
 pub(crate) mod detach;
 pub(crate) mod evict;
 pub(crate) mod fault;
@@ -54,21 +58,31 @@ pub(crate) mod folio;
 pub(crate) mod gate;
 mod going;
 pub(crate) mod hold;
+#[cfg(feature = "devices")]
+pub(crate) mod inplace;
+#[cfg(not(feature = "devices"))]
+#[path = "no_inplace.rs"]
+pub(crate) mod inplace;
 #[cfg(all(test, feature = "soft", not(any(shuttle, miri))))]
 mod inject_tests;
 pub(crate) mod lost;
+#[cfg(feature = "devices")]
+pub(crate) mod migrate;
+#[cfg(feature = "devices")]
+pub(crate) mod named;
 pub(crate) mod own;
 pub(crate) mod pages;
 pub(crate) mod reclaim;
 pub(crate) mod serve;
-#[cfg(test)]
+#[cfg(all(test, feature = "devices"))]
 mod sim_tests;
 pub(crate) mod staging;
 pub(crate) mod stats;
+#[cfg(feature = "devices")]
 pub(crate) mod tier;
+#[cfg_attr(not(feature = "devices"), path = "no_tiers.rs")]
 pub(crate) mod tiers;
 
-use crate::device::Device;
 use crate::sync::Mutex;
 use budget::Budget;
 use context::Contexts;
@@ -85,7 +99,7 @@ use peerspace_core::table::{Locked, Table, TableMemory};
 use peerspace_os::own::{Box, Vec};
 use peerspace_os::{Kernel, Trouble};
 use staging::{Blocks, Ring, SEGMENT};
-use tiers::{TierError, Tiers};
+use tiers::{OpenDevice, TierError, Tiers};
 
 /// Bits of virtual addresses that programs are given unless they ask for more.
 const VA_BITS: u32 = if cfg!(target_arch = "aarch64") { 48 } else { 47 };
@@ -105,6 +119,7 @@ pub(crate) struct Engine<K: Kernel> {
     pub(crate) gate: Gate,
     pub(crate) budget: Budget,
     pub(crate) tiers: Tiers<K::Words>,
+    pub(crate) inplace: inplace::InPlace,
     pub(crate) ring: Ring<K::Words>,
     pub(crate) blocks: Blocks,
     pub(crate) policy: Mutex<Box<dyn Policy<K::Words>>>,
@@ -138,7 +153,7 @@ pub(crate) struct Config<W> {
     /// Pages of RAM that the machine has.
     pub(crate) ram: Pages,
     /// The devices, in the order in which they are tried.
-    pub(crate) devices: Vec<Box<dyn Device>>,
+    pub(crate) devices: Vec<OpenDevice>,
     /// Chooses victims.
     pub(crate) policy: Box<dyn Policy<W>>,
     /// Contexts to make.
@@ -211,6 +226,7 @@ impl<K: Kernel> Engine<K> {
             gate: Gate::new(),
             budget: Budget::new(config.limit),
             tiers,
+            inplace: inplace::InPlace::new(),
             ring: Ring::new(geometry, slots_at, (slots / SEGMENT as u64) as u32, words(slots as usize)?),
             blocks: Blocks::new(geometry, staging.start, blocks as u32),
             policy: Mutex::new(config.policy),
@@ -390,6 +406,7 @@ impl<K: Kernel> Engine<K> {
         self.service.renew();
         self.contexts.renew();
         self.tiers.renew();
+        self.inplace.renew();
         for slot in self.contexts.all() {
             slot.as_ref().counters.reset();
             slot.as_ref().latency.reset();

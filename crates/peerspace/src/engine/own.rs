@@ -75,6 +75,7 @@ impl<K: Kernel> Engine<K> {
         let (mut unmapped, mut behind) = (pages.start, 0);
         for piece in pages.by_block() {
             let before = self.budget.charged();
+            self.close_in_place(piece);
             self.discard(piece, &work.counters);
             behind += (before - self.budget.charged()).max(0);
             if behind >= BEHIND {

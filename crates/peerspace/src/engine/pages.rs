@@ -8,8 +8,8 @@
 use super::context::{Context, Working};
 use super::fault::{Fault, Hold, Outcome, Patience, Ration};
 use super::stats::{count, count_n};
+use super::tiers::{DeviceError, Load};
 use super::{Engine, Entry};
-use crate::device::{DeviceError, Load};
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{Access, Order, PageRange, Pages, VaRange, Vpn};
 use peerspace_core::entry::{Dirt, State};
@@ -284,7 +284,7 @@ impl<K: Kernel> Engine<K> {
             region,
             most,
             fault.direction,
-            |s| matches!(s, State::Device { pfn, rewritten: r, .. } if range.contains(pfn) && r == rewritten),
+            |s| matches!(s, State::Device { pfn, rewritten: r, .. } if range.contains(pfn.pfn()) && r == rewritten),
         );
         let frames = self.frames_for(&mut locks, fault.vpn, ration);
         if frames.is_empty() {

@@ -22,8 +22,8 @@ use super::stats::{count, count_n};
 use super::{Engine, Entry};
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange};
-use peerspace_core::entry::State;
-use peerspace_core::memmap::{Arrival, Frame};
+use peerspace_core::entry::{Dirt, State};
+use peerspace_core::memmap::{Arrival, Backing, Frame};
 use peerspace_core::regions::Attributes;
 use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
 use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
@@ -478,6 +478,18 @@ impl<K: Kernel> Engine<K> {
         if !writable {
             self.forget_copy(entry, frame);
         }
+    }
+
+    /// The frame is the only copy from now on.
+    pub(super) fn forget_copy(&self, entry: &mut Entry<'_, K>, frame: Frame) {
+        let copy = self.memmap.backing(frame);
+        self.memmap.set_backing(frame, Backing::None);
+        entry.set(match entry.state() {
+            State::Host { pfn, .. } => State::Host { pfn, writable: true, dirt: Dirt::Dirty },
+            State::Standby { pfn, .. } => State::Standby { pfn, dirt: Dirt::Dirty },
+            other => unreachable!("{other:?} has no frame"),
+        });
+        self.free_backing(copy, if entry.is_whole() { Order::BLOCK } else { Order::BASE });
     }
 
     /// A victim that is on no list turned out to be discarded by the program.

@@ -183,6 +183,7 @@ impl<K: Kernel> Engine<K> {
         while !self.service.stopped() {
             await_bell(&self.service.reclaim, &park);
             self.bury_lost();
+            self.take_failed_from_place();
             let mut work = self.contexts.take();
             count(&work.counters.background_reclaims);
             let high = self.budget.watermarks().high.0 as i64;

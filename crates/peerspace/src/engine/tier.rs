@@ -7,10 +7,10 @@
 //! Locks: the allocator and the descriptors have one together, held for a few dozen instructions and never across a call of
 //! the device.
 
-use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store};
+use crate::device::{Descriptor, Device, DeviceError, DevicePages, DeviceWords, Load, OwnMetadata, Store};
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{Geometry, Order, Pages, Pfn, Va, Vpn};
+use peerspace_core::addr::{DevicePfn, Geometry, Order, Pages, Pfn, Va, Vpn};
 use peerspace_core::buddy::Buddy;
 use peerspace_core::devmap::{DeviceMap, InUse};
 use peerspace_core::pagemap::PfnRange;
@@ -44,6 +44,10 @@ pub(crate) struct Tier<W> {
     failed: AtomicBool,
     /// Pages lost so far.
     lost: AtomicU64,
+    /// The memory is another process's, from which this one was forked: its books, which lie in there, are not ours.
+    foreign: AtomicBool,
+    /// Pages that the CPU maps in place.
+    pub(crate) in_place: AtomicU64,
     /// The most pages that were in use.
     pub(crate) most_used: AtomicU64,
     pub(crate) loads: AtomicU64,
@@ -52,10 +56,19 @@ pub(crate) struct Tier<W> {
     pub(crate) errors: AtomicU64,
 }
 
+/// Memory of a device for its descriptors.
+struct OwnWords(Box<dyn DeviceWords>);
+
+impl DeviceWords for OwnWords {
+    fn word(&self, pfn: Pfn, i: usize) -> &AtomicU64 {
+        self.0.word(pfn, i)
+    }
+}
+
 /// The pages of a device: which are free, and whose the others are.
 struct Room<W> {
     buddy: Buddy<W>,
-    map: DeviceMap<W>,
+    map: DeviceMap<W, OwnWords>,
     /// Pages that could not be stored to: free, but the last to be tried again. A few bad ones would otherwise be
     /// what is always tried first.
     aside: ArrayVec<(u64, Order), BATCH>,
@@ -67,11 +80,17 @@ struct Room<W> {
 
 impl<W: Words> Room<W> {
     fn alloc(&mut self, order: Order, vpn: Vpn, reserved: bool) -> Option<u64> {
+        self.alloc_near(None, order, vpn, reserved)
+    }
+
+    /// The same, at `near` if that is free.
+    fn alloc_near(&mut self, near: Option<u64>, order: Order, vpn: Vpn, reserved: bool) -> Option<u64> {
         let room = self.available().0 - if reserved { 0 } else { self.reserved.min(self.available().0) };
         if self.closed || room < order.pages().0 {
             return None;
         }
-        let page = self.buddy.alloc(order).or_else(|| {
+        let page = near.filter(|at| self.buddy.alloc_at(*at, order)).or_else(|| self.buddy.alloc(order));
+        let page = page.or_else(|| {
             let Room { buddy, aside, .. } = self;
             aside.drain(..).for_each(|(page, order)| buddy.free(page, order));
             buddy.alloc(order)
@@ -113,13 +132,16 @@ impl<W: Words> Tier<W> {
         info: Descriptor,
         range: PfnRange,
         geometry: Geometry,
+        own: Option<OwnMetadata>,
         mut words: impl FnMut(usize) -> Result<W, E>,
     ) -> Result<Tier<W>, (Box<dyn Device>, E)> {
-        let mut books = || -> Result<Room<W>, E> {
+        let books = || -> Result<Room<W>, E> {
             let page = geometry.page_bytes() as u64;
             let buddy = Buddy::new(words(Buddy::<W>::words_for(info.pages))?, info.pages);
-            let [host, upper] = DeviceMap::<W>::words_for(info.pages, page);
-            let map = DeviceMap::new(info.pages, page, [words(host)?, words(upper)?], None);
+            let [host, upper] = DeviceMap::<W, OwnWords>::words_for(info.pages, page);
+            let host = if own.is_some() { 0 } else { host };
+            let own = own.map(|own| (own.altmap, OwnWords(own.words)));
+            let map = DeviceMap::new(info.pages, page, [words(host)?, words(upper)?], own);
             Ok(Room { buddy, map, aside: ArrayVec::new(), reserved: 0, closed: false })
         };
         let room = match books() {
@@ -138,6 +160,8 @@ impl<W: Words> Tier<W> {
             told_failing: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             lost: AtomicU64::new(0),
+            foreign: AtomicBool::new(false),
+            in_place: AtomicU64::new(0),
             most_used: AtomicU64::new(0),
             loads: AtomicU64::new(0),
             stores: AtomicU64::new(0),
@@ -214,6 +238,28 @@ impl<W: Words> Tier<W> {
         self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
     }
 
+    /// Takes a block for the data of `vpn`, at `near` if that is free.
+    pub(crate) fn take_block(&self, near: Option<u64>, vpn: Vpn) -> Option<u64> {
+        let mut room = self.room.lock();
+        let page = room.alloc_near(near, Order::BLOCK, vpn, false);
+        self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
+        page
+    }
+
+    /// Takes the block at `page` for the data of `vpn`. False when it is in use, or there is no memory for its descriptor.
+    pub(crate) fn claim_block(&self, page: u64, vpn: Vpn) -> bool {
+        let mut room = self.room.lock();
+        if room.closed || !room.buddy.alloc_at(page, Order::BLOCK) {
+            return false;
+        }
+        if room.map.take(page, Order::BLOCK, vpn).is_err() {
+            room.buddy.free(page, Order::BLOCK);
+            return false;
+        }
+        self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
+        true
+    }
+
     /// The data of pages in use are those of `vpn` from now on. Their entry is locked.
     pub(crate) fn place(&self, page: u64, order: Order, vpn: Vpn) {
         self.room.lock().map.place(page, order, vpn);
@@ -251,14 +297,29 @@ impl<W: Words> Tier<W> {
         self.room.lock().closed = closed;
     }
 
+    /// In a forked child: leaves the memory and the books of the parent alone from here on.
+    pub(crate) fn become_foreign(&self) {
+        self.foreign.store(true, Relaxed);
+        self.close(true);
+    }
+
+    pub(crate) fn is_foreign(&self) -> bool {
+        self.foreign.load(Relaxed)
+    }
+
     /// Pages in use.
     pub(crate) fn used(&self) -> Pages {
         self.range.pages - self.available()
     }
 
-    /// Bytes of descriptors in host memory.
-    pub(crate) fn metadata_bytes(&self) -> u64 {
-        self.room.lock().map.bytes()[0]
+    /// Bytes of descriptors in host memory, and in the device's own.
+    pub(crate) fn metadata_bytes(&self) -> [u64; 2] {
+        self.room.lock().map.bytes()
+    }
+
+    /// Its first page, among those of all devices.
+    pub(crate) fn base(&self) -> DevicePfn {
+        DevicePfn::new(self.range.base)
     }
 
     /// The device, of which nothing is in use any more.
@@ -273,6 +334,9 @@ impl<W: Words> Tier<W> {
 
     /// Frees pages; if they are bad, others are to be tried first from now on.
     pub(crate) fn give_up(&self, page: u64, order: Order, bad: bool) {
+        if self.is_foreign() {
+            return;
+        }
         if !self.room.lock().map.put(page, order) {
             debug_assert!(false, "somebody refers to private pages that are freed");
             return;
@@ -283,6 +347,11 @@ impl<W: Words> Tier<W> {
         }
         self.room.lock().free(page, order, bad);
         self.freed.fetch_add(order.pages().0, Relaxed);
+    }
+
+    /// Whether what leaves RAM may go here now.
+    pub(crate) fn takes_evicted(&self) -> bool {
+        self.info.takes_evicted && self.accepts()
     }
 
     /// Whether it makes sense to store here now.
@@ -298,7 +367,7 @@ impl<W: Words> Tier<W> {
     }
 
     /// Says that the page at `va` cannot be had back from here; where there are many, not of each. True if it was said.
-    pub(crate) fn tell_lost(&self, va: Va, pfn: Pfn, error: DeviceError) -> bool {
+    pub(crate) fn tell_lost(&self, va: Va, pfn: DevicePfn, error: DeviceError) -> bool {
         let name = &self.info.name;
         let before = self.lost.fetch_add(1, Relaxed);
         if before < LOUD {
@@ -357,7 +426,7 @@ impl<W: Words> Tier<W> {
 
 /// Calls a device. `None` if it panicked, which must not reach the program's own code: it is in the middle of an
 /// access, and knows nothing of devices.
-pub(super) fn unwinding<T>(call: impl FnOnce() -> T) -> Option<T> {
+pub(crate) fn unwinding<T>(call: impl FnOnce() -> T) -> Option<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).ok()
 }
 

@@ -3,17 +3,21 @@
 //! Devices come and go while the space is in use (rules Z1 to Z3). Whoever works with one has a reference to it, which keeps
 //! it there; a page in use keeps it there as well, so that its owner can always have one.
 
-use super::tier::{BATCH, Tier, answer, unwinding};
-use crate::device::{Device, DeviceError, ForkSide, Load, Store};
+use super::tier::{Tier, answer, unwinding};
+use crate::device::{Descriptor, Device, MemoryType, Store};
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{Geometry, Order, Pfn, Vpn};
+use peerspace_core::addr::{DevicePfn, Geometry, Order, Pfn, Vpn};
 use peerspace_core::buddy::Buddy;
 use peerspace_core::pagemap::{MAX_RANGES, Pagemaps};
 use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use peerspace_core::words::Words;
 use peerspace_os::own::{Box, Own, Vec};
 use peerspace_os::slot::{Slot, SlotRef};
+
+pub(crate) use super::tier::BATCH;
+pub(crate) use crate::device::{DeviceError, ForkSide, Load};
+pub(crate) use crate::spec::OpenDevice;
 
 /// A reference to a device.
 pub(crate) type TierRef<'a, W> = SlotRef<'a, Box<Tier<W>>>;
@@ -43,7 +47,7 @@ pub(crate) struct WriteBack<'a> {
     /// Whose data they are.
     pub(crate) vpn: Vpn,
     /// Where it is now, once it is anywhere.
-    pub(crate) at: Option<Pfn>,
+    pub(crate) at: Option<DevicePfn>,
 }
 
 impl<W: Words> Tiers<W> {
@@ -76,6 +80,8 @@ impl<W: Words> Tiers<W> {
         let info = unwinding(|| device.describe())
             .ok_or_else(|| TierError::Refused(format!("number {}", id + 1), "it panicked in `describe`".into()))?;
         let refused = |why: String| TierError::Refused(info.name.clone(), why);
+        let own = unwinding(|| device.altmap()).ok_or_else(|| refused("it panicked in `altmap`".into()))?;
+        lacks(&*device, &info).map_or(Ok(()), |what| Err(refused(what.into())))?;
         let most = Buddy::<W>::MAX_PAGES;
         if info.pages.0 > most {
             return Err(refused(format!("it has {} pages; up to {most} can be managed", info.pages.0)));
@@ -83,7 +89,7 @@ impl<W: Words> Tiers<W> {
         let _changes = self.changes.lock();
         let range = self.maps.place(self.first, info.pages).map_err(|e| refused(e.to_string()))?;
         let i = self.maps.register(range).map_err(|e| refused(e.to_string()))?;
-        let tier = Tier::new(id, device, info, range, self.geometry, words).map_err(|(_, e)| {
+        let tier = Tier::new(id, device, info, range, self.geometry, own, words).map_err(|(_, e)| {
             self.maps.unregister(i);
             TierError::Memory(e)
         })?;
@@ -100,28 +106,33 @@ impl<W: Words> Tiers<W> {
         (0..MAX_RANGES).find(|i| self.slots[*i].get_as_owner(shard).is_ok_and(|tier| tier.id == id))
     }
 
+    /// The device of this number, if it is there and not being taken away.
+    pub(crate) fn by_id(&self, id: u64) -> Option<TierRef<'_, W>> {
+        self.slots[self.slot(id)?].get(super::cpu()).ok().filter(|tier| tier.id == id)
+    }
+
     /// Begins to take device `id` away: nobody gets a reference to it any more, except who owns a page of it, and no page of
     /// it is taken. A pfn of it, to find it by.
-    pub(crate) fn revoke(&self, id: u64) -> Option<Pfn> {
+    pub(crate) fn revoke(&self, id: u64) -> Option<DevicePfn> {
         let i = self.slot(id)?;
         let tier = self.slots[i].get(super::cpu()).ok()?;
         self.slots[i].revoke().ok()?;
         tier.close(true);
-        Some(tier.range.base)
+        Some(DevicePfn::new(tier.range.base))
     }
 
     /// Takes [`revoke`](Tiers::revoke) back.
-    pub(crate) fn restore(&self, base: Pfn) {
-        let Some(i) = self.maps.find(base) else { return };
+    pub(crate) fn restore(&self, base: DevicePfn) {
+        let Some(i) = self.maps.find(base.pfn()) else { return };
         self.of(base).close(false);
         let restored = self.slots[i].restore();
         debug_assert!(restored.is_ok(), "a device was restored that was not revoked");
     }
 
     /// Takes away a device that was revoked and no page of which is in use, when nobody has a reference to it.
-    pub(crate) fn remove(&self, base: Pfn) -> Option<Box<dyn Device>> {
+    pub(crate) fn remove(&self, base: DevicePfn) -> Option<Box<dyn Device>> {
         let _changes = self.changes.lock();
-        let i = self.maps.find(base)?;
+        let i = self.maps.find(base.pfn())?;
         let tier = self.slots[i].take().ok()?;
         debug_assert_eq!(tier.used().0, 0, "pages of a device that is taken away are in use");
         self.maps.unregister(i);
@@ -141,28 +152,28 @@ impl<W: Words> Tiers<W> {
     }
 
     /// The device that `pfn` belongs to, if it is there.
-    pub(crate) fn find(&self, pfn: Pfn) -> Option<TierRef<'_, W>> {
-        let tier = self.slots[self.maps.find(pfn)?].get_as_owner(super::cpu()).ok()?;
+    pub(crate) fn find(&self, pfn: DevicePfn) -> Option<TierRef<'_, W>> {
+        let tier = self.slots[self.maps.find(pfn.pfn())?].get_as_owner(super::cpu()).ok()?;
         // Another one may have come to be there since.
-        tier.range.contains(pfn).then_some(tier)
+        tier.range.contains(pfn.pfn()).then_some(tier)
     }
 
     /// The device of `pfn`, a page of which is in use.
     ///
     /// # Panics
     /// When there is none: then an entry of the table is corrupt.
-    pub(crate) fn of(&self, pfn: Pfn) -> TierRef<'_, W> {
+    pub(crate) fn of(&self, pfn: DevicePfn) -> TierRef<'_, W> {
         self.find(pfn).unwrap_or_else(|| panic!("{pfn} belongs to no device: the logical table is corrupt"))
     }
 
     /// Gives back `2^order` pages from `pfn` on.
-    pub(crate) fn free(&self, pfn: Pfn, order: Order) {
+    pub(crate) fn free(&self, pfn: DevicePfn, order: Order) {
         let tier = self.of(pfn);
         tier.free(pfn - tier.range.base, order);
     }
 
     /// `2^order` pages from `pfn` on hold the data of `vpn` from now on: a mapping has moved.
-    pub(crate) fn place(&self, pfn: Pfn, order: Order, vpn: Vpn) {
+    pub(crate) fn place(&self, pfn: DevicePfn, order: Order, vpn: Vpn) {
         let tier = self.of(pfn);
         tier.place(pfn - tier.range.base, order, vpn);
     }
@@ -171,7 +182,7 @@ impl<W: Words> Tiers<W> {
     ///
     /// # Errors
     /// What the device says, the second time.
-    pub(crate) fn load(&self, pfn: Pfn, bytes: &mut [u8]) -> Result<(), DeviceError> {
+    pub(crate) fn load(&self, pfn: DevicePfn, bytes: &mut [u8]) -> Result<(), DeviceError> {
         let tier = self.of(pfn);
         let mut load = || {
             let mut batch = [Load::new(pfn - tier.range.base, &mut *bytes)];
@@ -183,7 +194,7 @@ impl<W: Words> Tiers<W> {
     }
 
     /// Whether the device page `pfn` holds exactly `bytes`; false where that cannot be said.
-    pub(crate) fn holds(&self, pfn: Pfn, bytes: &[u8]) -> bool {
+    pub(crate) fn holds(&self, pfn: DevicePfn, bytes: &[u8]) -> bool {
         let tier = self.of(pfn);
         tier.holds(pfn - tier.range.base, bytes)
     }
@@ -202,7 +213,7 @@ impl<W: Words> Tiers<W> {
     /// The same, `reserved`: to what was reserved for them, if there is nothing else.
     pub(crate) fn write_to(&self, folios: &mut [WriteBack<'_>], reserved: bool) {
         for tier in self.iter() {
-            if !tier.accepts() || folios.iter().all(|f| f.at.is_some()) {
+            if !tier.takes_evicted() || folios.iter().all(|f| f.at.is_some()) {
                 continue;
             }
             let mut which: ArrayVec<(usize, u64), BATCH> = ArrayVec::new();
@@ -220,7 +231,7 @@ impl<W: Words> Tiers<W> {
                 let result = answer(&batch, k, page);
                 let bad = !matches!(result, Ok(()) | Err(DeviceError::NoSpace));
                 if tier.judge(result) {
-                    folios[i].at = Some(tier.range.base + page);
+                    folios[i].at = Some(DevicePfn::new(tier.range.base + page));
                     tier.stores.fetch_add(folios[i].order.pages().0, Relaxed);
                 } else {
                     tier.give_up(page, folios[i].order, bad);
@@ -236,7 +247,7 @@ impl<W: Words> Tiers<W> {
 
     /// Writes new content to a device page that is allocated already. False when the device failed; the page
     /// then holds nothing to rely on.
-    pub(crate) fn rewrite(&self, pfn: Pfn, bytes: &[u8]) -> bool {
+    pub(crate) fn rewrite(&self, pfn: DevicePfn, bytes: &[u8]) -> bool {
         let tier = self.of(pfn);
         let page = pfn - tier.range.base;
         let mut batch = [Store::new(page, bytes)];
@@ -255,7 +266,13 @@ impl<W: Words> Tiers<W> {
 
     /// Lets every device go on after a fork.
     pub(crate) fn after_fork(&self, side: ForkSide) {
-        self.iter().for_each(|t| t.device().after_fork(side));
+        for tier in self.iter() {
+            tier.device().after_fork(side);
+            let shares = tier.info.memory != MemoryType::Private;
+            if side == ForkSide::Child && shares && !unwinding(|| tier.device().shared(0).is_some()).unwrap_or(false) {
+                tier.become_foreign();
+            }
+        }
     }
 
     /// In a forked child: whoever had a reference, or was taking a device away, does not exist.
@@ -268,6 +285,21 @@ impl<W: Words> Tiers<W> {
             tier.close(false);
             tier.unreserve(u64::MAX);
         }
+    }
+}
+
+/// What a device of its kind must have and this one has not (rule Z11).
+fn lacks(device: &dyn Device, info: &Descriptor) -> Option<&'static str> {
+    let shared = unwinding(|| device.shared(0).is_some()).unwrap_or(false);
+    let named = unwinding(|| device.named().is_some()).unwrap_or(false);
+    match info.memory {
+        MemoryType::Private => None,
+        _ if !shared => Some("it says that the CPU can map its memory, and has none to map (`Device::shared`)"),
+        MemoryType::Persistent if !named => Some("a persistent device needs regions with names (`Device::named`)"),
+        MemoryType::Persistent if info.takes_evicted => {
+            Some("a persistent device holds what has a name, and cannot take what leaves RAM for want of room")
+        }
+        MemoryType::Coherent | MemoryType::Persistent => None,
     }
 }
 

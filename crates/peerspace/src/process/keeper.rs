@@ -16,11 +16,14 @@
 use super::candidates::Search;
 use super::forks::ProcessForks;
 use super::records::{Options, Record};
+#[cfg(feature = "devices")]
 use crate::device::failing::Failing;
 use crate::engine::adopt::AdoptError;
+use crate::engine::tiers::OpenDevice;
 use crate::engine::{self, Config, Engine, MIN_LIMIT};
 use crate::report::Statistics;
 use crate::space::Real;
+#[cfg(feature = "devices")]
 use crate::spec::own;
 use peerspace_core::addr::{Access, Geometry, PageRange, Va, VaRange};
 use peerspace_core::reclaim::{Policy, S3Fifo};
@@ -426,8 +429,22 @@ impl Process {
     }
 
     fn make_engine(&self) -> Result<Shared<Real>, OsError> {
-        let plain = |e: &dyn std::fmt::Display| OsError::plain(e.to_string());
         let limit = peerspace_core::addr::Pages(self.limit());
+        let devices = self.open_devices()?;
+        let (blocks, slots) = engine::staging_layout(limit);
+        let delivery = if self.options.by_signal { Delivery::Signal } else { Delivery::Messages };
+        let kernel = Linux::open(Setup { delivery, blocks, slots, without: 0 })?;
+        let policy: Box<dyn Policy<Arena>> = allocator_api2::unsize_box!(Box::new_in(S3Fifo::new(), Own));
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let ram = self.geometry.pages_in(peerspace_os::linux::probe::ram_bytes());
+        let config = Config { limit, ram, devices, policy, contexts: (2 * cpus + 6).min(128) };
+        Engine::new(kernel, config).map(Shared::new).map_err(|e| OsError::plain(format!("set up tables: {e:?}")))
+    }
+
+    /// The devices that the options name.
+    #[cfg(feature = "devices")]
+    fn open_devices(&self) -> Result<Vec<OpenDevice>, OsError> {
+        let plain = |e: &dyn std::fmt::Display| OsError::plain(e.to_string());
         let mut devices = Vec::new_in(Own);
         let first = self.first == Some(rustix::process::getpid().as_raw_nonzero().get());
         for (i, spec) in self.options.specs().map_err(|e| plain(&e))?.into_iter().enumerate() {
@@ -439,14 +456,17 @@ impl Process {
                 None => device,
             });
         }
-        let (blocks, slots) = engine::staging_layout(limit);
-        let delivery = if self.options.by_signal { Delivery::Signal } else { Delivery::Messages };
-        let kernel = Linux::open(Setup { delivery, blocks, slots, without: 0 })?;
-        let policy: Box<dyn Policy<Arena>> = allocator_api2::unsize_box!(Box::new_in(S3Fifo::new(), Own));
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let ram = self.geometry.pages_in(peerspace_os::linux::probe::ram_bytes());
-        let config = Config { limit, ram, devices, policy, contexts: (2 * cpus + 6).min(128) };
-        Engine::new(kernel, config).map(Shared::new).map_err(|e| OsError::plain(format!("set up tables: {e:?}")))
+        Ok(devices)
+    }
+
+    #[cfg(not(feature = "devices"))]
+    fn open_devices(&self) -> Result<Vec<OpenDevice>, OsError> {
+        match self.options.devices.first() {
+            None => Ok(Vec::new_in(Own)),
+            Some(spec) => Err(OsError::plain(format!(
+                "device {spec:?}: this build of peerspace was made without devices (cargo feature \"devices\")"
+            ))),
+        }
     }
 
     /// Takes everything under management that can be and is not. Where the program changes its mappings all the

@@ -3,8 +3,10 @@
 //! Both are JSON. The options travel in an environment variable to every process that the program starts; the report
 //! is the contract of `--report`: sizes in bytes, times in nanoseconds.
 
+#[cfg(feature = "devices")]
 use crate::device::failing::FailureSpec;
 use crate::report::{Statistics, ThpStatistics};
+#[cfg(feature = "devices")]
 use crate::spec::DeviceSpec;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -37,11 +39,13 @@ impl Options {
     ///
     /// # Errors
     /// For a specification that is malformed.
+    #[cfg(feature = "devices")]
     pub fn specs(&self) -> Result<Vec<DeviceSpec>, crate::spec::SpecError> {
         self.devices.iter().map(|d| d.parse()).collect()
     }
 
     /// After how many pages device `i` is to fail, if it is.
+    #[cfg(feature = "devices")]
     pub(crate) fn failure(&self, i: usize) -> Option<u64> {
         let mut failures = self.inject.iter().filter_map(|f| f.parse::<FailureSpec>().ok());
         failures.find(|f| f.device == i + 1).map(|f| f.pages)
@@ -259,6 +263,7 @@ mod tests {
         };
         let text = serde_json::to_string(&options).unwrap();
         assert_eq!(serde_json::from_str::<Options>(&text).unwrap(), options);
+        #[cfg(feature = "devices")]
         assert_eq!(options.specs().unwrap().len(), 2);
     }
 }

@@ -8,6 +8,8 @@
 //! threads do it at once, in the interleavings that a model checker chooses.
 
 #[cfg(all(not(shuttle), feature = "process"))]
+mod areas;
+#[cfg(all(not(shuttle), feature = "process"))]
 mod detach;
 #[cfg(all(not(shuttle), feature = "process"))]
 mod folios;
@@ -23,7 +25,7 @@ mod races;
 use super::fault::{Outcome, Patience};
 use super::reclaim::Step;
 use super::{Config, Engine, staging_layout};
-use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store};
+use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, SharedMemory, Store};
 use crate::sync::Mutex;
 use peerspace_core::addr::{Access, Pages, Va, VaRange};
 use peerspace_core::reclaim::{Policy, S3Fifo};
@@ -32,7 +34,10 @@ use peerspace_os::inject::Inject;
 use peerspace_os::own::{Box as OwnBox, Own, Vec as OwnVec};
 use peerspace_os::sim::{Setup, Sim, SimWords, Trap};
 use peerspace_os::{Capabilities, Kernel, Wake};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::{pread, pwrite};
 use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 pub(super) const PAGE: usize = 4096;
@@ -72,13 +77,15 @@ pub(super) struct Shelf {
     pages: u64,
     compares: bool,
     slow: bool,
+    /// Where the bytes are that the CPU maps in place, of a coherent one.
+    memory: Option<Arc<OwnedFd>>,
 }
 
 #[cfg_attr(any(shuttle, not(feature = "process")), allow(dead_code))] // each of the two uses some
 impl Shelf {
     pub(super) fn new(pages: u64) -> Shelf {
         let mood = Mood { room: usize::MAX, ..Mood::default() };
-        Shelf { mood: Arc::new(Mutex::new(mood)), pages, compares: false, slow: false }
+        Shelf { mood: Arc::new(Mutex::new(mood)), pages, compares: false, slow: false, memory: None }
     }
 
     pub(super) fn compares(self) -> Shelf {
@@ -87,6 +94,13 @@ impl Shelf {
 
     pub(super) fn slow(self) -> Shelf {
         Shelf { slow: true, ..self }
+    }
+
+    /// One whose memory the CPU maps in place.
+    pub(super) fn coherent(self) -> Shelf {
+        let file = memfd_create(c"shelf", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, self.pages * PAGE as u64).unwrap();
+        Shelf { memory: Some(Arc::new(file)), compares: true, ..self }
     }
 
     /// Has one load in `one_in` fail; 0 for none.
@@ -129,7 +143,7 @@ impl Shelf {
 }
 
 impl Mood {
-    fn load(&mut self, first: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
+    fn load(&mut self, first: u64, bytes: &mut [u8], memory: Option<&OwnedFd>) -> Result<(), DeviceError> {
         for (i, out) in bytes.chunks_exact_mut(PAGE).enumerate() {
             let page = first + i as u64;
             let Some(held) = self.held.get(&page) else {
@@ -145,7 +159,10 @@ impl Mood {
                 return Err(DeviceError::Io(5));
             }
             self.failed.remove(&page);
-            out.copy_from_slice(held);
+            match memory {
+                Some(file) => assert_eq!(pread(file, out, page * PAGE as u64), Ok(PAGE)),
+                None => out.copy_from_slice(held),
+            }
         }
         Ok(())
     }
@@ -153,7 +170,10 @@ impl Mood {
 
 impl Device for Shelf {
     fn describe(&self) -> Descriptor {
-        let d = Descriptor::private("shelf", self.pages);
+        let d = match self.memory {
+            Some(_) => Descriptor::coherent("shelf", self.pages),
+            None => Descriptor::private("shelf", self.pages),
+        };
         let d = if self.compares { d.compares() } else { d };
         if self.slow { d.slow() } else { d }
     }
@@ -169,6 +189,9 @@ impl Device for Shelf {
                 continue;
             }
             for (page, bytes) in pages.zip(store.bytes.chunks_exact(PAGE)) {
+                if let Some(file) = &self.memory {
+                    assert_eq!(pwrite(&**file, bytes, page * PAGE as u64), Ok(PAGE));
+                }
                 m.held.insert(page, bytes.into());
                 m.bad.remove(&page);
                 m.lost.remove(&page);
@@ -181,7 +204,7 @@ impl Device for Shelf {
     fn load(&self, batch: &mut [Load<'_>]) {
         let mut m = self.mood.lock();
         for load in batch {
-            load.result = m.load(load.page, load.bytes);
+            load.result = m.load(load.page, load.bytes, self.memory.as_deref());
         }
     }
 
@@ -203,8 +226,15 @@ impl Device for Shelf {
             m.wrong.push(format!("page {page} is compared and was never stored"));
             return Err(DeviceError::Unsupported);
         }
-        let held = &m.held[&page];
-        if m.bad.contains(&page) { Err(DeviceError::Corrupt) } else { Ok(**held == *bytes) }
+        let mut held = m.held[&page].clone();
+        if let Some(file) = &self.memory {
+            assert_eq!(pread(&**file, &mut held[..], page * PAGE as u64), Ok(PAGE));
+        }
+        if m.bad.contains(&page) { Err(DeviceError::Corrupt) } else { Ok(*held == *bytes) }
+    }
+
+    fn shared(&self, page: u64) -> Option<SharedMemory<'_>> {
+        self.memory.as_ref().map(|file| SharedMemory { file: file.as_fd(), offset: page * PAGE as u64 })
     }
 }
 

@@ -4,13 +4,14 @@
 //! everything is; after each step the engine's own invariants are checked. Only pages that a device has refused to
 //! give back may be lost, and they stay lost until the program discards or unmaps them.
 
+use super::areas::{Area, Seen};
 use super::holds::Holds;
 use super::{ABLE, Came, PAGE, Rig, Shelf};
 use crate::engine::adopt::AdoptError;
-use peerspace_core::addr::{Access, PageRange, Va, VaRange};
+use peerspace_core::addr::{Access, PageRange, Va, VaRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_os::inject::Call;
-use peerspace_os::own::{Box as OwnBox, Own};
+use peerspace_os::own::{Box as OwnBox, Buffer, Own};
 use peerspace_os::sim::Allowed;
 use peerspace_os::{Capabilities, Kernel};
 use proptest::prelude::*;
@@ -32,6 +33,8 @@ enum Op {
     Collapse { at: usize },
     Attach { pages: u64 },
     Detach { which: usize },
+    MigrateTo { at: usize, blocks: usize, which: usize },
+    MigrateHome { at: usize, blocks: usize },
     Compact,
     Cold { at: usize, pages: usize },
     SplitMapping { at: usize },
@@ -68,6 +71,8 @@ fn op() -> impl Strategy<Value = Op> {
         3 => some.clone().prop_map(|at| Op::Collapse { at }),
         2 => (1u64..3000).prop_map(|pages| Op::Attach { pages }),
         2 => some.clone().prop_map(|which| Op::Detach { which }),
+        5 => (some.clone(), 1usize..4, some.clone()).prop_map(|(at, blocks, which)| Op::MigrateTo { at, blocks, which }),
+        3 => (some.clone(), 1usize..4).prop_map(|(at, blocks)| Op::MigrateHome { at, blocks }),
         1 => Just(Op::Compact),
         2 => (some.clone(), 1usize..900).prop_map(|(at, pages)| Op::Cold { at, pages }),
         1 => some.clone().prop_map(|at| Op::SplitMapping { at }),
@@ -86,51 +91,6 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (2000usize..4000).prop_map(|pages| Op::Room { pages }),
         3 => (any::<u64>(), 0u32..9).prop_map(|(seed, one_in)| Op::Fail { seed, one_in }),
     ]
-}
-
-/// A page as the program must see it.
-#[derive(Clone)]
-struct Seen {
-    /// `None` for zeros.
-    bytes: Option<Box<[u8]>>,
-    allowed: Allowed,
-    lost: bool,
-}
-
-/// A stretch of the program's memory.
-struct Area {
-    range: VaRange,
-    /// A region of the engine's own: the program does not change its mapping.
-    own: bool,
-    managed: bool,
-    seen: Vec<Seen>,
-}
-
-impl Area {
-    fn new(range: VaRange, own: bool, managed: bool) -> Area {
-        let seen = Seen { bytes: None, allowed: Allowed::Write, lost: false };
-        Area { range, own, managed, seen: vec![seen; range.len() as usize / PAGE] }
-    }
-
-    fn va(&self, page: usize) -> Va {
-        Va(self.range.start.0 + (page * PAGE) as u64)
-    }
-
-    fn part(&self, first: usize, pages: usize) -> VaRange {
-        VaRange { start: self.va(first), end: self.va(first + pages) }
-    }
-
-    /// Cuts pages out: what is left before, the pages, and what is left behind.
-    fn cut(mut self, first: usize, pages: usize) -> [Area; 3] {
-        let behind = self.seen.split_off(first + pages);
-        let middle = self.seen.split_off(first);
-        let (a, b) = (self.va(first), self.va(first + pages));
-        let VaRange { start, end } = self.range;
-        let piece = |start, end, seen| Area { range: VaRange { start, end }, seen, ..self };
-        let [before, middle, behind] = [(start, a, None), (a, b, Some(middle)), (b, end, Some(behind))]
-            .map(|(s, e, seen)| piece(s, e, seen.unwrap_or_default()));
-        [Area { seen: self.seen, ..before }, middle, behind]
-    }
 }
 
 struct World {
@@ -158,7 +118,7 @@ impl World {
     fn new(can: Capabilities, compares: bool) -> World {
         // The first device is small, so that there is a second one to go on with.
         let first = if compares { Shelf::new(300).compares() } else { Shelf::new(300).slow() };
-        let shelves = vec![first, Shelf::new(8000)];
+        let shelves = vec![first, Shelf::new(8000), Shelf::new(2048).coherent()];
         World {
             rig: Rig::new(can, shelves.clone(), true),
             shelves,
@@ -237,12 +197,49 @@ impl World {
 
     fn at_rest(&self, fork: impl FnOnce()) {
         let engine = &self.rig.engine;
-        engine.settle_changes();
-        engine.contexts.freeze();
-        while engine.release_ready() {}
-        engine.tiers.before_fork();
-        fork();
-        engine.contexts.thaw();
+        let turn = engine.take_turn();
+        engine.leave_shared_memory(&turn);
+        // Where that could not be, a child would not go on.
+        if !engine.inplace.is_left_behind() {
+            turn.keep();
+            engine.settle_changes();
+            engine.contexts.freeze();
+            while engine.release_ready() {}
+            engine.tiers.before_fork();
+            fork();
+            engine.contexts.thaw();
+            engine.inplace.give_up_turn(&engine.kernel.park());
+        }
+        engine.reopen_shared_memory();
+    }
+
+    /// The blocks that lie inside of some at `at`, if that is a region of the engine's own.
+    fn blocks(&self, at: usize, blocks: usize) -> Vec<u64> {
+        let Some((i, first)) = self.place(at) else { return Vec::new() };
+        let area = &self.areas[i];
+        let pages = area.part(first, (blocks * 512).min(area.seen.len() - first));
+        let pieces = self.rig.engine.geometry.pages_inside(pages).by_block();
+        if area.own { pieces.map(|p| p.start.block()).collect() } else { Vec::new() }
+    }
+
+    /// Discards a part of area `i`. True if that could be done.
+    fn discard(&mut self, i: usize, first: usize, pages: usize) {
+        let range = self.areas[i].part(first, pages);
+        self.holds.touched(self.rig.engine.geometry.pages_inside(range));
+        let done = if self.areas[i].own {
+            let engine = &self.rig.engine;
+            let discard = |rest| engine.discard_now(engine.addresses(rest));
+            engine.discard_in_place(engine.geometry.pages_inside(range), discard).is_ok()
+        } else {
+            self.program_discards(i, range)
+        };
+        if done {
+            // What is buried is another mapping, and stays when the engine is not asked.
+            let buried = !self.areas[i].managed;
+            for seen in &mut self.areas[i].seen[first..first + pages] {
+                (seen.bytes, seen.lost) = (None, seen.lost && buried);
+            }
+        }
     }
 
     /// Counts the pages that the kernel populated by itself, as the keeper of a managed process does now and then.
@@ -357,11 +354,35 @@ impl World {
             Op::Detach { which } => {
                 let engine = &self.rig.engine;
                 let ids: Vec<u64> = engine.tiers.iter().map(|t| t.id).collect();
+                let id = ids[which % ids.len()];
                 // One stays, so that there is somewhere to go.
-                if ids.len() > 1 {
-                    let id = ids[which % ids.len()];
+                if engine.tiers.iter().any(|t| t.id != id && t.info.takes_evicted) {
                     let gone = engine.detach(id).is_ok();
                     assert_eq!(gone, engine.tiers.iter().all(|t| t.id != id));
+                }
+            }
+            Op::MigrateTo { at, blocks, which } => {
+                let engine = &self.rig.engine;
+                let ids: Vec<u64> = engine.tiers.iter().map(|t| t.id).collect();
+                // Mostly to where it is mapped in place.
+                let coherent = engine.tiers.iter().find(|t| !t.info.takes_evicted).map(|t| t.id);
+                let id = coherent.filter(|_| which % 4 > 0).unwrap_or(ids[which % ids.len()]);
+                let mut buffer = Buffer::new(512 * PAGE).unwrap();
+                for block in self.blocks(at, blocks) {
+                    let vpn = Vpn::of_block(block);
+                    let done = engine.migrate_block(block, id, &mut buffer);
+                    let state = engine.table.look(vpn).unwrap().0.state();
+                    if done.is_ok() && Some(id) == coherent {
+                        assert!(matches!(state, State::Coherent { .. }), "block {block} is in place: {state:?}");
+                    }
+                }
+            }
+            Op::MigrateHome { at, blocks } => {
+                for block in self.blocks(at, blocks) {
+                    let _ = self.rig.engine.migrate_home(block);
+                    let state = self.rig.engine.table.look(Vpn::of_block(block)).unwrap().0.state();
+                    let failing = self.rig.engine.kernel.is_failing();
+                    assert!(failing || !matches!(state, State::Coherent { .. }), "block {block} is home: {state:?}");
                 }
             }
             Op::Compact => drop(self.rig.engine.compact()),
@@ -402,19 +423,13 @@ impl World {
             Op::Discard { at, pages } => {
                 let Some((i, first)) = self.place(at) else { return };
                 let n = pages.min(self.areas[i].seen.len() - first);
-                let range = self.areas[i].part(first, n);
-                self.holds.touched(self.rig.engine.geometry.pages_inside(range));
-                let done = if self.areas[i].own {
-                    self.rig.engine.discard_now(range).is_ok()
-                } else {
-                    self.program_discards(i, range)
-                };
-                if done {
-                    // What is buried is another mapping, and stays when the engine is not asked.
-                    let buried = !self.areas[i].managed;
-                    for seen in &mut self.areas[i].seen[first..first + n] {
-                        (seen.bytes, seen.lost) = (None, seen.lost && buried);
-                    }
+                // Block by block: each is discarded or not.
+                let in_block = (self.areas[i].va(first).0 >> PAGE.ilog2()) as usize % 512;
+                let mut at = first;
+                while at < first + n {
+                    let end = (at + 512 - (in_block + at - first) % 512).min(first + n);
+                    self.discard(i, at, end - at);
+                    at = end;
                 }
             }
             Op::Unmap { at, pages } => {

@@ -1,0 +1,480 @@
+//! Memory of devices that the CPU maps in place of a region's own (rule Z5): put there when a block is migrated to a coherent
+//! device, and taken away when it comes home, is pinned, discarded, forked, or its device goes or fails.
+//!
+//! ```text
+//!  home --move--> State::Device, all of the block on one device --show--> State::Coherent
+//!                 State::Device                                 <--hide-- State::Coherent
+//! ```
+//!
+//! Both halves are complete by themselves: between them a block is what any page on a device is, and a fault brings it home.
+//! Faults never move what is in place; to the fault path, [`State::Coherent`] means that there is nothing to be done.
+//!
+//! # Waiting for oneself
+//!
+//! To show and to hide are changes of mappings like those of the program: the call goes on when somebody has received the
+//! news. Whoever calls has the entry of the block locked, and a receiver that acts on somebody else's change may want that
+//! entry. So the one who changes says so first, in a section, when nobody acts on anything ([`InPlace::begin`]); and a receiver
+//! that finds such a change under way receives until it is over, before it acts on anything else ([`InPlace::is_ours`],
+//! `Engine::apply`). Only one thread changes at a time; it has the *turn*, which forks and walks of everything take as well.
+//!
+//! Nothing but regions of the space's own is used so. The program does not unmap these, so nobody else's mapping can have
+//! come to be where memory is put in place; of adopted memory the kernel would not say.
+
+use super::context::{Context, Working};
+use super::detach::DetachError;
+use super::fault::{Fault, Hold, Outcome};
+use super::tier::unwinding;
+use super::{Engine, Entry};
+use crate::device::MemoryType;
+use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, DevicePfn, VaRange, Vpn};
+use peerspace_core::entry::State;
+use peerspace_core::sync::{AtomicBool, AtomicU64, Latch, Ordering, Ordering::Relaxed, Park};
+use peerspace_os::own::Buffer;
+use peerspace_os::{Kernel, Message, Trouble};
+
+/// Memory of devices may cut up regions into one part in so many of all mappings that a process may have; the rest is the
+/// program's own to use.
+const SHARE: u64 = 4;
+
+/// What is being put in place or taken away.
+#[derive(Debug)]
+pub(crate) struct InPlace {
+    turn: Latch,
+    /// The addresses whose mappings are just changing; zeros when none are.
+    start: AtomicU64,
+    end: AtomicU64,
+    /// Where what takes their place was prepared, once the kernel has told.
+    from: AtomicU64,
+    /// A receiver waits for the change to be over, and has received nothing that it has not acted on, apart from changes of
+    /// others.
+    awaited: AtomicBool,
+    /// Copies under way to or from memory in place, which stays there meanwhile.
+    holds: AtomicU64,
+    /// Runs of blocks in place that follow each other on the device too: each is a mapping.
+    runs: AtomicU64,
+    left_behind: AtomicBool,
+}
+
+/// The right to put memory in place and to take it away.
+pub(crate) struct Turn<'a, P: Park> {
+    inplace: &'a InPlace,
+    park: P,
+}
+
+impl<P: Park> Turn<'_, P> {
+    /// Keeps it until somebody [gives it up](InPlace::give_up_turn).
+    pub(crate) fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl<P: Park> Drop for Turn<'_, P> {
+    fn drop(&mut self) {
+        self.inplace.turn.unlock(&self.park);
+    }
+}
+
+impl InPlace {
+    pub(crate) fn new() -> InPlace {
+        InPlace {
+            turn: Latch::new(),
+            start: AtomicU64::new(0),
+            end: AtomicU64::new(0),
+            from: AtomicU64::new(0),
+            awaited: AtomicBool::new(false),
+            holds: AtomicU64::new(0),
+            runs: AtomicU64::new(0),
+            left_behind: AtomicBool::new(false),
+        }
+    }
+
+    /// Waits for the turn. Not for threads that receive messages, nor with a context or an entry in hand.
+    pub(crate) fn turn<P: Park>(&self, park: P) -> Turn<'_, P> {
+        self.turn.lock(&park);
+        Turn { inplace: self, park }
+    }
+
+    /// Gives up a turn that was [kept](Turn::keep).
+    pub(crate) fn give_up_turn(&self, park: &impl Park) {
+        self.turn.unlock(park);
+    }
+
+    /// In a forked child, at rest: the thread that forked had the turn.
+    pub(crate) fn renew(&self) {
+        self.turn.reset();
+        self.holds.store(0, Relaxed);
+    }
+
+    /// Whether what two processes would share could not be moved before a fork.
+    pub(crate) fn is_left_behind(&self) -> bool {
+        self.left_behind.swap(false, Relaxed)
+    }
+
+    /// Says that the mappings of `range` are about to change. The caller is in a section and has the turn.
+    fn begin(&self, range: VaRange) {
+        self.from.store(0, Ordering::SeqCst);
+        self.end.store(range.end.0, Ordering::SeqCst);
+        self.start.store(range.start.0, Ordering::SeqCst);
+    }
+
+
+    /// Whether somebody has entries locked and waits for news of their own to be received.
+    pub(crate) fn is_under_way(&self) -> bool {
+        self.start.load(Ordering::SeqCst) != 0
+    }
+
+    /// Receives by `receive` until what is under way is over; calls `other` with what is not news of that.
+    pub(crate) fn await_end(&self, mut receive: impl FnMut() -> Option<Message>, mut other: impl FnMut(Message)) {
+        loop {
+            self.awaited.store(true, Ordering::SeqCst);
+            if !self.is_under_way() {
+                return self.awaited.store(false, Ordering::SeqCst);
+            }
+            self.awaited.store(false, Ordering::SeqCst);
+            match receive() {
+                Some(change) if self.is_ours(&change) => {}
+                Some(change) => other(change),
+                None => crate::sync::yield_now(),
+            }
+        }
+    }
+
+    /// Whether `change` is news of what is under way: the range goes on to be what the table says.
+    pub(crate) fn is_ours(&self, change: &Message) -> bool {
+        let [start, end, from] = [&self.start, &self.end, &self.from].map(|a| a.load(Ordering::SeqCst));
+        if start == 0 {
+            return false;
+        }
+        match *change {
+            Message::Unmap(r) => {
+                (r.start.0, r.end.0) == (start, end) || from != 0 && (r.start.0, r.len()) == (from, end - start)
+            }
+            Message::Move { from, to, len } if (to.0, len) == (start, end - start) => {
+                self.from.store(from.0, Ordering::SeqCst);
+                true
+            }
+            _ => false,
+        }
+    }
+
+}
+
+/// Why memory was not put in place, or not taken away. It is where it was, or on the device and not in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum PlaceError {
+    /// The kernel refused.
+    #[error("{0}")]
+    Kernel(Trouble),
+    /// There are as many mappings already as may be.
+    #[error("memory in place is in {0} pieces already, as many as leave the program enough of the mappings it may have")]
+    TooManyPieces(u64),
+    /// The device has no memory to be mapped there.
+    #[error("the device has no memory there for the CPU to map")]
+    NoMemory,
+    /// The block has changed meanwhile.
+    #[error("somebody works with it")]
+    Busy,
+}
+
+impl<K: Kernel> Engine<K> {
+    /// The [turn](InPlace::turn).
+    pub(crate) fn take_turn(&self) -> Turn<'_, K::Park> {
+        self.inplace.turn(self.kernel.park())
+    }
+
+    /// Says that the mappings of `entry` change, unless somebody else's change is being acted on. The caller has the turn.
+    fn begin_change(&self, entry: &Entry<'_, K>, work: &Working<'_>) -> bool {
+        let Some(_section) = self.gate.enter(work.context()) else { return false };
+        self.inplace.begin(self.addresses(entry.range()));
+        // Threads that receive wait for no entry from here on.
+        entry.turn_away();
+        true
+    }
+
+    /// The call that changes mappings has returned: its news has been received, and is acted on before this returns.
+    fn end_change(&self) {
+        // Whoever received it has done so with the gate closed, or while he waits for this to end.
+        while !self.gate.is_idle() && !self.inplace.awaited.load(Ordering::SeqCst) {
+            crate::sync::yield_now();
+        }
+        self.inplace.start.store(0, Ordering::SeqCst);
+    }
+
+    /// Puts the device's memory in the place of the block of `entry`, which is on that device as a whole.
+    pub(super) fn put_in_place(
+        &self,
+        entry: Entry<'_, K>,
+        work: Working<'_>,
+        _turn: &Turn<'_, K::Park>,
+    ) -> Result<(), PlaceError> {
+        let State::Device { pfn, .. } = entry.state() else { unreachable!("the block is on a device") };
+        let most = self.kernel.most_mappings() / SHARE;
+        let pieces = self.inplace.runs.load(Relaxed);
+        if pieces >= most {
+            return Err(PlaceError::TooManyPieces(pieces));
+        }
+        if !self.begin_change(&entry, &work) {
+            drop((entry, work));
+            self.wait_for_changes();
+            return Err(PlaceError::Busy);
+        }
+        // Without the context, which whoever brings everything to rest waits for.
+        drop(work);
+        let tier = self.tiers.of(pfn);
+        let shown = match unwinding(|| tier.device().shared(pfn - tier.range.base)).flatten() {
+            Some(memory) => self.kernel.show(self.addresses(entry.range()), memory).map_err(PlaceError::Kernel),
+            None => Err(PlaceError::NoMemory),
+        };
+        self.end_change();
+        shown?;
+        self.note_in_place(entry.vpn(), pfn, true);
+        entry.commit(State::Coherent { pfn });
+        Ok(())
+    }
+
+    /// Takes away what is in place at `vpn`: the data are on the device then, and a fault brings them home. Nothing happens
+    /// where nothing is in place.
+    pub(crate) fn take_from_place(&self, vpn: Vpn, _turn: &Turn<'_, K::Park>) -> Result<(), PlaceError> {
+        loop {
+            let work = self.contexts.take();
+            let Ok(entry) = self.table.lock(vpn) else { return Ok(()) };
+            let State::Coherent { pfn } = entry.state() else { return Ok(()) };
+            if self.inplace.holds.load(Ordering::SeqCst) > 0 {
+                // A copy is under way, somewhere.
+                drop((entry, work));
+                crate::sync::yield_now();
+                continue;
+            }
+            if !self.begin_change(&entry, &work) {
+                drop((entry, work));
+                self.wait_for_changes();
+                continue;
+            }
+            drop(work);
+            let hidden = self.kernel.hide(self.addresses(entry.range())).map_err(PlaceError::Kernel);
+            self.end_change();
+            hidden?;
+            self.gone_from_place(entry.range(), pfn);
+            entry.commit(State::Device { pfn, stamp: self.stamp(), rewritten: false });
+            return Ok(());
+        }
+    }
+
+    /// Accounts for the block at `vpn` with `pfn`: it is in place now, or is not any more. Its entry is locked.
+    fn note_in_place(&self, vpn: Vpn, pfn: DevicePfn, is_now: bool) {
+        let beside = |vpn: Option<Vpn>, pfn: Option<u64>| {
+            let (Some(vpn), Some(pfn)) = (vpn, pfn) else { return false };
+            let state = self.table.look(vpn).map(|(entry, _)| entry.state());
+            matches!(state, Some(State::Coherent { pfn: at }) if at.pfn().0 == pfn)
+        };
+        let before = beside(vpn.0.checked_sub(BLOCK_PAGES).map(Vpn), pfn.pfn().0.checked_sub(BLOCK_PAGES));
+        let after = beside(Some(vpn + BLOCK_PAGES), Some(pfn.pfn().0 + BLOCK_PAGES));
+        // One more piece, less those that it joins; and the other way round.
+        let pieces = 1 - before as i64 - after as i64;
+        self.inplace.runs.fetch_add((if is_now { pieces } else { -pieces }) as u64, Relaxed);
+        let tier = self.tiers.of(pfn);
+        let pages = BLOCK_PAGES as i64;
+        tier.in_place.fetch_add((if is_now { pages } else { -pages }) as u64, Relaxed);
+    }
+
+    /// The pages of `range`, at `pfn`, are not in place any more. Their entries are locked.
+    pub(super) fn gone_from_place(&self, range: PageRange, pfn: DevicePfn) {
+        if range.pages().0 == BLOCK_PAGES {
+            return self.note_in_place(range.start, pfn, false);
+        }
+        self.tiers.of(pfn).in_place.fetch_sub(range.pages().0, Relaxed);
+    }
+
+    /// A fault where memory is in place: it began before it was, or the memory itself cannot be had.
+    pub(super) fn fault_in_place(
+        &self,
+        _: DevicePfn,
+        entry: Entry<'_, K>,
+        fault: &Fault,
+        context: &Context,
+    ) -> Result<Outcome, Hold> {
+        let page = self.addresses(PageRange::new(fault.vpn, Pages(1)));
+        if self.gate.enter(context).is_none() {
+            return Err(Hold::Changing);
+        }
+        // A file that has become shorter, memory that is broken: the kernel says so by the signal that brought us here.
+        let broken = !self.kernel.capabilities().kernel_faults
+            && !self.kernel.is_accessible(page, fault.access == Access::Write);
+        drop(entry);
+        if broken {
+            return Ok(Outcome::Poisoned);
+        }
+        let _ = self.kernel.wake(page);
+        Ok(Outcome::Resolved)
+    }
+
+    /// Holds `pages`, which begin in the locked `entry`, where they are in place: for a copy to or from them, until they are
+    /// [let go](Engine::let_go_in_place). `None` where an access would fail.
+    pub(super) fn hold_in_place(&self, _: DevicePfn, entry: &Entry<'_, K>, pages: PageRange, write: bool) -> Option<PageRange> {
+        let held = PageRange { start: pages.start, end: pages.end.min(entry.range().end) };
+        if entry.vpn() > pages.start || !self.kernel.is_accessible(self.addresses(held), write) {
+            return None;
+        }
+        if !self.is_persistent(held.start) {
+            self.inplace.holds.fetch_add(1, Ordering::SeqCst);
+        }
+        Some(held)
+    }
+
+    /// Undoes [`hold_in_place`](Engine::hold_in_place). The entry of `vpn` is locked.
+    pub(super) fn let_go_in_place(&self, _: DevicePfn, vpn: Vpn) {
+        if !self.is_persistent(vpn) {
+            let before = self.inplace.holds.fetch_sub(1, Ordering::SeqCst);
+            debug_assert!(before > 0, "more is let go of than was held");
+        }
+    }
+
+    /// Takes away what is in place at `vpn`, for a pin. `None` if that cannot be done.
+    pub(super) fn leave_place(&self, _: DevicePfn, vpn: Vpn) -> Option<()> {
+        let turn = self.take_turn();
+        self.take_from_place(vpn, &turn).ok()
+    }
+
+    /// Before memory of the space's own is unmapped that nobody refers to any more: gives up what is in place of `pages`.
+    pub(super) fn close_in_place(&self, pages: PageRange) {
+        for piece in pages.by_block() {
+            let mut at = piece.start;
+            while at < piece.end {
+                let Some((seen, whole)) = self.table.look(at) else { break };
+                let next = if whole { piece.end } else { at + 1 };
+                if let State::Coherent { .. } = seen.state()
+                    && let Ok(entry) = self.table.lock(at)
+                    && let State::Coherent { pfn } = entry.state()
+                {
+                    let closed = self.kernel.close(self.addresses(entry.range()));
+                    // Mapped on, it would be somebody else's data one day.
+                    assert!(closed.is_ok(), "memory of a device cannot be unmapped: {closed:?}");
+                    self.gone_from_place(entry.range(), pfn);
+                    let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
+                    entry.commit(State::Empty);
+                    self.tiers.free(pfn, order);
+                }
+                at = next;
+            }
+        }
+    }
+
+    /// Before the content of `pages`, of a region of the space's own, is discarded: what is in place of it as whole blocks is
+    /// taken away, and of blocks that are meant in part those pages are made zero where they are. Calls `rest` with what is to
+    /// be discarded yet.
+    pub(crate) fn discard_in_place(
+        &self,
+        pages: PageRange,
+        mut rest: impl FnMut(PageRange) -> Result<(), Trouble>,
+    ) -> Result<(), Trouble> {
+        let mut from = pages.start;
+        for piece in pages.by_block() {
+            let in_place = |vpn| matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Coherent { .. }));
+            if !in_place(piece.start) {
+                continue;
+            }
+            if piece.pages().0 == BLOCK_PAGES {
+                let turn = self.take_turn();
+                self.take_from_place(piece.start, &turn).map_err(|e| match e {
+                    PlaceError::Kernel(trouble) => trouble,
+                    _ => Trouble::Busy,
+                })?;
+            } else if self.zero_in_place(piece)? {
+                if from < piece.start {
+                    rest(PageRange { start: from, end: piece.start })?;
+                }
+                from = piece.end;
+            }
+        }
+        if from < pages.end { rest(PageRange { start: from, end: pages.end }) } else { Ok(()) }
+    }
+
+    /// Makes `pages`, a part of a block, zero where they are. False when they are not in place any more.
+    fn zero_in_place(&self, pages: PageRange) -> Result<bool, Trouble> {
+        let mut work = self.contexts.take();
+        let Ok(entry) = self.table.lock(pages.start) else { return Ok(false) };
+        let (State::Coherent { pfn }, true) = (entry.state(), entry.is_whole()) else { return Ok(false) };
+        let zeros = &mut work.parts().1[..self.geometry.page_bytes()];
+        zeros.fill(0);
+        for vpn in pages.iter() {
+            if !self.tiers.rewrite(pfn + (vpn - entry.vpn()), zeros) {
+                return Err(Trouble::Other(rustix::io::Errno::IO.raw_os_error()));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes away all that is in place of the device at `base`.
+    pub(crate) fn take_all_from_place(&self, base: DevicePfn) {
+        let turn = self.take_turn();
+        let mut from = 0;
+        loop {
+            let found = {
+                let _work = self.contexts.take();
+                let tier = self.tiers.find(base).filter(|t| t.in_place.load(Relaxed) > 0);
+                tier.and_then(|tier| tier.next_in_use(from))
+            };
+            let Some(folio) = found else { return };
+            for vpn in PageRange::new(folio.vpn, folio.order.pages()).iter().step_by(BLOCK_PAGES as usize) {
+                if let Err(e) = self.take_from_place(vpn, &turn) {
+                    crate::tell::warning(format_args!(
+                        "memory of a device that has failed stays mapped at {}: {e}",
+                        self.geometry.va(vpn)
+                    ));
+                }
+            }
+            from = folio.page + folio.order.pages().0;
+        }
+    }
+
+    /// Takes away what is in place of devices that have failed: exactly that is lost when it is asked for (rule Z9).
+    pub(super) fn take_failed_from_place(&self) {
+        let next = || {
+            let _work = self.contexts.take();
+            let failed = self.tiers.iter().find(|t| t.has_failed() && t.in_place.load(Relaxed) > 0);
+            failed.map(|tier| tier.base())
+        };
+        // What cannot be taken away has been told.
+        if let Some(base) = next() {
+            self.take_all_from_place(base);
+        }
+    }
+
+    /// Before a fork, with the turn: what two processes would share is moved elsewhere, for afterwards each has its own (rule
+    /// G12). Where there is no room elsewhere it comes home, beyond the budget.
+    pub(crate) fn leave_shared_memory(&self, turn: &Turn<'_, K::Park>) {
+        if let Err(e) = self.move_shared_memory(turn) {
+            crate::tell::warning(format_args!("what two processes would share cannot be moved before a fork: {e:?}"));
+            self.inplace.left_behind.store(true, Relaxed);
+        }
+    }
+
+    fn move_shared_memory(&self, turn: &Turn<'_, K::Park>) -> Result<(), DetachError> {
+        let shared = |base: Option<DevicePfn>| {
+            let _work = self.contexts.take();
+            let mut coherent = self.tiers.iter().filter(|t| t.info.memory == MemoryType::Coherent);
+            let next = coherent.find(|t| {
+                // Nothing more goes there until the fork is over.
+                t.close(true);
+                base.is_none_or(|b| t.range.base > b.pfn()) && t.used() > Pages(0)
+            });
+            next.map(|t| t.base())
+        };
+        let mut at = shared(None);
+        if at.is_none() {
+            return Ok(());
+        }
+        let mut buffer = Buffer::new(self.geometry.block_bytes()).map_err(|_| DetachError::NoMemory)?;
+        while let Some(base) = at {
+            self.evict_all(base, &mut buffer, turn, true)?;
+            at = shared(Some(base));
+        }
+        Ok(())
+    }
+
+    /// After a fork, with the turn: such memory may be used again.
+    pub(crate) fn reopen_shared_memory(&self) {
+        let _work = self.contexts.take();
+        self.tiers.iter().filter(|t| t.info.memory == MemoryType::Coherent).for_each(|t| t.close(false));
+    }
+}

@@ -1,0 +1,111 @@
+//! What takes the place of memory in place where the space has no devices: the build without the feature `devices` (rule
+//! Z10). Nothing is ever in place, and there is nothing to wait for.
+
+use super::context::Context;
+use super::fault::{Fault, Hold, Outcome};
+use super::{Engine, Entry};
+use peerspace_core::addr::{DevicePfn, PageRange, Vpn};
+use peerspace_core::sync::{Latch, Park};
+use peerspace_os::{Kernel, Message, Trouble};
+
+/// What is being put in place or taken away: nothing.
+#[derive(Debug)]
+pub(crate) struct InPlace {
+    turn: Latch,
+}
+
+/// The right to put memory in place: what forks and walks of everything exclude each other by.
+pub(crate) struct Turn<'a, P: Park> {
+    inplace: &'a InPlace,
+    park: P,
+}
+
+impl<P: Park> Turn<'_, P> {
+    pub(crate) fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl<P: Park> Drop for Turn<'_, P> {
+    fn drop(&mut self) {
+        self.inplace.turn.unlock(&self.park);
+    }
+}
+
+impl InPlace {
+    pub(crate) fn new() -> InPlace {
+        InPlace { turn: Latch::new() }
+    }
+
+    pub(crate) fn give_up_turn(&self, park: &impl Park) {
+        self.turn.unlock(park);
+    }
+
+    pub(crate) fn renew(&self) {
+        self.turn.reset();
+    }
+
+    pub(crate) fn is_left_behind(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn is_under_way(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn await_end(&self, _: impl FnMut() -> Option<Message>, _: impl FnMut(Message)) {}
+
+    pub(crate) fn is_ours(&self, _: &Message) -> bool {
+        false
+    }
+}
+
+impl<K: Kernel> Engine<K> {
+    pub(crate) fn take_turn(&self) -> Turn<'_, K::Park> {
+        let park = self.kernel.park();
+        self.inplace.turn.lock(&park);
+        Turn { inplace: &self.inplace, park }
+    }
+
+    pub(super) fn fault_in_place(
+        &self,
+        pfn: DevicePfn,
+        _: Entry<'_, K>,
+        _: &Fault,
+        _: &Context,
+    ) -> Result<Outcome, Hold> {
+        pfn.of_no_device()
+    }
+
+    pub(super) fn gone_from_place(&self, _: PageRange, pfn: DevicePfn) {
+        pfn.of_no_device()
+    }
+
+    pub(super) fn close_in_place(&self, _: PageRange) {}
+
+    pub(crate) fn discard_in_place(
+        &self,
+        pages: PageRange,
+        mut rest: impl FnMut(PageRange) -> Result<(), Trouble>,
+    ) -> Result<(), Trouble> {
+        rest(pages)
+    }
+
+    pub(super) fn hold_in_place(&self, pfn: DevicePfn, _: &Entry<'_, K>, _: PageRange, _: bool) -> Option<PageRange> {
+        pfn.of_no_device()
+    }
+
+    pub(super) fn let_go_in_place(&self, pfn: DevicePfn, _: Vpn) {
+        pfn.of_no_device()
+    }
+
+    pub(super) fn leave_place(&self, pfn: DevicePfn, _: Vpn) -> Option<()> {
+        pfn.of_no_device()
+    }
+
+    pub(super) fn take_failed_from_place(&self) {}
+
+    pub(crate) fn leave_shared_memory(&self, _: &Turn<'_, K::Park>) {}
+
+    pub(crate) fn reopen_shared_memory(&self) {}
+}

@@ -1,0 +1,381 @@
+//! Memory of coherent devices, in place at the program's own addresses (rule Z5): sent there, used, and brought home, under
+//! readers and writers that must not notice.
+
+mod common;
+
+use common::*;
+use peerspace::device::dax::Dax;
+use peerspace::device::soft::Soft;
+use peerspace::{DeviceId, Error, Faults, Region, Space, Use};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+const BLOCK: usize = 2 * MIB;
+
+fn mib(n: usize) -> u64 {
+    (n * MIB) as u64
+}
+
+/// A space over 64 MiB of plain memory, with a coherent device beside it.
+fn with_dax(faults: Faults, host: usize, dax: Dax) -> (Space, DeviceId) {
+    let space = space(faults, host, Soft::new(mib(64)).unwrap());
+    let far = space.attach(dax).unwrap();
+    (space, far)
+}
+
+fn filled(space: &Space, bytes: usize) -> Region {
+    let mut region = space.region(bytes as u64).unwrap();
+    fill(region.typed_mut());
+    region
+}
+
+fn is_filled(region: &Region) -> bool {
+    let pages = region.typed::<u64>().chunks_exact(words_per_page());
+    pages.enumerate().all(|(i, page)| page.iter().all(|w| *w == word(i)))
+}
+
+fn in_place(space: &Space, which: usize) -> usize {
+    space.statistics().devices[which].in_place_bytes as usize
+}
+
+/// Mappings that the region is made of.
+fn mappings(region: &Region) -> usize {
+    let start = region.as_ptr() as usize;
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let ranges = maps.lines().filter_map(|line| {
+        let (from, to) = line.split(' ').next()?.split_once('-')?;
+        Some((usize::from_str_radix(from, 16).ok()?, usize::from_str_radix(to, 16).ok()?))
+    });
+    ranges.filter(|(from, to)| *from < start + region.len() && *to > start).count()
+}
+
+fn there_and_back(faults: Faults) {
+    let (space, far) = with_dax(faults, 16 * MIB, Dax::memory(mib(64)).unwrap());
+    // More than RAM: some of it is mapped, some on standby, some on the other device, in whole blocks and in pages.
+    let mut region = filled(&space, 48 * MIB);
+    assert_eq!(region.migrate_to(0..region.len(), far).unwrap(), region.len());
+    assert_eq!(in_place(&space, 1), region.len());
+    assert_eq!(mappings(&region), 1, "what follows each other is one");
+    space.check();
+    // Faults never migrate it: there are none.
+    let faults = space.statistics().faults.total;
+    assert!(is_filled(&region));
+    region.bytes_mut()[3 * BLOCK + 17] = 99;
+    assert_eq!(space.statistics().faults.total, faults);
+    assert_eq!(space.statistics().devices[0].used_bytes, space.statistics().devices[0].peak_bytes);
+    // Again is no work.
+    assert_eq!(region.migrate_to(0..region.len(), far).unwrap(), region.len());
+    assert_eq!(region.migrate_home(0..region.len()).unwrap(), region.len());
+    assert_eq!(in_place(&space, 1), 0);
+    assert_eq!(region.bytes()[3 * BLOCK + 17], 99);
+    region.bytes_mut()[3 * BLOCK + 17] = word(3 * BLOCK / page()).to_ne_bytes()[1];
+    assert!(is_filled(&region));
+    space.check();
+    let s = space.statistics();
+    assert!(s.peak_bytes <= s.limit_bytes, "RAM in use: {} of {}", s.peak_bytes, s.limit_bytes);
+    // Nothing of it is left there.
+    space.detach(far).unwrap();
+}
+
+#[test]
+fn z5_blocks_go_to_a_coherent_device_and_come_home_by_signal() {
+    there_and_back(Faults::Signal);
+}
+
+#[test]
+fn z5_blocks_go_to_a_coherent_device_and_come_home_by_threads() {
+    there_and_back(Faults::Threads);
+}
+
+/// Threads count in memory that moves: a word that is zero, or one that was there before, is found at once.
+fn under_load(faults: Faults) {
+    const THREADS: usize = 3;
+    let (space, far) = with_dax(faults, 8 * MIB, Dax::memory(mib(32)).unwrap());
+    let region = space.region(mib(16)).unwrap();
+    let (pages, words) = (region.len() / page(), words_per_page());
+    let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+    let memory = region.as_ptr() as usize;
+    let count = |thread: usize| {
+        // SAFETY: the region lives as long as the threads, and each word has one that writes it.
+        let cell = |i: usize| unsafe { &*(memory as *const AtomicU64).add(i * words + thread) };
+        let mut n = 0;
+        while !stop.load(Relaxed) || n < 2 {
+            for i in (thread..pages).step_by(7) {
+                assert_eq!(cell(i).load(Relaxed), n, "page {i} of thread {thread}");
+                cell(i).store(n + 1, Relaxed);
+            }
+            n += 1;
+            rounds.fetch_add(1, Relaxed);
+        }
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS).map(|t| scope.spawn(move || count(t))).collect();
+        let (begin, mut i, mut moved) = (Instant::now(), 0usize, 0);
+        while begin.elapsed() < Duration::from_secs(3) && threads.iter().all(|t| !t.is_finished()) {
+            let first = i * 5 % 8;
+            let part = first * BLOCK..(first + 1 + i % 3).min(8) * BLOCK;
+            moved += match i % 4 {
+                0 | 2 => region.migrate_to(part, far).unwrap(),
+                1 => region.migrate_home(part).unwrap(),
+                // What is kept resident is migrated out.
+                _ => {
+                    let held = space.make_resident(&raw const region.bytes()[first * BLOCK], page(), Use::Write).unwrap();
+                    assert_eq!(region.migrate_to(first * BLOCK..(first + 1) * BLOCK, far).unwrap(), 0);
+                    drop(held);
+                    BLOCK
+                }
+            };
+            i += 1;
+        }
+        stop.store(true, Relaxed);
+        threads.into_iter().for_each(|t| t.join().unwrap());
+        assert!(moved > 8 * BLOCK, "{moved} bytes moved in {i} steps");
+    });
+    space.check();
+    assert_eq!(space.statistics().poisoned, 0);
+}
+
+#[test]
+fn z5_nobody_notices_that_memory_moves_by_signal() {
+    under_load(Faults::Signal);
+}
+
+#[test]
+fn z5_nobody_notices_that_memory_moves_by_threads() {
+    under_load(Faults::Threads);
+}
+
+#[test]
+fn z5_a_pin_migrates_out_and_what_is_pinned_stays() {
+    let (space, far) = with_dax(Faults::Signal, 16 * MIB, Dax::memory(mib(16)).unwrap());
+    let region = filled(&space, 4 * BLOCK);
+    region.migrate_to(0..region.len(), far).unwrap();
+    let held = space.make_resident(&raw const region.bytes()[BLOCK + 5000], 1, Use::Read).unwrap();
+    assert_eq!(in_place(&space, 1), 3 * BLOCK);
+    // It is in RAM, and not sent away.
+    assert_eq!(region.migrate_to(0..region.len(), far).unwrap(), 3 * BLOCK);
+    space.check();
+    drop(held);
+    assert_eq!(region.migrate_to(0..region.len(), far).unwrap(), 4 * BLOCK);
+    assert!(is_filled(&region));
+}
+
+#[test]
+fn g8_what_is_discarded_is_zero_wherever_it_was() {
+    let (space, far) = with_dax(Faults::Signal, 16 * MIB, Dax::memory(mib(16)).unwrap());
+    let mut region = filled(&space, 4 * BLOCK);
+    region.migrate_to(0..region.len(), far).unwrap();
+    // Half of the first block, all of the second, and a page of the third.
+    region.discard(BLOCK / 2..2 * BLOCK + page()).unwrap();
+    assert_eq!(in_place(&space, 1), 3 * BLOCK, "blocks that are meant in part stay in place");
+    // The news of it is acted on a moment after it was received.
+    let used = || {
+        let device = &space.statistics().devices[1];
+        device.used_bytes as usize - device.own_metadata_bytes as usize
+    };
+    let begin = Instant::now();
+    while used() > 3 * BLOCK && begin.elapsed() < Duration::from_secs(20) {
+        std::thread::yield_now();
+    }
+    assert_eq!(used(), 3 * BLOCK);
+    let pages = region.typed::<u64>().chunks_exact(words_per_page());
+    for (i, p) in pages.enumerate() {
+        let at = i * page();
+        let want = if (BLOCK / 2..2 * BLOCK + page()).contains(&at) { 0 } else { word(i) };
+        assert!(p.iter().all(|w| *w == want), "page {i}");
+    }
+    space.check();
+    drop(region);
+    assert_eq!(in_place(&space, 1), 0);
+    space.check();
+    // A new region at the same addresses sees nothing of it.
+    let region = space.region(4 * BLOCK as u64).unwrap();
+    assert!(region.bytes().iter().all(|b| *b == 0));
+}
+
+#[test]
+fn z3_a_device_with_memory_in_place_is_detached() {
+    for faults in [Faults::Signal, Faults::Threads] {
+        let (space, far) = with_dax(faults, 16 * MIB, Dax::memory(mib(32)).unwrap());
+        let region = filled(&space, 12 * BLOCK);
+        region.migrate_to(0..10 * BLOCK, far).unwrap();
+        space.detach(far).unwrap();
+        assert!(is_filled(&region));
+        space.check();
+    }
+}
+
+#[test]
+fn z9_a_device_that_has_failed_takes_exactly_its_pages_along() {
+    let (space, far) = with_dax(Faults::Signal, 16 * MIB, Dax::memory(mib(16)).unwrap());
+    let mut region = filled(&space, 4 * BLOCK);
+    region.migrate_to(BLOCK..3 * BLOCK, far).unwrap();
+    space.fail(far).unwrap();
+    assert_eq!(in_place(&space, 1), 0, "nobody goes on to use it");
+    let mut byte = [0];
+    for (i, at) in (0..region.len()).step_by(page()).enumerate() {
+        let lost = (BLOCK..3 * BLOCK).contains(&at);
+        match region.try_read(at, &mut byte) {
+            Err(Error::Lost { device, .. }) => assert!(lost && device == "dax", "page {i}"),
+            Ok(()) => assert!(!lost && byte[0] == word(i).to_ne_bytes()[0], "page {i}"),
+            Err(e) => panic!("page {i}: {e}"),
+        }
+        if CAN_TRY && i % 100 == 0 {
+            assert_eq!(read_byte(&raw const region.bytes()[at]).is_none(), lost);
+        }
+    }
+    region.discard(BLOCK..3 * BLOCK).unwrap();
+    assert!(region.bytes()[BLOCK..3 * BLOCK].iter().all(|b| *b == 0));
+    space.check();
+}
+
+/// What is read and written with errors instead of signals works in place, and says what a file that was cut short has lost.
+#[test]
+fn z9_a_file_that_is_cut_short_loses_what_was_cut_off() {
+    for faults in [Faults::Signal, Faults::Threads] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("far");
+        let (space, far) = with_dax(faults, 16 * MIB, Dax::open(&path, Some(mib(16))).unwrap());
+        let mut region = filled(&space, 4 * BLOCK);
+        region.migrate_to(0..region.len(), far).unwrap();
+        region.try_write(BLOCK + 100, b"in place").unwrap();
+        let mut out = [0; 8];
+        region.try_read(BLOCK + 100, &mut out).unwrap();
+        assert_eq!(&out, b"in place");
+        assert_eq!(in_place(&space, 1), 4 * BLOCK, "a copy in or out is no pin");
+        // The first block of the file is the device's own; then follow ours.
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.set_len((BLOCK + 3 * BLOCK) as u64).unwrap();
+        region.try_read(BLOCK + 100, &mut out).unwrap();
+        assert_eq!(&out, b"in place");
+        for _ in 0..2 {
+            let lost = region.try_read(3 * BLOCK, &mut out);
+            assert!(matches!(lost, Err(Error::Lost { .. })), "{lost:?}");
+        }
+        if CAN_TRY {
+            assert_eq!(read_byte(&raw const region.bytes()[3 * BLOCK + page()]), None);
+            assert!(read_byte(&raw const region.bytes()[2 * BLOCK]).is_some());
+        }
+        space.check();
+    }
+}
+
+/// G12: what is in place has been moved before two processes could share it.
+fn forked(faults: Faults) {
+    let (space, far) = with_dax(faults, 16 * MIB, Dax::memory(mib(32)).unwrap());
+    let mut region = filled(&space, 8 * BLOCK);
+    region.migrate_to(0..6 * BLOCK, far).unwrap();
+    // SAFETY: the child only reads, writes and ends.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0);
+    if pid == 0 {
+        let child = || {
+            let fine = is_filled(&region);
+            // It has a device of its own, under the same name.
+            let moved = region.migrate_to(0..4 * BLOCK, far).is_ok_and(|n| n == 4 * BLOCK);
+            region.bytes_mut().fill(1);
+            std::thread::sleep(Duration::from_millis(50));
+            space.check();
+            fine && moved && region.bytes().iter().all(|b| *b == 1)
+        };
+        let fine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child));
+        // SAFETY: ends the process.
+        unsafe { libc::_exit(!matches!(fine, Ok(true)) as i32) };
+    }
+    assert_eq!(in_place(&space, 1), 0);
+    assert_eq!(region.migrate_to(2 * BLOCK..8 * BLOCK, far).unwrap(), 6 * BLOCK);
+    let mut status = 0;
+    // SAFETY: waits for the child made above.
+    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+    assert_eq!(status, 0, "the child failed");
+    assert!(is_filled(&region), "what the child wrote is the child's");
+    space.check();
+}
+
+#[test]
+fn g12_a_fork_shares_nothing_that_was_in_place_by_signal() {
+    forked(Faults::Signal);
+}
+
+#[test]
+fn g12_a_fork_shares_nothing_that_was_in_place_by_threads() {
+    forked(Faults::Threads);
+}
+
+#[test]
+fn a4_descriptors_of_a_device_with_an_altmap_take_no_host_memory() {
+    let (space, far) = with_dax(Faults::Signal, 16 * MIB, Dax::memory(mib(32)).unwrap());
+    let bare = space.attach(Dax::options().size(mib(32)).altmap(0).memory().unwrap()).unwrap();
+    let region = filled(&space, 8 * BLOCK);
+    region.migrate_to(0..4 * BLOCK, far).unwrap();
+    region.migrate_to(4 * BLOCK..8 * BLOCK, bare).unwrap();
+    let s = space.statistics();
+    assert_eq!((s.devices[1].metadata_bytes, s.devices[1].own_metadata_bytes), (0, page() as u64));
+    assert_eq!((s.devices[2].metadata_bytes, s.devices[2].own_metadata_bytes), (page() as u64, 0));
+    // One leaf more than that is all this altmap has: a block may have to be split (A8).
+    let few = space.attach(Dax::options().size(mib(32)).altmap(3 * page() as u64).memory().unwrap()).unwrap();
+    let full = region.migrate_to(0..region.len(), few);
+    assert!(matches!(&full, Err(Error::Migrate { why, .. }) if why.contains("no room")), "{full:?}");
+    assert_eq!(in_place(&space, 3), BLOCK, "what has a descriptor has gone");
+    assert!(is_filled(&region));
+    space.check();
+}
+
+#[test]
+fn what_cannot_be_migrated_is_refused() {
+    let (space, far) = with_dax(Faults::Signal, 16 * MIB, Dax::memory(mib(4)).unwrap());
+    let region = filled(&space, 4 * BLOCK);
+    let full = region.migrate_to(0..region.len(), far).unwrap_err();
+    assert!(full.to_string().contains("device dax: it has no room for another block"), "{full}");
+    assert_eq!(in_place(&space, 1), 2 * BLOCK, "what came before is migrated");
+    let outside = region.migrate_to(0..region.len() + 1, far).unwrap_err();
+    assert!(matches!(outside, Error::BadRange { .. }), "{outside}");
+    assert_eq!(region.migrate_to(1..BLOCK, far).unwrap(), 0, "no block lies inside");
+    space.detach(far).unwrap();
+    assert!(matches!(region.migrate_to(0..BLOCK, far), Err(Error::NoSuchDevice)));
+    assert!(is_filled(&region));
+    space.check();
+}
+
+/// To a private device, blocks go as if they had left RAM for want of room.
+#[test]
+fn g8_blocks_are_sent_to_private_devices_too() {
+    let space = space(Faults::Signal, 64 * MIB, Soft::new(mib(64)).unwrap());
+    let region = filled(&space, 8 * BLOCK);
+    let soft = space.devices()[0];
+    assert_eq!(region.migrate_to(0..4 * BLOCK, soft).unwrap(), 4 * BLOCK);
+    let s = space.statistics();
+    assert_eq!(s.devices[0].used_bytes as usize, 4 * BLOCK);
+    assert!(s.used_bytes <= mib(64) - 4 * BLOCK as u64 || s.standby_bytes == 0);
+    space.check();
+    assert!(is_filled(&region));
+}
+
+/// Memory of huge pages from the kernel's pool, where there is one.
+#[test]
+fn z5_huge_pages_of_the_kernel_are_a_device() {
+    let pool = || std::fs::read_to_string("/proc/sys/vm/nr_hugepages").ok()?.trim().parse::<u64>().ok();
+    let Some(before) = pool() else { return println!("not tried: this kernel has no pool of huge pages") };
+    // For as long as this runs. Where it is not allowed, what there is has to do.
+    let _ = std::fs::write("/proc/sys/vm/nr_hugepages", (before + 8).to_string());
+    let made = Dax::options().size(6 * BLOCK as u64).huge().memory();
+    match made {
+        Ok(dax) => {
+            let (space, far) = with_dax(Faults::Signal, 16 * MIB, dax);
+            let mut region = filled(&space, 4 * BLOCK);
+            assert_eq!(region.migrate_to(0..region.len(), far).unwrap(), region.len());
+            assert!(is_filled(&region));
+            region.bytes_mut()[7] = 1;
+            region.migrate_home(0..BLOCK).unwrap();
+            assert_eq!(region.bytes()[7], 1);
+            space.detach(far).unwrap();
+            assert!(is_filled(&region) || region.bytes()[7] == 1);
+            space.check();
+        }
+        Err(e) => {
+            assert!(e.to_string().contains("vm.nr_hugepages"), "{e}");
+            println!("not tried: {e}");
+        }
+    }
+    let _ = std::fs::write("/proc/sys/vm/nr_hugepages", before.to_string());
+}
