@@ -102,12 +102,7 @@ impl<W: Words, D: DeviceWords> DeviceMap<W, D> {
     ///
     /// # Panics
     /// When there are fewer words than [`words_for`](DeviceMap::words_for) says.
-    pub fn new(
-        pages: Pages,
-        page_bytes: u64,
-        [host, upper]: [W; 2],
-        own: Option<(Altmap, D)>,
-    ) -> DeviceMap<W, D> {
+    pub fn new(pages: Pages, page_bytes: u64, [host, upper]: [W; 2], own: Option<(Altmap, D)>) -> DeviceMap<W, D> {
         let (bytes, heads) = layout(pages.0, page_bytes);
         let sizes = Sizes::new(page_bytes, DESCRIPTOR_BYTES);
         assert!(own.is_some() || host.len() as u64 * 8 >= bytes);

@@ -182,7 +182,9 @@ impl Space {
             HoldError::Lost(vpn, pfn) => self.lost(vpn, pfn),
             HoldError::Foreign(_) => bad("part of it is not managed by this space"),
             HoldError::TooMany(_) => bad("a page of it is kept resident too many times"),
-            HoldError::Stays(_) => bad("a page of it is in place on a device, and could not be migrated out of there"),
+            HoldError::Stays(_) => {
+                bad("a page of it is in place on a device, and could not be migrated out of there")
+            }
         }
     }
 }

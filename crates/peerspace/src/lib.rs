@@ -97,10 +97,10 @@ mod heap;
 mod huge;
 #[cfg(feature = "devices")]
 mod migrate;
-#[cfg(feature = "process")]
-pub mod process;
 #[cfg(feature = "devices")]
 mod persistent;
+#[cfg(feature = "process")]
+pub mod process;
 mod region;
 mod report;
 mod size;

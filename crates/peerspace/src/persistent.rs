@@ -58,10 +58,7 @@ impl Space {
     /// [`Error::Named`] when there is none of that name, or it is open already; [`Error::NoSuchDevice`]; [`Error::Device`] for
     /// a device that is not persistent.
     pub fn open_persistent(&self, device: DeviceId, name: &str) -> Result<Persistent, Error> {
-        let found = self.on_named(device, name, |named| {
-            let found = named.list()?.into_iter().find(|region| region.name == name);
-            found.ok_or_else(|| Refused("there is no region of that name: see Space::persistent_regions".into()))
-        })?;
+        let found = self.on_named(device, name, |named| named.find(name))?;
         self.open_named(device, found)
     }
 
@@ -75,8 +72,11 @@ impl Space {
             let engine = self.engine();
             // Nobody opens it meanwhile.
             let _turn = engine.take_turn();
-            let open = named.list()?.iter().any(|r| r.name == name && engine.is_open(device.0, &extents(r)));
-            if open { Err(Refused("it is open: drop it first".into())) } else { named.remove(name) }
+            if engine.is_open(device.0, &extents(&named.find(name)?)) {
+                Err(Refused("it is open: drop it first".into()))
+            } else {
+                named.remove(name)
+            }
         })
     }
 
@@ -114,7 +114,8 @@ impl Space {
         };
         let pages: u64 = found.extents.iter().map(|e| e.count).sum();
         let bytes = usize::try_from(found.bytes).ok().filter(|b| *b as u64 <= engine.geometry.bytes(Pages(pages)));
-        let bytes = bytes.ok_or_else(|| refused(format!("it is said to have {} bytes in {pages} pages", found.bytes)))?;
+        let bytes =
+            bytes.ok_or_else(|| refused(format!("it is said to have {} bytes in {pages} pages", found.bytes)))?;
         let opened = without_signals(|| {
             engine.open_named(
                 device.0,
@@ -131,12 +132,16 @@ impl Space {
                     Ok((memory, range))
                 },
                 // Refusal leaks address space and nothing else.
-                |memory| drop(engine.kernel.unmap_memory(memory)),
+                |memory| {
+                    let _ = engine.kernel.unmap_memory(memory);
+                },
             )
         });
         let (memory, range) = opened.map_err(|e| match e {
             NamedError::NotThere => Error::NoSuchDevice,
-            NamedError::InUse(_) => refused("it is open already, or its descriptors have no room in the altmap".into()),
+            NamedError::InUse(page) => refused(format!(
+                "it is open already, or the descriptor of its block at page {page} has no room in the altmap"
+            )),
             NamedError::Kernel(why) => refused(format!("it cannot be mapped: {why}")),
             NamedError::Table(range, e) => refused(format!("the space has no room for it at {range}: {e}")),
         })?;
@@ -235,7 +240,9 @@ impl Persistent {
         let flushed = unwinding(|| tier.device().named().map(|n| n.flush(start + part.start..start + part.end)));
         match flushed {
             Some(Some(Ok(()))) => Ok(()),
-            Some(Some(Err(e))) => Err(bad(format!("bytes {}..{} of {:?} may not be durable: {e}", part.start, part.end, self.name))),
+            Some(Some(Err(e))) => {
+                Err(bad(format!("bytes {}..{} of {:?} may not be durable: {e}", part.start, part.end, self.name)))
+            }
             _ => Err(bad("its own code panicked, or it is not persistent any more".into())),
         }
     }

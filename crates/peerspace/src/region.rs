@@ -225,9 +225,8 @@ impl Region {
         if !engine.kernel.capabilities().move_pages {
             lost()?;
         }
-        let discarded = engine.discard_in_place(engine.geometry.pages_inside(whole), |rest| {
-            engine.discard_now(engine.addresses(rest))
-        });
+        let discarded = engine
+            .discard_in_place(engine.geometry.pages_inside(whole), |rest| engine.discard_now(engine.addresses(rest)));
         discarded.map_err(|why| Error::Kernel { what: format!("discard {range}"), why })?;
         lost()
     }

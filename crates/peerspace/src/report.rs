@@ -239,7 +239,7 @@ impl Statistics {
                         errors: t.errors.load(Relaxed),
                         metadata_bytes: host,
                         own_metadata_bytes: own,
-                        in_place_bytes: pages(t.in_place.load(Relaxed)),
+                        in_place_bytes: pages(t.pages_in_place()),
                     }
                 })
                 .collect(),

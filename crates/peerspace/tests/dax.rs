@@ -119,7 +119,8 @@ fn under_load(faults: Faults) {
                 1 => region.migrate_home(part).unwrap(),
                 // What is kept resident is migrated out.
                 _ => {
-                    let held = space.make_resident(&raw const region.bytes()[first * BLOCK], page(), Use::Write).unwrap();
+                    let held =
+                        space.make_resident(&raw const region.bytes()[first * BLOCK], page(), Use::Write).unwrap();
                     assert_eq!(region.migrate_to(first * BLOCK..(first + 1) * BLOCK, far).unwrap(), 0);
                     drop(held);
                     BLOCK

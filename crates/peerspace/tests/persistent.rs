@@ -55,7 +55,10 @@ fn z5_regions_come_back_by_name_after_a_restart() {
             first.flush(0..first.len()).unwrap();
         }
         let (space, device) = opened(faults, &path);
-        assert_eq!(space.persistent_regions(device).unwrap(), [("first".into(), mib(5) + 3), ("the second".into(), mib(2))]);
+        assert_eq!(
+            space.persistent_regions(device).unwrap(),
+            [("first".into(), mib(5) + 3), ("the second".into(), mib(2))]
+        );
         let mut first = space.open_persistent(device, "first").unwrap();
         let second = space.open_persistent(device, "the second").unwrap();
         let pages = first.typed::<u64>().chunks_exact(words_per_page());
@@ -248,7 +251,8 @@ fn writer() {
                     continue;
                 }
                 say(format!("making {name}"));
-                let Ok(region) = space.create_persistent(device, &name.to_string(), BLOCK as u64 * (1 + r % 3)) else {
+                let Ok(region) = space.create_persistent(device, &name.to_string(), BLOCK as u64 * (1 + r % 3))
+                else {
                     continue;
                 };
                 assert!(region.bytes().iter().all(|b| *b == 0), "a new region is zeros");

@@ -28,7 +28,11 @@ pub enum Flush {
 impl Flush {
     /// What it takes for mappings of `file`, which has at least a page.
     pub fn of(file: BorrowedFd<'_>, is_device_node: bool) -> Flush {
-        if can_write_back_lines() && (is_device_node || is_synchronous(file)) { Flush::CacheLines } else { Flush::Sync }
+        if can_write_back_lines() && (is_device_node || is_synchronous(file)) {
+            Flush::CacheLines
+        } else {
+            Flush::Sync
+        }
     }
 
     /// Makes what was written to `range`, memory of a device in place, durable.

@@ -399,7 +399,10 @@ impl Kernel for Sim {
             m.unmap(pages_of(self.geometry, fresh));
             m.map(pages, kind);
         }
-        self.tell_all(&[Message::Move { from: fresh.start, to: range.start, len: range.len() }, Message::Unmap(fresh)]);
+        self.tell_all(&[
+            Message::Move { from: fresh.start, to: range.start, len: range.len() },
+            Message::Unmap(fresh),
+        ]);
         Ok(())
     }
 

@@ -105,8 +105,10 @@ impl Sim {
                 to
             }
             None => {
-                let free =
-                    self.place(range.len(), Kind { registered: false, allowed: Allowed::Nothing, buried: false, in_place: false });
+                let free = self.place(
+                    range.len(),
+                    Kind { registered: false, allowed: Allowed::Nothing, buried: false, in_place: false },
+                );
                 free.start
             }
         };

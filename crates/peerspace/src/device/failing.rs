@@ -1,7 +1,8 @@
 //! A device that fails after a while: to see what becomes of a program then (rule Z9).
 
 use super::{
-    Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, NamedRegions, OwnMetadata, SharedMemory, Store, Usage,
+    Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, NamedRegions, OwnMetadata, SharedMemory, Store,
+    Usage,
 };
 use crate::spec::{OpenDevice, own};
 use std::fmt;

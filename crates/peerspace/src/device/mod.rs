@@ -376,6 +376,12 @@ pub trait NamedRegions {
     /// When they cannot be read.
     fn list(&self) -> Result<Vec<NamedRegion>, NamedError>;
 
+    /// The region of that name.
+    ///
+    /// # Errors
+    /// When there is none.
+    fn find(&self, name: &str) -> Result<NamedRegion, NamedError>;
+
     /// Makes a region of zeros.
     ///
     /// # Errors

@@ -7,7 +7,6 @@ use super::Engine;
 use peerspace_core::addr::{BLOCK_PAGES, DevicePfn, PageRange, Pfn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::folio::Counts;
-use peerspace_core::sync::Ordering;
 use peerspace_core::memmap::{Backing, Frame, ListId};
 use peerspace_os::Kernel;
 use std::collections::HashMap;
@@ -203,7 +202,7 @@ impl<K: Kernel> Engine<K> {
             return;
         }
         assert_eq!(used, census.device_pages, "device pages in use, and owned");
-        let in_place: u64 = self.tiers.iter().map(|t| t.in_place.load(Ordering::Relaxed)).sum();
+        let in_place: u64 = self.tiers.iter().map(|t| t.pages_in_place()).sum();
         assert_eq!(in_place, census.in_place, "pages in place, and counted");
         for tier in self.tiers.iter() {
             let (mut described, mut from) = (0, 0);

@@ -26,7 +26,7 @@ use super::fault::{Fault, Hold, Outcome};
 use super::tier::unwinding;
 use super::{Engine, Entry};
 use crate::device::MemoryType;
-use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, DevicePfn, VaRange, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, DevicePfn, Order, PageRange, Pages, VaRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::sync::{AtomicBool, AtomicU64, Latch, Ordering, Ordering::Relaxed, Park};
 use peerspace_os::own::Buffer;
@@ -117,7 +117,6 @@ impl InPlace {
         self.start.store(range.start.0, Ordering::SeqCst);
     }
 
-
     /// Whether somebody has entries locked and waits for news of their own to be received.
     pub(crate) fn is_under_way(&self) -> bool {
         self.start.load(Ordering::SeqCst) != 0
@@ -156,7 +155,6 @@ impl InPlace {
             _ => false,
         }
     }
-
 }
 
 /// Why memory was not put in place, or not taken away. It is where it was, or on the device and not in place.
@@ -166,7 +164,9 @@ pub(crate) enum PlaceError {
     #[error("{0}")]
     Kernel(Trouble),
     /// There are as many mappings already as may be.
-    #[error("memory in place is in {0} pieces already, as many as leave the program enough of the mappings it may have")]
+    #[error(
+        "memory in place is in {0} pieces already, as many as leave the program enough of the mappings it may have"
+    )]
     TooManyPieces(u64),
     /// The device has no memory to be mapped there.
     #[error("the device has no memory there for the CPU to map")]
@@ -310,7 +310,13 @@ impl<K: Kernel> Engine<K> {
 
     /// Holds `pages`, which begin in the locked `entry`, where they are in place: for a copy to or from them, until they are
     /// [let go](Engine::let_go_in_place). `None` where an access would fail.
-    pub(super) fn hold_in_place(&self, _: DevicePfn, entry: &Entry<'_, K>, pages: PageRange, write: bool) -> Option<PageRange> {
+    pub(super) fn hold_in_place(
+        &self,
+        _: DevicePfn,
+        entry: &Entry<'_, K>,
+        pages: PageRange,
+        write: bool,
+    ) -> Option<PageRange> {
         let held = PageRange { start: pages.start, end: pages.end.min(entry.range().end) };
         if entry.vpn() > pages.start || !self.kernel.is_accessible(self.addresses(held), write) {
             return None;
@@ -369,7 +375,8 @@ impl<K: Kernel> Engine<K> {
     ) -> Result<(), Trouble> {
         let mut from = pages.start;
         for piece in pages.by_block() {
-            let in_place = |vpn| matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Coherent { .. }));
+            let in_place =
+                |vpn| matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Coherent { .. }));
             if !in_place(piece.start) {
                 continue;
             }
@@ -411,7 +418,7 @@ impl<K: Kernel> Engine<K> {
         loop {
             let found = {
                 let _work = self.contexts.take();
-                let tier = self.tiers.find(base).filter(|t| t.in_place.load(Relaxed) > 0);
+                let tier = self.tiers.find(base).filter(|t| t.pages_in_place() > 0);
                 tier.and_then(|tier| tier.next_in_use(from))
             };
             let Some(folio) = found else { return };
@@ -431,7 +438,7 @@ impl<K: Kernel> Engine<K> {
     pub(super) fn take_failed_from_place(&self) {
         let next = || {
             let _work = self.contexts.take();
-            let failed = self.tiers.iter().find(|t| t.has_failed() && t.in_place.load(Relaxed) > 0);
+            let failed = self.tiers.iter().find(|t| t.has_failed() && t.pages_in_place() > 0);
             failed.map(|tier| tier.base())
         };
         // What cannot be taken away has been told.

@@ -132,7 +132,9 @@ impl<K: Kernel> Engine<K> {
 
     /// Whether the block at `start` is in place on the device at `base`.
     fn is_in_place(&self, start: Vpn, base: DevicePfn) -> bool {
-        let Some(State::Coherent { pfn }) = self.table.look(start).map(|(entry, _)| entry.state()) else { return false };
+        let Some(State::Coherent { pfn }) = self.table.look(start).map(|(entry, _)| entry.state()) else {
+            return false;
+        };
         let _work = self.contexts.take();
         self.tiers.find(base).is_some_and(|tier| tier.range.contains(pfn.pfn()))
     }
@@ -203,9 +205,7 @@ impl<K: Kernel> Engine<K> {
                 false => Ok(None),
             });
             match gathered {
-                Ok(Some(pfn)) => {
-                    Some(Word::new(State::Device { pfn, stamp: self.stamp(), rewritten: false }))
-                }
+                Ok(Some(pfn)) => Some(Word::new(State::Device { pfn, stamp: self.stamp(), rewritten: false })),
                 Ok(None) => {
                     outcome = Ok(Attempt::Unmap);
                     None
@@ -229,7 +229,9 @@ impl<K: Kernel> Engine<K> {
         if states.iter().any(|s| matches!(s, State::Host { .. } | State::Coherent { .. })) {
             return Ok(false);
         }
-        for ((state, page), vpn) in states.iter().zip(bytes.chunks_exact_mut(self.geometry.page_bytes())).zip(start.0..) {
+        for ((state, page), vpn) in
+            states.iter().zip(bytes.chunks_exact_mut(self.geometry.page_bytes())).zip(start.0..)
+        {
             match *state {
                 State::Empty => page.fill(0),
                 State::Standby { pfn, .. } => {
@@ -292,7 +294,9 @@ impl<K: Kernel> Engine<K> {
 
     /// The same with the turn in hand.
     fn take_home(&self, vpn: Vpn, turn: &Turn<'_, K::Park>) -> Result<(), MigrateError> {
-        let Some(State::Coherent { .. }) = self.table.look(vpn).map(|(entry, _)| entry.state()) else { return Ok(()) };
+        let Some(State::Coherent { .. }) = self.table.look(vpn).map(|(entry, _)| entry.state()) else {
+            return Ok(());
+        };
         self.take_from_place(vpn, turn).map_err(MigrateError::Place)
     }
 
@@ -309,11 +313,13 @@ impl<K: Kernel> Engine<K> {
                 match entry.state() {
                     State::Device { .. } if tries >= 2 * TRIES => return Err(MigrateError::Busy),
                     // To be written: then it needs no copy on the device any more.
-                    State::Device { .. } => match self.resolve(Fault::ahead(vpn, Access::Write, Wake::Yes, HUGE_LEVEL)) {
-                        Ok(Outcome::Refused) => return Err(MigrateError::NoMemory),
-                        Ok(Outcome::Foreign) => return Err(MigrateError::NotOwn),
-                        _ => {}
-                    },
+                    State::Device { .. } => {
+                        match self.resolve(Fault::ahead(vpn, Access::Write, Wake::Yes, HUGE_LEVEL)) {
+                            Ok(Outcome::Refused) => return Err(MigrateError::NoMemory),
+                            Ok(Outcome::Foreign) => return Err(MigrateError::NotOwn),
+                            _ => {}
+                        }
+                    }
                     State::Poisoned { pfn } => return Err(MigrateError::Lost(vpn, pfn)),
                     _ => break,
                 }

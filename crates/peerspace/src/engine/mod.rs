@@ -58,13 +58,13 @@ pub(crate) mod folio;
 pub(crate) mod gate;
 mod going;
 pub(crate) mod hold;
+#[cfg(all(test, feature = "soft", not(any(shuttle, miri))))]
+mod inject_tests;
 #[cfg(feature = "devices")]
 pub(crate) mod inplace;
 #[cfg(not(feature = "devices"))]
 #[path = "no_inplace.rs"]
 pub(crate) mod inplace;
-#[cfg(all(test, feature = "soft", not(any(shuttle, miri))))]
-mod inject_tests;
 pub(crate) mod lost;
 #[cfg(feature = "devices")]
 pub(crate) mod migrate;

@@ -41,7 +41,8 @@ impl<K: Kernel> Engine<K> {
             let _work = self.contexts.take();
             self.tiers.by_id(id).ok_or(NamedError::NotThere)?
         };
-        let blocks = || extents.iter().flat_map(|(first, pages)| (*first..first + pages).step_by(BLOCK_PAGES as usize));
+        let blocks =
+            || extents.iter().flat_map(|(first, pages)| (*first..first + pages).step_by(BLOCK_PAGES as usize));
         let give_up = |n: usize| blocks().take(n).for_each(|page| tier.free(page, Order::BLOCK));
         let pages = tier.range.pages.0;
         let mut claimed = 0;
@@ -81,8 +82,6 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn is_open(&self, id: u64, extents: &[(u64, u64)]) -> bool {
         let _work = self.contexts.take();
         let Some(tier) = self.tiers.by_id(id) else { return false };
-        extents.iter().any(|(first, pages)| {
-            tier.next_in_use(*first).is_some_and(|folio| folio.page < first + pages)
-        })
+        extents.iter().any(|(first, pages)| tier.next_in_use(*first).is_some_and(|folio| folio.page < first + pages))
     }
 }

@@ -94,6 +94,14 @@ impl TierRef {
         match self.nothing {}
     }
 
+    pub(crate) fn is_foreign(&self) -> bool {
+        match self.nothing {}
+    }
+
+    pub(crate) fn pages_in_place(&self) -> u64 {
+        match self.nothing {}
+    }
+
     pub(crate) fn tell_lost(&self, _: peerspace_core::addr::Va, _: DevicePfn, _: DeviceError) -> bool {
         match self.nothing {}
     }

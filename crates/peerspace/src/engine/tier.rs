@@ -317,6 +317,11 @@ impl<W: Words> Tier<W> {
         self.room.lock().map.bytes()
     }
 
+    /// Pages that the CPU maps in place.
+    pub(crate) fn pages_in_place(&self) -> u64 {
+        self.in_place.load(Relaxed)
+    }
+
     /// Its first page, among those of all devices.
     pub(crate) fn base(&self) -> DevicePfn {
         DevicePfn::new(self.range.base)

@@ -269,7 +269,8 @@ impl<W: Words> Tiers<W> {
         for tier in self.iter() {
             tier.device().after_fork(side);
             let shares = tier.info.memory != MemoryType::Private;
-            if side == ForkSide::Child && shares && !unwinding(|| tier.device().shared(0).is_some()).unwrap_or(false) {
+            if side == ForkSide::Child && shares && !unwinding(|| tier.device().shared(0).is_some()).unwrap_or(false)
+            {
                 tier.become_foreign();
             }
         }

@@ -183,7 +183,11 @@ impl Dax {
         };
         let altmap = match layout.altmap {
             Some(_) => Some(Shared::new(SharedMapping::new(memory.fd(), 0, layout.data as usize).map_err(|e| {
-                DaxError::System { what: "map the descriptors' part of", path: name.clone().into(), errno: e.raw_os_error() }
+                DaxError::System {
+                    what: "map the descriptors' part of",
+                    path: name.clone().into(),
+                    errno: e.raw_os_error(),
+                }
             })?)),
             None => None,
         };
@@ -268,7 +272,8 @@ impl Device for Dax {
         if self.kind == Kind::Memory && whole && !self.is_foreign() {
             let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             // What is not given back is written over one day.
-            let _ = rustix::fs::fallocate(self.memory.fd(), how, self.at(pages.first), pages.count * self.layout.page);
+            let _ =
+                rustix::fs::fallocate(self.memory.fd(), how, self.at(pages.first), pages.count * self.layout.page);
         }
     }
 
@@ -285,6 +290,10 @@ impl Device for Dax {
     }
 
     fn usage(&self) -> Option<Usage> {
+        if let Some(persistence) = &self.persistence {
+            let used_bytes = persistence.used_bytes();
+            return Some(Usage { used_bytes, peak_bytes: used_bytes });
+        }
         // What is in RAM is what was written and not given back.
         let stat = rustix::fs::fstat(self.memory.fd()).ok().filter(|_| self.kind == Kind::Memory)?;
         let used_bytes = stat.st_blocks as u64 * 512;

@@ -11,8 +11,8 @@ use peerspace_core::devmap::altmap_pages;
 use peerspace_os::linux::lock;
 use peerspace_os::linux::shared::{Flush, SharedFile};
 use rustix::fs::{
-    AtFlags, CWD, FallocateFlags, FileType, MemfdFlags, Mode, OFlags, SealFlags, Stat, fallocate, fcntl_add_seals, fstat,
-    fstatfs, ftruncate, memfd_create, open, openat, statat, unlinkat,
+    AtFlags, CWD, FallocateFlags, FileType, MemfdFlags, Mode, OFlags, SealFlags, Stat, fallocate, fcntl_add_seals,
+    fstat, fstatfs, ftruncate, memfd_create, open, openat, statat, unlinkat,
 };
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
@@ -68,7 +68,9 @@ impl Layout {
         let reserve = reserve.next_multiple_of(page);
         let pages = bytes / page;
         let wanted = match altmap {
-            Some(bytes) if !bytes.is_multiple_of(page) => return Err(DaxError::AltmapNotPages { given: bytes, page }),
+            Some(bytes) if !bytes.is_multiple_of(page) => {
+                return Err(DaxError::AltmapNotPages { given: bytes, page });
+            }
             Some(bytes) => bytes / page,
             None => altmap_pages(Pages(pages), page).0,
         };
@@ -98,7 +100,8 @@ impl Layout {
         let mut front = block;
         loop {
             let all = front + data;
-            let needed = (reserve.next_multiple_of(page) + altmap_pages(Pages(all / page), page).0 * page).next_multiple_of(block);
+            let needed = (reserve.next_multiple_of(page) + altmap_pages(Pages(all / page), page).0 * page)
+                .next_multiple_of(block);
             if needed <= front {
                 return all;
             }
@@ -173,7 +176,8 @@ fn place(path: &Path, may_be_directory: bool) -> Result<Place, DaxError> {
         }
         Some(other) => Err(DaxError::NotMemory { path: path.into(), found: name_of(other) }),
         None => {
-            let file = open(path, flags | OFlags::CREATE | OFlags::EXCL, mode).map_err(|e| refused("make", path, e))?;
+            let file =
+                open(path, flags | OFlags::CREATE | OFlags::EXCL, mode).map_err(|e| refused("make", path, e))?;
             finish(file, path, Kind::Named(path.into()), true)
         }
     }
@@ -181,7 +185,7 @@ fn place(path: &Path, may_be_directory: bool) -> Result<Place, DaxError> {
 
 fn finish(file: OwnedFd, path: &Path, kind: Kind, fresh: bool) -> Result<Place, DaxError> {
     let stat = fstat(&file).map_err(|e| refused("look at", path, e))?;
-    let huge = fstatfs(&file).is_ok_and(|s| s.f_type as i64 == HUGETLBFS);
+    let huge = fstatfs(&file).is_ok_and(|s| s.f_type == HUGETLBFS);
     let by_mapping = huge || matches!(kind, Kind::Node(_));
     Ok(Place { file, kind, stat, by_mapping, fresh })
 }
@@ -206,7 +210,9 @@ fn node(path: &Path, stat: &Stat) -> Result<(u64, u64), DaxError> {
         .is_ok_and(|to| to.file_name().is_some_and(|name| name == "dax"));
     match about("size") {
         Some(bytes) if is_dax => Ok((bytes, about("align").unwrap_or(0))),
-        _ => Err(DaxError::NotMemory { path: path.into(), found: "a device node, but not one of memory (device DAX)" }),
+        _ => {
+            Err(DaxError::NotMemory { path: path.into(), found: "a device node, but not one of memory (device DAX)" })
+        }
     }
 }
 
@@ -227,7 +233,9 @@ pub(super) fn path(
         e
     };
     let opened = (|| {
-        if !matches!(kind, Kind::Unnamed) && lock::exclude(file.as_fd()).is_err_and(|e| e == Errno::AGAIN || e == Errno::ACCESS) {
+        if !matches!(kind, Kind::Unnamed)
+            && lock::exclude(file.as_fd()).is_err_and(|e| e == Errno::AGAIN || e == Errno::ACCESS)
+        {
             return Err(DaxError::InUse { path: path.into() });
         }
         let has = match kind {

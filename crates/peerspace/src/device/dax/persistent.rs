@@ -63,13 +63,20 @@ impl Persistence {
         Ok(Persistence { names: Mutex::new(names), memory, layout, flush, foreign: AtomicBool::new(false) })
     }
 
+    /// Bytes that regions take up.
+    pub(super) fn used_bytes(&self) -> u64 {
+        self.layout.bytes - self.layout.data - self.names.lock().free_blocks() * self.layout.block
+    }
+
     pub(super) fn is_foreign_now(&self) {
         self.foreign.store(true, Ordering::Relaxed);
     }
 
     fn is_ours(&self) -> Result<(), NamedError> {
         match self.foreign.load(Ordering::Relaxed) {
-            true => Err(NamedError("only the process that opened the device may change what there is, not one forked from it".into())),
+            true => Err(NamedError(
+                "only the process that opened the device may change what there is, not one forked from it".into(),
+            )),
             false => Ok(()),
         }
     }
@@ -106,6 +113,13 @@ fn said(e: impl std::fmt::Display) -> NamedError {
 impl NamedRegions for Persistence {
     fn list(&self) -> Result<Vec<NamedRegion>, NamedError> {
         Ok(self.names.lock().iter().map(|named| self.region(named)).collect())
+    }
+
+    fn find(&self, name: &str) -> Result<NamedRegion, NamedError> {
+        let names = self.names.lock();
+        let found = names.find(name).map(|named| self.region(named));
+        found
+            .ok_or_else(|| NamedError("there is no region of that name: Space::persistent_regions lists them".into()))
     }
 
     fn create(&self, name: &str, bytes: u64) -> Result<NamedRegion, NamedError> {
