@@ -124,16 +124,20 @@ impl InPlace {
 
     /// Receives by `receive` until what is under way is over; calls `other` with what is not news of that.
     pub(crate) fn await_end(&self, mut receive: impl FnMut() -> Option<Message>, mut other: impl FnMut(Message)) {
+        let mut nothing_there = false;
         loop {
             self.awaited.store(true, Ordering::SeqCst);
             if !self.is_under_way() {
                 return self.awaited.store(false, Ordering::SeqCst);
             }
+            if nothing_there {
+                crate::sync::yield_now();
+            }
             self.awaited.store(false, Ordering::SeqCst);
-            match receive() {
-                Some(change) if self.is_ours(&change) => {}
-                Some(change) => other(change),
-                None => crate::sync::yield_now(),
+            let received = receive();
+            nothing_there = received.is_none();
+            if let Some(change) = received.filter(|change| !self.is_ours(change)) {
+                other(change);
             }
         }
     }

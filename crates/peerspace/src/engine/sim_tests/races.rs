@@ -8,11 +8,11 @@ use peerspace_core::addr::{Access, PageRange, Pages, Va, VaRange};
 use peerspace_core::entry::State;
 use peerspace_core::regions::Attributes;
 use peerspace_os::inject::Call;
-use peerspace_os::own::{Box as OwnBox, Own};
+use peerspace_os::own::{Box as OwnBox, Buffer, Own};
 use peerspace_os::sim::Trap;
 use peerspace_os::{Capabilities, Kernel};
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
-use shuttle::{Config, FailurePersistence, Runner, thread};
+use shuttle::{Config, FailurePersistence, MaxSteps, Runner, thread};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
@@ -21,6 +21,8 @@ fn explore(schedules: usize, run: fn()) {
     let mut config = Config::new();
     // The fault path keeps its batches on the stack.
     config.stack_size = 1 << 20;
+    // Walks over all pages of a block take many; threads that wait for one take as many again.
+    config.max_steps = MaxSteps::FailAfter(10_000_000);
     config.failure_persistence = FailurePersistence::Print;
     Runner::new(RandomScheduler::new(schedules), config.clone()).run(run);
     Runner::new(PctScheduler::new(3, schedules), config).run(run);
@@ -453,4 +455,75 @@ fn devices_are_exchanged() {
 #[test]
 fn pages_survive_devices_that_go() {
     explore(40, devices_are_exchanged);
+}
+
+/// Z5: two threads read and write a block that is put in place on a coherent device, brought home and pinned, while a third
+/// discards and unmaps memory of its own, whose news a receiver acts on in between.
+fn memory_moves_in_place() {
+    const PAGES: usize = 3;
+    static CHANGED: AtomicU64 = AtomicU64::new(0);
+    let (rig, shelf) = rig(Capabilities { huge: true, ..ABLE });
+    let far = Shelf::new(1024).coherent();
+    let id = rig.engine.attach(allocator_api2::unsize_box!(OwnBox::new_in(far.clone(), Own))).unwrap();
+    let region = rig.region(1);
+    let block = rig.engine.geometry.vpn(region.start).block();
+    let receiver = Receiver::start(&rig);
+    let writers: Vec<_> = (0..2)
+        .map(|who| {
+            let rig = rig.clone();
+            thread::spawn(move || {
+                for round in 1..4u64 {
+                    for n in who * PAGES..(who + 1) * PAGES {
+                        let was = if round == 1 { 0 } else { (round - 1) << 8 | n as u64 };
+                        assert_eq!(word(&rig, page(region, n)), Ok(was), "page {n} in round {round}");
+                        put(&rig, page(region, n), round << 8 | n as u64);
+                    }
+                }
+            })
+        })
+        .collect();
+    let program = {
+        let rig = rig.clone();
+        thread::spawn(move || {
+            for _ in 0..2 {
+                let plain = rig.sim().map_plain(3 * PAGE as u64);
+                put(&rig, plain.start, 7);
+                rig.engine.adopt(plain).unwrap();
+                rig.sim().dontneed(VaRange { start: plain.start, end: page(plain, 1) });
+                assert_eq!(word(&rig, plain.start), Ok(0));
+                rig.sim().munmap(plain);
+            }
+        })
+    };
+    let mut buffer = Buffer::new(512 * PAGE).unwrap();
+    let pages = PageRange::new(rig.engine.geometry.vpn(region.start), Pages(1));
+    for step in 0..4 {
+        let moved = rig.engine.migrate_block(block, id, &mut buffer);
+        CHANGED.fetch_add(moved.is_ok() as u64, Relaxed);
+        if step % 2 == 0 {
+            let _ = rig.engine.migrate_home(block);
+        } else {
+            rig.engine.hold_pages(pages, Access::Write).unwrap();
+            let state = rig.engine.table.look(pages.start).unwrap().0.state();
+            assert!(matches!(state, State::Host { .. }), "what is pinned is in RAM: {state:?}");
+            rig.engine.let_go(pages);
+        }
+    }
+    writers.into_iter().for_each(|w| w.join().unwrap());
+    program.join().unwrap();
+    for n in 0..2 * PAGES {
+        assert_eq!(word(&rig, page(region, n)), Ok(3 << 8 | n as u64), "page {n} at the end");
+    }
+    rig.engine.detach(id).map(drop).unwrap();
+    rig.engine.check();
+    assert_eq!(far.held(), 0);
+    receiver.end();
+    rig.release(region);
+    assert_eq!((rig.engine.check().device_pages, shelf.held()), (0, 0));
+    assert!(CHANGED.load(Relaxed) > 0, "something was in place");
+}
+
+#[test]
+fn memory_moves_in_place_and_nobody_notices() {
+    explore(8, memory_moves_in_place);
 }
