@@ -19,13 +19,13 @@ functions() {
 }
 
 printf '%-24s %12s %12s %12s %12s\n' devices 'file, bytes' 'code, bytes' 'fault path' 'device layer'
-for features in "" devices soft compressed file "soft compressed file"; do
+for features in "" devices soft compressed dax file "soft compressed dax file"; do
     cargo build --quiet --release -p peerspace-preload --no-default-features --features "$features" --target-dir "$target"
     library=$target/release/libpeerspace_preload.so
     strip -o "$target/stripped.so" "$library"
     code=$(size -A "$library" | awk '$1 == ".text" { print $2 }')
     path=$(functions 'peerspace::engine::(fault|pages|block)::')
-    devices=$(functions 'peerspace::(device|spec|engine::(tiers?|detach))::|peerspace_core::(altmap|bitmap|buddy|devmap|pagemap|vmemmap)::')
+    devices=$(functions 'peerspace::(device|spec|engine::(tiers?|detach|migrate|named))::|peerspace_core::(altmap|bitmap|buddy|devmap|pagemap|vmemmap)::')
     case $features in
         "") name="no device memory" ;;
         devices) name=none ;;

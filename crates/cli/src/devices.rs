@@ -25,7 +25,7 @@ struct Kind {
     example: &'static str,
 }
 
-const KINDS: [Kind; 3] = [
+const KINDS: [Kind; 4] = [
     Kind {
         specification: "compressed[:SIZE]",
         memory: "private",
@@ -41,6 +41,15 @@ const KINDS: [Kind; 3] = [
                and the file in it is unlinked; or a file, which must be empty or an old one of ours.",
         use_for: "What is larger than RAM: fast disks serve a page in tens of microseconds.",
         example: "--device file:/var/tmp:32G",
+    },
+    Kind {
+        specification: "dax:SIZE, dax:PATH[:SIZE]",
+        memory: "coherent",
+        what: "Memory that the CPU addresses in place: SIZE bytes of a memory file; or what is at PATH, a device node, a \
+               file, or a directory for an unlinked one (DAX file systems, hugetlbfs). A program that uses the library \
+               migrates blocks there and goes on to use them in place, or keeps regions there by name.",
+        use_for: "Memory on a slower bus, persistent memory, huge pages set aside.",
+        example: "--device dax:/dev/dax0.0",
     },
     Kind {
         specification: "soft:SIZE",

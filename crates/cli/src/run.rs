@@ -38,7 +38,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) host: Size,
 
-    /// Where memory goes that does not fit: compressed[:SIZE], file:PATH[:SIZE], soft:SIZE.
+    /// Where memory goes that does not fit: compressed[:SIZE], file:PATH[:SIZE], dax:SIZE, dax:PATH[:SIZE], soft:SIZE.
     ///
     /// May be given several times; they are tried in order. Without it: `compressed`, then an unlinked file in the
     /// temporary directory. `compressed` without a SIZE takes up to as much RAM as --host.

@@ -14,6 +14,9 @@ pub enum DeviceSpec {
     Compressed(Option<Size>),
     /// `file:PATH[:SIZE]`: an unlinked file in the directory PATH, or the file PATH itself, of at most SIZE bytes.
     File(PathBuf, Option<Size>),
+    /// `dax:SIZE` or `dax:PATH[:SIZE]`: memory that the CPU addresses in place, of a memory file or of what is at PATH: a
+    /// directory (an unlinked file in it), a file, or a device node. What leaves RAM goes there, too.
+    Dax(Option<PathBuf>, Option<Size>),
     /// `soft:SIZE`: plain memory behind the device interface.
     Soft(Size),
 }
@@ -37,7 +40,7 @@ pub enum SpecError {
 }
 
 /// The devices there are, for help and errors.
-pub const KINDS: &str = "compressed[:SIZE], file:PATH[:SIZE], soft:SIZE";
+pub const KINDS: &str = "compressed[:SIZE], file:PATH[:SIZE], dax:SIZE, dax:PATH[:SIZE], soft:SIZE";
 
 impl FromStr for DeviceSpec {
     type Err = SpecError;
@@ -46,17 +49,26 @@ impl FromStr for DeviceSpec {
         let malformed = |why: &dyn fmt::Display| SpecError::Malformed(s.into(), why.to_string());
         let (kind, rest) = s.split_once(':').map_or((s, None), |(k, r)| (k, Some(r)));
         let size = |text: &str| text.parse::<Size>().map_err(|e| malformed(&e));
+        let path = |text: &str| match text.rsplit_once(':') {
+            // A path may contain colons itself: only what is a size is taken for one.
+            Some((path, tail)) if !path.is_empty() && tail.starts_with(|c: char| c.is_ascii_digit()) => {
+                Ok((PathBuf::from(path), Some(size(tail)?)))
+            }
+            _ => Ok((text.into(), None)),
+        };
         match (kind, rest) {
             ("compressed", None) => Ok(DeviceSpec::Compressed(None)),
             ("compressed", Some(r)) => Ok(DeviceSpec::Compressed(Some(size(r)?))),
             ("file", None | Some("")) => Err(malformed(&"it needs a path, as in file:/var/tmp or file:/var/tmp:8G")),
-            ("file", Some(r)) => match r.rsplit_once(':') {
-                // A path may contain colons itself: only what is a size is taken for one.
-                Some((path, tail)) if !path.is_empty() && tail.starts_with(|c: char| c.is_ascii_digit()) => {
-                    Ok(DeviceSpec::File(path.into(), Some(size(tail)?)))
-                }
-                _ => Ok(DeviceSpec::File(r.into(), None)),
-            },
+            ("file", Some(r)) => path(r).map(|(path, size)| DeviceSpec::File(path, size)),
+            ("dax", None | Some("")) => {
+                Err(malformed(&"it needs a size or a path, as in dax:1G, dax:/dev/dax0.0 or dax:/mnt/pmem:8G"))
+            }
+            // What looks like a size is one; a file of such a name is ./64M.
+            ("dax", Some(r)) if r.starts_with(|c: char| c.is_ascii_digit()) => {
+                Ok(DeviceSpec::Dax(None, Some(size(r)?)))
+            }
+            ("dax", Some(r)) => path(r).map(|(path, size)| DeviceSpec::Dax(Some(path), size)),
             ("soft", None | Some("")) => Err(malformed(&"it needs a size, as in soft:1G")),
             ("soft", Some(r)) => Ok(DeviceSpec::Soft(size(r)?)),
             _ => Err(SpecError::Unknown(kind.into())),
@@ -71,6 +83,10 @@ impl fmt::Display for DeviceSpec {
             DeviceSpec::Compressed(Some(size)) => write!(f, "compressed:{size}"),
             DeviceSpec::File(path, None) => write!(f, "file:{}", path.display()),
             DeviceSpec::File(path, Some(size)) => write!(f, "file:{}:{size}", path.display()),
+            DeviceSpec::Dax(None, None) => f.write_str("dax"),
+            DeviceSpec::Dax(None, Some(size)) => write!(f, "dax:{size}"),
+            DeviceSpec::Dax(Some(path), None) => write!(f, "dax:{}", path.display()),
+            DeviceSpec::Dax(Some(path), Some(size)) => write!(f, "dax:{}:{size}", path.display()),
             DeviceSpec::Soft(size) => write!(f, "soft:{size}"),
         }
     }
@@ -122,6 +138,18 @@ impl DeviceSpec {
             }
             #[cfg(not(feature = "file"))]
             DeviceSpec::File(..) => Err(SpecError::NotBuilt(self.to_string(), "file")),
+            #[cfg(feature = "dax")]
+            DeviceSpec::Dax(path, size) => {
+                let options = crate::device::dax::Dax::options().takes_evicted();
+                let options = size.map_or(options.clone(), |size| options.size(size.0));
+                let dax = match path {
+                    Some(path) => options.open(path),
+                    None => options.memory(),
+                };
+                Ok(own(dax.map_err(|e| self.cannot_open(&e))?))
+            }
+            #[cfg(not(feature = "dax"))]
+            DeviceSpec::Dax(..) => Err(SpecError::NotBuilt(self.to_string(), "dax")),
         }
     }
 
@@ -141,7 +169,15 @@ impl DeviceSpec {
             let file = crate::device::file::Reservation::new(path, size.map(|s| s.0));
             return file.map(|_file| Reservation { _file }).map_err(|e| self.cannot_open(&e));
         }
+        let made = match self {
+            DeviceSpec::Dax(Some(path), _) if !path.exists() => Some(path),
+            _ => None,
+        };
         drop(self.open(host)?);
+        if let Some(path) = made {
+            // Whoever is to have it makes it again. Nothing can be done if it cannot be removed.
+            let _ = std::fs::remove_file(path);
+        }
         Ok(Reservation::default())
     }
 
@@ -163,17 +199,25 @@ impl DeviceSpec {
             DeviceSpec::File(path, size) => {
                 DeviceSpec::File(std::path::absolute(path).unwrap_or_else(|_| path.clone()), *size)
             }
+            DeviceSpec::Dax(Some(path), size) => {
+                DeviceSpec::Dax(Some(std::path::absolute(path).unwrap_or_else(|_| path.clone())), *size)
+            }
             other => other.clone(),
         }
     }
 
     /// The same kind of device for another process: one that shares nothing with this one. In the place of a named
-    /// file that is an unlinked one in its directory.
+    /// file that is an unlinked one in its directory. A device node can be had once: whoever comes second is told so.
     pub fn beside(&self) -> DeviceSpec {
+        let directory = |path: &std::path::Path| -> PathBuf {
+            path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(std::path::Path::new(".")).into()
+        };
         match self {
-            DeviceSpec::File(path, size) if !path.is_dir() => {
-                let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
-                DeviceSpec::File(parent.unwrap_or(std::path::Path::new(".")).into(), *size)
+            DeviceSpec::File(path, size) if !path.is_dir() => DeviceSpec::File(directory(path), *size),
+            // Of the same size, which a directory does not say.
+            DeviceSpec::Dax(Some(path), size) if !path.exists() || path.is_file() => {
+                let has = std::fs::metadata(path).ok().map(|m| Size(m.len())).filter(|s| s.0 > 0);
+                DeviceSpec::Dax(Some(directory(path)), size.or(has))
             }
             other => other.clone(),
         }
@@ -208,11 +252,15 @@ mod tests {
 
     #[test]
     fn devices_are_read_and_written() {
-        for text in ["compressed", "compressed:1G", "file:/tmp", "file:/tmp/a:b", "file:/tmp:8G", "soft:64M"] {
+        for text in ["compressed", "compressed:1G", "file:/tmp", "file:/tmp/a:b", "file:/tmp:8G", "soft:64M", "dax:1G"] {
             assert_eq!(text.parse::<DeviceSpec>().unwrap().to_string(), text);
         }
+        for text in ["dax:/dev/dax0.0", "dax:./64M", "dax:/mnt/pmem:8G"] {
+            assert_eq!(text.parse::<DeviceSpec>().unwrap().to_string(), text);
+        }
+        assert_eq!("dax:64M".parse(), Ok(DeviceSpec::Dax(None, Some(Size(64 << 20)))));
         assert_eq!("file:/a:b:7".parse(), Ok(DeviceSpec::File("/a:b".into(), Some(Size(7)))));
-        for bad in ["", "tape", "compressed:", "compressed:x", "file", "file:", "soft", "file:/tmp:9Q"] {
+        for bad in ["", "tape", "compressed:", "compressed:x", "file", "file:", "soft", "file:/tmp:9Q", "dax", "dax:", "dax:7Q", "dax:/a:7Q"] {
             let e = bad.parse::<DeviceSpec>().unwrap_err().to_string();
             assert!(!e.is_empty(), "{bad}");
         }
