@@ -5,7 +5,7 @@ use crate::spec::{Collapser, DeviceKind, Kind, Metric, Mover, Spec, Work};
 use std::path::Path;
 
 /// The names, in the order in which they are run.
-pub(crate) const NAMES: [&str; 12] = [
+pub(crate) const NAMES: [&str; 13] = [
     "fault",
     "sequential",
     "sequential-compressed",
@@ -18,6 +18,7 @@ pub(crate) const NAMES: [&str; 12] = [
     "huge-turn",
     "metadata",
     "attach",
+    "in-place",
 ];
 
 const MIB: u64 = 1 << 20;
@@ -149,6 +150,7 @@ pub(crate) fn all(sizes: Sizes, dir: &Path) -> Vec<Benchmark> {
         make.huge_turn(),
         make.metadata(),
         make.attach(),
+        make.in_place(),
     ]
 }
 
@@ -492,6 +494,38 @@ impl Make<'_> {
                 aim(Metric::DescriptorsHuge, kernel / 512.0),
                 aim(Metric::DescriptorsSmall, kernel),
             ],
+            fresh: true,
+            rounds: self.sizes.rounds[1],
+        }
+    }
+
+    fn in_place(&self) -> Benchmark {
+        let half = |plan: Plan| {
+            let data = self.sizes.data / 4;
+            Plan { evicts: false, spec: Spec { data, ..plan.spec }, ..plan }
+        };
+        let aim = |metric, target| Aim { contender: OURS, metric, target };
+        Benchmark {
+            name: "in-place",
+            about: format!(
+                "{} MiB are sent to a coherent device, where they are used in place, and brought home; the device keeps \
+                 its own descriptors",
+                self.sizes.data / 4 / MIB
+            ),
+            contenders: vec![
+                half(self.plan(OURS, Kind::Place(true), Work::Own, "a space with the device dax, in memory")),
+                half(self.plan(
+                    FLOOR,
+                    Kind::Place(false),
+                    Work::Own,
+                    "write and read of the same blocks to such memory",
+                )),
+            ],
+            versus: vec![
+                Self::faster(FLOOR, Metric::Sent, Some(0.7)),
+                Self::faster(FLOOR, Metric::Fetched, Some(0.7)),
+            ],
+            aims: vec![aim(Metric::DescriptorsHost, Target::AtMost(0.0))],
             fresh: true,
             rounds: self.sizes.rounds[1],
         }

@@ -69,6 +69,8 @@ pub(crate) enum Kind {
     Footprint,
     /// What a device of 1 TiB costs a space.
     Attach,
+    /// Somebody who sends memory to a coherent device and brings it home: a space (true), or system calls.
+    Place(bool),
     /// A process that does nothing (false), or makes a space and a region (true).
     Start(bool),
     /// A space of ours, with one device, that is told to use small pages alone.
@@ -168,6 +170,14 @@ pub(crate) enum Metric {
     DescriptorsHuge,
     /// The same in pages.
     DescriptorsSmall,
+    /// GB/s of blocks that are sent to a device.
+    Sent,
+    /// GB/s of blocks that are brought home.
+    Fetched,
+    /// Bytes of host memory that describe each GiB in place.
+    DescriptorsHost,
+    /// Bytes of the device's own memory that do.
+    DescriptorsOwn,
     /// Microseconds for each 2 MiB that are treated as one.
     PerBlock,
     /// Of those, for unmapping.
@@ -204,6 +214,10 @@ impl Metric {
             Metric::DetachTime => "ms to detach it with its data",
             Metric::DescriptorsHuge => "bytes/GiB, in huge folios",
             Metric::DescriptorsSmall => "bytes/GiB, in pages",
+            Metric::Sent => "GB/s there",
+            Metric::Fetched => "GB/s home",
+            Metric::DescriptorsHost => "host bytes/GiB for descriptors",
+            Metric::DescriptorsOwn => "its own",
             Metric::PerBlock => "us/2 MiB",
             Metric::OutPerBlock => "of it unmapping",
             Metric::BackPerBlock => "of it mapping",
@@ -215,7 +229,7 @@ impl Metric {
 
     /// True where more is better.
     pub(crate) const fn more_is_better(self) -> bool {
-        matches!(self, Metric::Throughput | Metric::HugeShare)
+        matches!(self, Metric::Throughput | Metric::Sent | Metric::Fetched | Metric::HugeShare)
     }
 }
 

@@ -27,7 +27,7 @@ impl Region {
     pub fn migrate_to(&self, part: Range<usize>, device: DeviceId) -> Result<usize, Error> {
         let engine = self.space().engine();
         let mut buffer = None;
-        let moved = self.each_block(part, |block| {
+        let moved = self.each_block(part, |block, _| {
             let buffer = match &mut buffer {
                 Some(buffer) => buffer,
                 none => none.insert(Buffer::new(engine.geometry.block_bytes()).map_err(|_| MigrateError::NoMemory)?),
@@ -51,16 +51,16 @@ impl Region {
     /// inside the region.
     pub fn migrate_home(&self, part: Range<usize>) -> Result<usize, Error> {
         let engine = self.space().engine();
-        let moved = self.each_block(part, |block| engine.migrate_home(block))?;
+        let moved = self.each_block(part, |block, rest| engine.migrate_home(block, rest))?;
         moved.map_err(|(block, e)| self.not_migrated(block, "RAM".into(), &e))
     }
 
-    /// Calls `migrate` with each block inside `part`. Returns the bytes of those that went, or the first that failed; those
+    /// Calls `migrate` with each block inside `part`, and what follows it. Returns the bytes of those that went, or the first that failed; those
     /// that are in use are left where they are.
     fn each_block(
         &self,
         part: Range<usize>,
-        mut migrate: impl FnMut(u64) -> Result<(), MigrateError>,
+        mut migrate: impl FnMut(u64, PageRange) -> Result<(), MigrateError>,
     ) -> Result<Result<usize, (u64, MigrateError)>, Error> {
         let engine = self.space().engine();
         let pages = engine.geometry.pages_inside(self.part(part)?);
@@ -68,7 +68,9 @@ impl Region {
         for piece in pages.by_block().filter(|piece| *piece == PageRange::block(piece.start.block())) {
             let block = piece.start.block();
             // Signals wait for one block at a time.
-            match without_signals(|| migrate(block)) {
+            // Whole blocks alone.
+            let rest = PageRange { start: piece.end, end: pages.end.block_start().max(piece.end) };
+            match without_signals(|| migrate(block, rest)) {
                 Ok(()) => moved += engine.geometry.block_bytes(),
                 Err(MigrateError::Busy) => {}
                 Err(e) => return Ok(Err((block, e))),

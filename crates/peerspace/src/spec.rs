@@ -252,7 +252,9 @@ mod tests {
 
     #[test]
     fn devices_are_read_and_written() {
-        for text in ["compressed", "compressed:1G", "file:/tmp", "file:/tmp/a:b", "file:/tmp:8G", "soft:64M", "dax:1G"] {
+        for text in
+            ["compressed", "compressed:1G", "file:/tmp", "file:/tmp/a:b", "file:/tmp:8G", "soft:64M", "dax:1G"]
+        {
             assert_eq!(text.parse::<DeviceSpec>().unwrap().to_string(), text);
         }
         for text in ["dax:/dev/dax0.0", "dax:./64M", "dax:/mnt/pmem:8G"] {
@@ -260,7 +262,20 @@ mod tests {
         }
         assert_eq!("dax:64M".parse(), Ok(DeviceSpec::Dax(None, Some(Size(64 << 20)))));
         assert_eq!("file:/a:b:7".parse(), Ok(DeviceSpec::File("/a:b".into(), Some(Size(7)))));
-        for bad in ["", "tape", "compressed:", "compressed:x", "file", "file:", "soft", "file:/tmp:9Q", "dax", "dax:", "dax:7Q", "dax:/a:7Q"] {
+        for bad in [
+            "",
+            "tape",
+            "compressed:",
+            "compressed:x",
+            "file",
+            "file:",
+            "soft",
+            "file:/tmp:9Q",
+            "dax",
+            "dax:",
+            "dax:7Q",
+            "dax:/a:7Q",
+        ] {
             let e = bad.parse::<DeviceSpec>().unwrap_err().to_string();
             assert!(!e.is_empty(), "{bad}");
         }

@@ -11,6 +11,8 @@ mod copy;
 mod device;
 mod footprint;
 mod ours;
+#[cfg(feature = "dax")]
+mod place;
 mod pread;
 mod start;
 mod swap;
@@ -219,6 +221,10 @@ fn make(spec: &Spec) -> Result<(Box<dyn Contender>, Option<String>), Trouble> {
             let about = pread.mode().to_owned();
             (Box::new(pread), Some(about))
         }
+        #[cfg(feature = "dax")]
+        Kind::Place(ours) => (Box::new(place::Place::new(spec, ours)?), None),
+        #[cfg(not(feature = "dax"))]
+        Kind::Place(_) => return Err(Trouble::Unavailable("this build has no device dax".into())),
         Kind::Attach => (Box::new(attach::Attach::new(spec)), None),
         Kind::Footprint => (Box::new(footprint::Footprint::new(spec)?), None),
         Kind::Start(space) => (Box::new(start::Start::new(spec, space)?), None),

@@ -26,6 +26,7 @@ use super::fault::{Fault, Hold, Outcome};
 use super::tier::unwinding;
 use super::{Engine, Entry};
 use crate::device::MemoryType;
+use arrayvec::ArrayVec;
 use peerspace_core::addr::{Access, BLOCK_PAGES, DevicePfn, Order, PageRange, Pages, VaRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::sync::{AtomicBool, AtomicU64, Latch, Ordering, Ordering::Relaxed, Park};
@@ -35,6 +36,8 @@ use peerspace_os::{Kernel, Message, Trouble};
 /// Memory of devices may cut up regions into one part in so many of all mappings that a process may have; the rest is the
 /// program's own to use.
 const SHARE: u64 = 4;
+/// Blocks that are taken away at once.
+const RUN: usize = 16;
 
 /// What is being put in place or taken away.
 #[derive(Debug)]
@@ -186,12 +189,14 @@ impl<K: Kernel> Engine<K> {
         self.inplace.turn(self.kernel.park())
     }
 
-    /// Says that the mappings of `entry` change, unless somebody else's change is being acted on. The caller has the turn.
-    fn begin_change(&self, entry: &Entry<'_, K>, work: &Working<'_>) -> bool {
+    /// Says that the mappings of `run`, entries that follow each other, change, unless somebody else's change is being acted
+    /// on. The caller has the turn.
+    fn begin_change(&self, run: &[Entry<'_, K>], work: &Working<'_>) -> bool {
         let Some(_section) = self.gate.enter(work.context()) else { return false };
-        self.inplace.begin(self.addresses(entry.range()));
+        let [first, .., last] = [run.first(), run.last()].map(|entry| entry.expect("something changes"));
+        self.inplace.begin(self.addresses(PageRange { start: first.vpn(), end: last.range().end }));
         // Threads that receive wait for no entry from here on.
-        entry.turn_away();
+        run.iter().for_each(Entry::<K>::turn_away);
         true
     }
 
@@ -217,7 +222,7 @@ impl<K: Kernel> Engine<K> {
         if pieces >= most {
             return Err(PlaceError::TooManyPieces(pieces));
         }
-        if !self.begin_change(&entry, &work) {
+        if !self.begin_change(std::slice::from_ref(&entry), &work) {
             drop((entry, work));
             self.wait_for_changes();
             return Err(PlaceError::Busy);
@@ -238,30 +243,56 @@ impl<K: Kernel> Engine<K> {
 
     /// Takes away what is in place at `vpn`: the data are on the device then, and a fault brings them home. Nothing happens
     /// where nothing is in place.
-    pub(crate) fn take_from_place(&self, vpn: Vpn, _turn: &Turn<'_, K::Park>) -> Result<(), PlaceError> {
+    pub(crate) fn take_from_place(&self, vpn: Vpn, turn: &Turn<'_, K::Park>) -> Result<(), PlaceError> {
+        self.take_run_from_place(PageRange::new(vpn, Pages(1)), turn)
+    }
+
+    /// The same for what is in place at the start of `pages`, and what follows it without a gap: a few blocks at once.
+    pub(super) fn take_run_from_place(&self, pages: PageRange, _turn: &Turn<'_, K::Park>) -> Result<(), PlaceError> {
         loop {
             let work = self.contexts.take();
-            let Ok(entry) = self.table.lock(vpn) else { return Ok(()) };
-            let State::Coherent { pfn } = entry.state() else { return Ok(()) };
+            let run = self.lock_run(pages);
+            let (Some(first), Some(last)) = (run.first(), run.last()) else { return Ok(()) };
+            let all = PageRange { start: first.vpn(), end: last.range().end };
             if self.inplace.holds.load(Ordering::SeqCst) > 0 {
                 // A copy is under way, somewhere.
-                drop((entry, work));
+                drop((run, work));
                 crate::sync::yield_now();
                 continue;
             }
-            if !self.begin_change(&entry, &work) {
-                drop((entry, work));
+            if !self.begin_change(&run, &work) {
+                drop((run, work));
                 self.wait_for_changes();
                 continue;
             }
             drop(work);
-            let hidden = self.kernel.hide(self.addresses(entry.range())).map_err(PlaceError::Kernel);
+            let hidden = self.kernel.hide(self.addresses(all)).map_err(PlaceError::Kernel);
             self.end_change();
             hidden?;
-            self.gone_from_place(entry.range(), pfn);
-            entry.commit(State::Device { pfn, stamp: self.stamp(), rewritten: false });
+            for entry in run {
+                let State::Coherent { pfn } = entry.state() else { unreachable!("seen when it was locked") };
+                self.gone_from_place(entry.range(), pfn);
+                entry.commit(State::Device { pfn, stamp: self.stamp(), rewritten: false });
+            }
             return Ok(());
         }
+    }
+
+    /// Locks the entries at the start of `pages` whose memory is in place, as many as are changed at once.
+    fn lock_run(&self, pages: PageRange) -> ArrayVec<Entry<'_, K>, RUN> {
+        let mut run = ArrayVec::new();
+        let mut at = pages.start;
+        while at < pages.end && !run.is_full() {
+            // The first is what is wanted; who has one of the others may go on.
+            let entry = match run.is_empty() {
+                true => self.table.lock(at).ok(),
+                false => self.table.try_lock(at).ok().flatten(),
+            };
+            let Some(entry) = entry.filter(|e| matches!(e.state(), State::Coherent { .. })) else { break };
+            at = entry.range().end;
+            run.push(entry);
+        }
+        run
     }
 
     /// Accounts for the block at `vpn` with `pfn`: it is in place now, or is not any more. Its entry is locked.

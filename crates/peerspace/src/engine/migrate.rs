@@ -5,7 +5,7 @@
 //! that ([`inplace`](super::inplace)). Whatever fails on the way leaves the block where it was.
 
 use super::fault::{Fault, Outcome};
-use super::inplace::{PlaceError, Turn};
+use super::inplace::PlaceError;
 use super::tier::{Tier, answer};
 use super::{Engine, Entry};
 use crate::device::{DeviceError, MemoryType, Store};
@@ -287,27 +287,17 @@ impl<K: Kernel> Engine<K> {
         Err(MigrateError::Device(error))
     }
 
-    /// Brings the block of `vpn` home from where it is in place (rules Z5, Z8).
-    pub(crate) fn bring_home_from_place(&self, vpn: Vpn) -> Result<(), MigrateError> {
-        let turn = self.take_turn();
-        self.take_home(vpn, &turn)
-    }
-
-    /// The same with the turn in hand.
-    fn take_home(&self, vpn: Vpn, turn: &Turn<'_, K::Park>) -> Result<(), MigrateError> {
-        let Some(State::Coherent { .. }) = self.table.look(vpn).map(|(entry, _)| entry.state()) else {
-            return Ok(());
-        };
-        self.take_from_place(vpn, turn).map_err(MigrateError::Place)
-    }
-
-    /// Brings `block` home, from whatever device it was migrated to.
-    pub(crate) fn migrate_home(&self, block: u64) -> Result<(), MigrateError> {
+    /// Brings `block` home, from whatever device it was migrated to; `ahead` says what else is going to be brought home next.
+    pub(crate) fn migrate_home(&self, block: u64, ahead: PageRange) -> Result<(), MigrateError> {
         let start = Vpn::of_block(block);
         if self.is_persistent(start) {
             return Err(MigrateError::NotOwn);
         }
-        self.bring_home_from_place(start)?;
+        if let Some(State::Coherent { .. }) = self.table.look(start).map(|(entry, _)| entry.state()) {
+            let turn = self.take_turn();
+            let run = PageRange { start, end: ahead.end.max(start + BLOCK_PAGES) };
+            self.take_run_from_place(run, &turn).map_err(MigrateError::Place)?;
+        }
         for vpn in PageRange::block(block).iter() {
             for tries in 0.. {
                 let Some((entry, _)) = self.table.look(vpn) else { return Err(MigrateError::NotOwn) };

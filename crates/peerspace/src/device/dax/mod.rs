@@ -54,7 +54,6 @@ use peerspace_core::sync::{AtomicBool, Ordering};
 use peerspace_os::linux::shared::{SharedFile, SharedMapping};
 use peerspace_os::own::Shared;
 use persistent::Persistence;
-use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use std::fmt;
 use std::path::Path;
@@ -242,8 +241,7 @@ impl Device for Dax {
             None => Descriptor::coherent(&self.name, pages),
         };
         let what = what.capacity_bytes(pages * self.layout.page).compares();
-        let what = if self.takes_evicted { what.takes_evicted() } else { what };
-        if self.kind == Kind::Memory { what.in_ram() } else { what }
+        if self.takes_evicted { what.takes_evicted() } else { what }
     }
 
     fn store(&self, batch: &mut [Store<'_>]) {
@@ -267,15 +265,8 @@ impl Device for Dax {
         }
     }
 
-    fn freed(&self, pages: DevicePages) {
-        let whole = !self.huge || (pages.count * self.layout.page).is_multiple_of(self.layout.block);
-        if self.kind == Kind::Memory && whole && !self.is_foreign() {
-            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            // What is not given back is written over one day.
-            let _ =
-                rustix::fs::fallocate(self.memory.fd(), how, self.at(pages.first), pages.count * self.layout.page);
-        }
-    }
+    // Memory stays: it is what the device consists of.
+    fn freed(&self, _: DevicePages) {}
 
     fn holds(&self, page: u64, bytes: &[u8]) -> Result<bool, DeviceError> {
         let mut held = [0; 4096];
@@ -294,10 +285,7 @@ impl Device for Dax {
             let used_bytes = persistence.used_bytes();
             return Some(Usage { used_bytes, peak_bytes: used_bytes });
         }
-        // What is in RAM is what was written and not given back.
-        let stat = rustix::fs::fstat(self.memory.fd()).ok().filter(|_| self.kind == Kind::Memory)?;
-        let used_bytes = stat.st_blocks as u64 * 512;
-        Some(Usage { used_bytes, peak_bytes: used_bytes })
+        None
     }
 
     fn shared(&self, page: u64) -> Option<SharedMemory<'_>> {

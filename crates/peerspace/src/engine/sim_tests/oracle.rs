@@ -378,8 +378,11 @@ impl World {
                 }
             }
             Op::MigrateHome { at, blocks } => {
-                for block in self.blocks(at, blocks) {
-                    let _ = self.rig.engine.migrate_home(block);
+                let blocks = self.blocks(at, blocks);
+                let end = Vpn::of_block(blocks.last().map_or(0, |b| b + 1));
+                for block in blocks {
+                    let rest = PageRange { start: Vpn::of_block(block + 1), end };
+                    let _ = self.rig.engine.migrate_home(block, rest);
                     let state = self.rig.engine.table.look(Vpn::of_block(block)).unwrap().0.state();
                     let failing = self.rig.engine.kernel.is_failing();
                     assert!(failing || !matches!(state, State::Coherent { .. }), "block {block} is home: {state:?}");

@@ -501,7 +501,7 @@ fn memory_moves_in_place() {
         let moved = rig.engine.migrate_block(block, id, &mut buffer);
         CHANGED.fetch_add(moved.is_ok() as u64, Relaxed);
         if step % 2 == 0 {
-            let _ = rig.engine.migrate_home(block);
+            let _ = rig.engine.migrate_home(block, pages);
         } else {
             rig.engine.hold_pages(pages, Access::Write).unwrap();
             let state = rig.engine.table.look(pages.start).unwrap().0.state();
