@@ -30,6 +30,8 @@
 //! | [`Pool`] | an allocator over a region, for vectors and maps |
 //! | [`Heap`] | a global allocator: the large allocations of a whole program |
 //! | [`Space::adopt`] | memory the program got elsewhere |
+//! | [`Region::migrate_to`] | memory sent to a device, and used in place there |
+//! | [`Persistent`] | regions that are found by name after a restart |
 //! | [`Space::make_resident`] | memory that is handed to the kernel or to hardware |
 //! | [`device`] | where pages live while they are not in RAM, and how to make one's own such place |
 //! | [`Statistics`] | what a space is doing, in numbers |
@@ -69,9 +71,10 @@
 //!
 //! | feature | default | what it adds |
 //! |---|---|---|
-//! | `devices` | yes, by the next three | memory beyond RAM: [devices](device), those of one's own included |
+//! | `devices` | yes, by the next four | memory beyond RAM: [devices](device), those of one's own included |
 //! | `compressed` | yes | the compressed store |
 //! | `file` | yes | files on disk, by io_uring where it can be had |
+//! | `dax` | yes | memory that the CPU addresses in place, coherent or persistent |
 //! | `soft` | yes | plain memory behind the device interface, for tests and measurements |
 //! | `hashbrown` | yes | [`Pool`] as an allocator for `hashbrown` and whatever else uses version 0.2 of `allocator-api2` |
 //! | `process` | no | the management of a whole process from inside, for preloaded libraries |

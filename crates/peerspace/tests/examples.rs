@@ -5,6 +5,11 @@ use std::process::Command;
 
 /// Runs an example. Cargo builds them with the tests, unless it is asked for single ones.
 fn output_of(name: &str) -> String {
+    output_with(name, &[])
+}
+
+/// The same, with arguments.
+fn output_with(name: &str, arguments: &[&std::ffi::OsStr]) -> String {
     let test = std::env::current_exe().unwrap();
     let directory: PathBuf = test.parent().and_then(|p| p.parent()).unwrap().join("examples");
     let program = directory.join(name);
@@ -14,7 +19,7 @@ fn output_of(name: &str) -> String {
         cargo.args(cfg!(not(debug_assertions)).then_some("--release"));
         assert!(cargo.status().unwrap().success());
     }
-    let output = Command::new(program).output().unwrap();
+    let output = Command::new(program).args(arguments).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{}: {said}{}", output.status, String::from_utf8_lossy(&output.stderr));
     said
@@ -43,4 +48,14 @@ fn the_device_of_ones_own_has_carried_data_and_is_short() {
     let source = include_str!("../examples/device.rs");
     let device = source.split("/// Pages with").nth(1).unwrap().split("fn main").next().unwrap();
     assert!(device.lines().count() < 70, "the device has {} lines", device.lines().count());
+}
+
+#[test]
+fn the_persistent_region_goes_on_counting() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("counter");
+    for run in 1..4 {
+        let said = output_with("persistent", &[path.as_os_str()]);
+        assert!(said.starts_with(&format!("this is run number {run}; the region \"counter\"")), "{said}");
+    }
 }
