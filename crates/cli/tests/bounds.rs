@@ -159,3 +159,17 @@ fn nothing_is_left_of_a_process_that_is_killed() {
     }
     assert_eq!(shared(), before, "something was left in /dev/shm");
 }
+
+/// A program that does nothing but fill its heap, as fast as it can, is held to its budget as any other.
+#[test]
+fn a_heap_that_grows_without_pause_is_bounded() {
+    let dir = common::directory();
+    let file = dir.path().join("report.json");
+    let fill = "pages = [bytearray([n % 251]) * 65536 for n in range(4096)]\n\
+                assert all(p[-1] == n % 251 for n, p in enumerate(pages))\n";
+    let mut command = run(HOST, &["soft:512M"], "thread");
+    command.arg("--report").arg(&file).args(["--", "python3", "-c", fill]);
+    common::end(&mut command).well();
+    let peak = number(&report(&file), "/host/peak_bytes");
+    assert!(peak <= allowed(HOST * MIB), "{} MiB at most, with {HOST} MiB allowed", peak / MIB);
+}

@@ -11,6 +11,7 @@
 //! | [`descriptors`] | `close` and its kind | where our descriptors are in the program's table, it must not close them |
 //! | [`streams`] | none | where faults come by signal, buffers of the standard streams are kept |
 //! | [`mappings`] | `mremap` | what the program knows as one mapping may be several to the kernel |
+//! | [`heap`] | none | how the C library's heap grows |
 //! | [`calls`] | `read`, `write` and their kind | where faults come by signal, buffers are made resident first |
 //!
 //! Without the options in the environment all of them pass straight on.
@@ -22,6 +23,7 @@
 
 mod calls;
 mod descriptors;
+mod heap;
 mod mappings;
 mod processes;
 mod real;
@@ -65,17 +67,20 @@ static CONSTRUCTOR: extern "C" fn(c_int, *const *const c_char, *const *const c_c
 /// Called by the dynamic loader before `main`.
 extern "C" fn constructor(_: c_int, _: *const *const c_char, environment: *const *const c_char) {
     peerspace_os::linux::fork::install();
-    // SAFETY: the loader passes the environment, an array of strings that ends with a null.
-    let variable = |name: &str| unsafe {
+    let variables = || {
         let mut at = environment;
-        while !at.is_null() && !(*at).is_null() {
-            let text = CStr::from_ptr(*at);
-            if let Some(value) = text.to_bytes().strip_prefix(name.as_bytes()).and_then(|r| r.strip_prefix(b"=")) {
-                return std::ffi::CString::new(value).ok();
+        std::iter::from_fn(move || {
+            // SAFETY: the loader passes the environment, an array of strings that ends with a null.
+            unsafe {
+                let text = at.as_ref().filter(|text| !text.is_null())?;
+                at = at.add(1);
+                Some(CStr::from_ptr(*text))
             }
-            at = at.add(1);
-        }
-        None
+        })
+    };
+    let variable = |name: &str| {
+        let value = |text: &CStr| text.to_bytes().strip_prefix(name.as_bytes())?.strip_prefix(b"=").map(Vec::from);
+        variables().find_map(value).and_then(|value| std::ffi::CString::new(value).ok())
     };
     let Some(text) = variable(Options::VARIABLE) else { return };
     let options: Options = match serde_json::from_slice(text.to_bytes()) {
@@ -91,6 +96,7 @@ extern "C" fn constructor(_: c_int, _: *const *const c_char, environment: *const
         std::process::abort();
     }));
     MODE.store(if options.by_signal { SIGNAL } else { THREADS }, Ordering::Relaxed);
+    heap::grow_in_large_steps(variables());
     let fixed = process::first_thread_control(thread_pointer() as u64);
     match process::start(options, fixed) {
         Ok(()) => {
