@@ -21,6 +21,8 @@ mod native;
 mod oracle;
 #[cfg(shuttle)]
 mod races;
+#[cfg(all(not(shuttle), feature = "process"))]
+mod replays;
 
 use super::fault::{Outcome, Patience};
 use super::reclaim::Step;

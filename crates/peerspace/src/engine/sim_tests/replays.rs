@@ -1,0 +1,44 @@
+//! Sequences that the oracle found to go wrong once, and that must not again.
+
+use super::ABLE;
+use super::oracle::{Op, play};
+use peerspace_os::Capabilities;
+
+/// Plays `ops` after what [`play`] begins with: area 0 is a region of 1024 pages, area 1 adopted memory of 700.
+#[track_caller]
+fn once_failed(ops: &[Op]) {
+    for can in [ABLE, Capabilities { huge: true, ..ABLE }, Capabilities { write_protect: false, ..ABLE }] {
+        play(can, true, ops.to_vec());
+    }
+}
+
+/// Before Linux 5.19 pages that are given up stay protected, and are so when they are adopted once more.
+#[test]
+fn protection_that_was_left_behind_stops_nobody() {
+    let at = 1024 + 660;
+    once_failed(&[
+        Op::Read { at },
+        Op::Disown { area: 1 },
+        Op::Adopt { area: 1 },
+        Op::Write { at, offset: 5, byte: 7 },
+        Op::Read { at },
+    ]);
+}
+
+/// What grew in place is registered, also when the region that it grew from is elsewhere.
+#[test]
+fn what_grew_in_place_is_found_without_its_region() {
+    once_failed(&[Op::Grow { area: 1, pages: 34 }, Op::Remap { at: 1024, pages: 700, over: None }]);
+}
+
+/// A page that was lost does not become zero because its memory is given up and adopted again.
+#[test]
+fn what_is_lost_stays_lost_when_it_is_given_up() {
+    once_failed(&[
+        Op::Reclaim { steps: 167 },
+        Op::Break { count: 27, seed: 12629843116173771675 },
+        Op::Disown { area: 1 },
+        Op::Adopt { area: 1 },
+        Op::Stream { at: 1024, pages: 700, write: false, down: true },
+    ]);
+}
