@@ -1,10 +1,13 @@
 //! The same facts asked of every kernel: what the simulated one says must be what the real one does.
 
 use crate::inject::Inject;
-use crate::kernel::{Capabilities, Done, Kernel, Protect, Trouble, Wake};
+use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
 use crate::sim::{Setup as SimSetup, Sim};
 use peerspace_core::addr::{Geometry, Pages, Va, VaRange};
 use peerspace_core::words::Words;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 const BLOCKS: u64 = 2;
 const SLOTS: u64 = 64;
@@ -189,6 +192,59 @@ fn a_full_block_becomes_huge<K: Kernel>(t: Tried<'_, K>) {
     }
 }
 
+/// What a call said, and what was received before it returned.
+fn heard<T>(k: &impl Kernel, call: impl FnOnce() -> T) -> (T, Vec<Message>) {
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let receiver = scope.spawn(|| {
+            let mut all = Vec::new();
+            while !over.load(SeqCst) {
+                match k.receive() {
+                    Some(message) => all.push(message),
+                    None => std::thread::yield_now(),
+                }
+            }
+            all
+        });
+        let said = call();
+        over.store(true, SeqCst);
+        (said, receiver.join().unwrap())
+    })
+}
+
+/// Z5: a device's memory in the place of a region's, and the region's in the place of the device's.
+fn memory_of_a_device_comes_and_goes<K: Kernel>(t: Tried<'_, K>) {
+    let block = t.region.len();
+    let file = memfd_create(c"device", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, 2 * block).unwrap();
+    let memory = SharedMemory { file: file.as_fd(), offset: block };
+    let (shown, told) = heard(t.k, || t.k.show(t.region, memory));
+    assert_eq!((shown, told), (Ok(()), vec![Message::Unmap(t.region)]));
+    assert!(t.k.is_accessible(t.region, true));
+    // It is no region memory any more.
+    assert_eq!(t.copy(0, 1, 1, Protect::No), stopped(0, Trouble::Absent));
+    assert_eq!(t.k.mapping_at(t.region.start), Ok(None));
+    assert!(!t.k.is_changing());
+    // What is cut off a file cannot be had.
+    ftruncate(&file, block + block / 2).unwrap();
+    assert!(t.k.is_accessible(t.pages(0, 256), true));
+    assert!(!t.k.is_accessible(t.pages(256, 1), false));
+    ftruncate(&file, 2 * block).unwrap();
+    let (hidden, told) = heard(t.k, || t.k.hide(t.region));
+    assert_eq!(hidden, Ok(()));
+    let [Message::Move { from, to, len }, Message::Unmap(gone)] = told[..] else { panic!("{told:?}") };
+    assert_eq!((to, len), (t.region.start, block));
+    assert_eq!(gone, VaRange { start: from, end: Va(from.0 + block) });
+    assert_eq!(t.there(0, 512), []);
+    assert_eq!(t.copy(3, 2, 7, Protect::No), Done::all(Pages(2)));
+    // Where there are no pages, once more, and then nothing at all, of which nobody is told.
+    let (discarded, _) = heard(t.k, || t.k.discard(t.region));
+    discarded.unwrap();
+    heard(t.k, || t.k.show(t.region, memory)).0.unwrap();
+    let (closed, told) = heard(t.k, || t.k.close(t.region));
+    assert_eq!((closed, told), (Ok(()), vec![]));
+}
+
 fn words_grow_in_place<K: Kernel>(t: Tried<'_, K>) {
     use peerspace_core::sync::Ordering::Relaxed;
     let words = t.k.words(1 << 20, 10).unwrap();
@@ -213,6 +269,7 @@ fn all<K: Kernel>(k: &K) {
     if k.capabilities().huge {
         tried(k, a_full_block_becomes_huge);
     }
+    tried(k, memory_of_a_device_comes_and_goes);
     tried(k, words_grow_in_place);
 }
 
