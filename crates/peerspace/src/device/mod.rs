@@ -53,6 +53,13 @@
 //! The bytes themselves are believed: that what comes back is what was stored, the device has to see to. Where that
 //! is not certain (a disk, a network), it keeps checksums, as `file` and `compressed` do, and says
 //! [`DeviceError::Corrupt`] rather than handing out something else.
+//!
+//! # Memory in place
+//!
+//! A coherent or persistent device also says where its memory is for the CPU to map ([`Device::shared`]). While a page is mapped
+//! in place, the program reads and writes it there, and the device is not asked for it; before it is loaded again it is taken
+//! out of place. What a named region is said to lie on is checked, but that two of them do not share pages with something else
+//! is the device's own business.
 
 use peerspace_core::addr::Pages;
 use std::fmt;
@@ -286,7 +293,8 @@ pub trait Device: Send + Sync {
     /// Reads pages that were written, all of the batch; sets each result. On error the bytes may be anything.
     fn load(&self, batch: &mut [Load<'_>]);
 
-    /// The pages are not needed any more; called exactly once for each page that was stored (rule Z6).
+    /// The pages are not needed any more; called exactly once for each page that was stored (rule Z6), and for each of a named
+    /// region that was open.
     fn freed(&self, pages: DevicePages);
 
     /// Whether `page` holds exactly `bytes`, one page. Only called when the descriptor says that the device
