@@ -9,12 +9,12 @@ use crate::addr::{BLOCK_PAGES, Geometry, PageRange, Pages, Pfn, Vpn};
 use crate::entry::{Dirt, Entry, State};
 use crate::memmap::{Arrival, Backing, FIRST_PFN, Frame, ListId, Memmap};
 use crate::reclaim::{Incoming, Policy};
-use crate::sync::{AtomicU64, Latch, Ordering::Relaxed, Spin};
+use crate::sync::{AtomicBool, AtomicU64, Latch, Ordering::Relaxed, Ordering::SeqCst, Park, Spin};
 use crate::table::{CHUNK_BLOCKS, Table, TableMemory};
 use crate::words::{FreeStack, zeroed};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use loom::sync::Arc;
+use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 
 type T = Table<Box<[AtomicU64]>, Spin>;
@@ -27,7 +27,29 @@ fn explore(switches: usize, run: impl Fn() + Sync + Send + 'static) {
     model.check(run);
 }
 
+/// A futex: whoever sleeps does so until somebody wakes him, for ever if nobody does.
+#[derive(Default)]
+struct Sleep(Mutex<()>, Condvar);
+
+impl Park for Sleep {
+    fn wait(&self, word: &AtomicU64, seen: u64) {
+        let guard = self.0.lock().unwrap();
+        if word.load(SeqCst) == seen {
+            drop(self.1.wait(guard).unwrap());
+        }
+    }
+
+    fn wake(&self, _: &AtomicU64) {
+        let _guard = self.0.lock().unwrap();
+        self.1.notify_all();
+    }
+}
+
 fn table(blocks: u64) -> Arc<T> {
+    table_with(blocks, Spin)
+}
+
+fn table_with<P: Park>(blocks: u64, park: P) -> Arc<Table<Box<[AtomicU64]>, P>> {
     let words = |n| zeroed(n);
     let t = Table::new(
         Geometry::KIB4,
@@ -37,7 +59,7 @@ fn table(blocks: u64) -> Arc<T> {
             leaves: words((blocks * BLOCK_PAGES) as usize),
             links: words(blocks as usize),
         },
-        Spin,
+        park,
     );
     t.cover(PageRange::new(Vpn(0), Pages(blocks * BLOCK_PAGES)), blocks as usize).unwrap();
     Arc::new(t)
@@ -68,6 +90,37 @@ fn a_word_has_one_holder_at_a_time() {
             .collect();
         threads.into_iter().for_each(|t| t.join().unwrap());
         assert_eq!(ledger.load(Relaxed), 2);
+        assert_eq!(t.look(Vpn(0)), Some((Entry::new(host(64)), true)));
+    });
+}
+
+/// Whoever waits for a lock unless something holds goes when it does, although the lock is not given up; nobody sleeps
+/// through it, and who waits whatever happens has the lock in the end.
+#[test]
+fn whoever_waits_is_turned_away() {
+    explore(3, || {
+        let (t, stop) = (table_with(1, Sleep::default()), Arc::new(AtomicBool::new(false)));
+        let lock = t.lock(Vpn(0)).unwrap();
+        let waiter = {
+            let (t, stop) = (t.clone(), stop.clone());
+            thread::spawn(move || t.lock_unless(Vpn(0), || stop.load(SeqCst)).unwrap().is_none())
+        };
+        stop.store(true, SeqCst);
+        lock.turn_away();
+        assert!(waiter.join().unwrap(), "the lock was not given up");
+        drop(lock);
+        assert!(t.lock_unless(Vpn(0), || true).unwrap().is_some(), "nobody has it");
+    });
+    explore(2, || {
+        let t = table_with(1, Sleep::default());
+        let lock = t.lock(Vpn(0)).unwrap();
+        let waiter = {
+            let t = t.clone();
+            thread::spawn(move || t.lock(Vpn(0)).unwrap().commit(host(64)))
+        };
+        lock.turn_away();
+        drop(lock);
+        waiter.join().unwrap();
         assert_eq!(t.look(Vpn(0)), Some((Entry::new(host(64)), true)));
     });
 }
