@@ -81,6 +81,32 @@ fn z5_regions_come_back_by_name_after_a_restart() {
     }
 }
 
+/// Regions with names are pieces of memory in place like any others: closed, they leave room for as many as before.
+#[test]
+fn z5_other_memory_goes_on_moving_when_a_region_was_closed() {
+    let (_directory, path) = store();
+    let (space, device) = opened(Faults::Signal, &path);
+    let far = space.attach(Dax::memory(mib(8)).unwrap()).unwrap();
+    let mut region = space.region(mib(4)).unwrap();
+    region.bytes_mut().fill(3);
+    for round in 0..3 {
+        // Whole, and in pieces that do not follow each other on the device.
+        let [a, b, c] = ["a", "b", "c"].map(|name| space.create_persistent(device, name, mib(4)).unwrap());
+        drop(b);
+        space.remove_persistent(device, "b").unwrap();
+        drop(c);
+        let apart = space.create_persistent(device, "apart", mib(20)).unwrap();
+        assert_eq!(region.migrate_to(0..region.len(), far).unwrap(), region.len(), "round {round}");
+        drop((a, apart));
+        assert_eq!(region.migrate_home(0..region.len()).unwrap(), region.len());
+        assert_eq!(region.migrate_to(0..region.len(), far).unwrap(), region.len(), "round {round}");
+        assert_eq!(region.migrate_home(0..region.len()).unwrap(), region.len());
+        ["a", "c", "apart"].iter().for_each(|name| space.remove_persistent(device, name).unwrap());
+    }
+    assert!(region.bytes().iter().all(|b| *b == 3));
+    space.check();
+}
+
 #[test]
 fn what_cannot_be_is_said() {
     let (_directory, path) = store();
