@@ -141,6 +141,31 @@ fn what_cannot_be_is_said() {
     Dax::persistent(&path, None).unwrap();
 }
 
+/// A size that is no number of whole blocks is the same one the second time; what cannot be opened is not made either.
+#[test]
+fn z5_what_fails_changes_nothing_and_what_is_there_is_found_again() {
+    let (_directory, path) = store();
+    for _ in 0..2 {
+        Dax::persistent(&path, Some(mib(33) + 5)).unwrap();
+    }
+    let e = Dax::persistent(&path, Some(mib(34))).unwrap_err();
+    assert!(matches!(e, DaxError::Truncated { .. }), "{e}");
+    std::fs::remove_file(&path).unwrap();
+    let space = space(Faults::Signal, 8 * MIB, Soft::new(mib(32)).unwrap());
+    // Descriptors of one block: no more can be in use at once.
+    let dax = Dax::options().size(mib(16)).altmap(3 * page() as u64).persistent(&path).unwrap();
+    let device = space.attach(dax).unwrap();
+    let e = space.create_persistent(device, "log", mib(8)).unwrap_err();
+    assert!(e.to_string().contains("has no room in the altmap"), "{e}");
+    assert_eq!(space.persistent_regions(device).unwrap(), []);
+    space.create_persistent(device, "log", mib(2)).unwrap();
+    let link = path.with_file_name("link");
+    std::os::unix::fs::symlink("nowhere", &link).unwrap();
+    let e = Dax::persistent(&link, Some(mib(16))).unwrap_err();
+    assert!(e.to_string().contains("symbolic link"), "{e}");
+    space.check();
+}
+
 /// What a device says that is not what it was, and that it is not touched.
 #[test]
 fn files_that_do_not_fit_are_refused_with_what_was_found() {
