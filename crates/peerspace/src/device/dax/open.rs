@@ -7,8 +7,9 @@ use super::error::DaxError;
 use super::format;
 use crate::device::Altmap;
 use peerspace_core::addr::{Geometry, Pages, Pfn};
+use peerspace_core::buddy::Buddy;
 use peerspace_core::devmap::altmap_pages;
-use peerspace_core::entry::MAX_PFN;
+use peerspace_core::sync::AtomicU64;
 use peerspace_os::linux::lock;
 use peerspace_os::linux::shared::{Flush, SharedFile};
 use rustix::fs::{
@@ -87,8 +88,8 @@ impl Layout {
         if bytes < least {
             return Err(DaxError::TooSmall { given, least });
         }
-        // As many as page numbers can say.
-        let most = data + (MAX_PFN + 1) * page;
+        // As many as can be given out.
+        let most = data + Buddy::<Vec<AtomicU64>>::MAX_PAGES * page;
         if bytes > most {
             return Err(DaxError::TooLarge { given, most });
         }
