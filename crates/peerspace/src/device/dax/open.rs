@@ -120,7 +120,7 @@ impl Layout {
     }
 }
 
-fn refused(what: &'static str, path: &Path, e: Errno) -> DaxError {
+pub(super) fn refused(what: &'static str, path: &Path, e: Errno) -> DaxError {
     DaxError::System { what, path: path.into(), errno: e.raw_os_error() }
 }
 
@@ -232,12 +232,14 @@ fn node(path: &Path, stat: &Stat) -> Result<(u64, u64), DaxError> {
 }
 
 /// The memory at `path`: of `size` bytes, or of as many as there are. `persistent`: its first block is for the names of what
-/// is kept there, which the caller sees to; otherwise for a header that says whose the file is.
+/// is kept there, which the caller sees to; otherwise for a header that says whose the file is. `reserved`: it is kept
+/// for this process, so that others cannot open it.
 pub(super) fn path(
     path: &Path,
     size: Option<u64>,
     altmap: Option<u64>,
     persistent: bool,
+    reserved: bool,
 ) -> Result<Opened, DaxError> {
     let Place { file, kind, by_mapping, fresh } = place(path, !persistent)?;
     let undo = |e: DaxError| {
@@ -249,10 +251,11 @@ pub(super) fn path(
         e
     };
     let opened = (|| {
-        if !matches!(kind, Kind::Unnamed)
-            && lock::exclude(file.as_fd()).is_err_and(|e| e == Errno::AGAIN || e == Errno::ACCESS)
-        {
-            return Err(DaxError::InUse { path: path.into() });
+        if !matches!(kind, Kind::Unnamed) {
+            if !reserved {
+                claimed(path, lock::reserve(file.as_fd()))?;
+            }
+            claimed(path, lock::exclude(file.as_fd()))?;
         }
         // Nobody changes it any more.
         let stat = fstat(&file).map_err(|e| refused("look at", path, e))?;
@@ -297,6 +300,14 @@ pub(super) fn path(
     })();
     let (memory, flush, layout) = opened.map_err(undo)?;
     Ok(Opened { memory, kind, flush, layout })
+}
+
+/// What a lock says. Where the file system has none, nobody is kept out.
+pub(super) fn claimed(path: &Path, lock: Result<(), Errno>) -> Result<(), DaxError> {
+    match lock {
+        Err(Errno::AGAIN | Errno::ACCESS) => Err(DaxError::InUse { path: path.into() }),
+        _ => Ok(()),
+    }
 }
 
 /// Makes a file of `has` bytes as long as `layout` says, and sees to it that there is room for all of that.
