@@ -50,6 +50,10 @@ fn what_is_no_such_memory_is_refused() {
         let mut command = run(32, &[device], "thread");
         end(command.args(["--", "true"])).refused(status, words);
     }
+    // One file is one device.
+    let twice = format!("dax:{}:64M", dir.path().join("twice").display());
+    end(run(32, &[&twice, &twice], "thread").args(["--", "true"])).refused(125, &["twice", "in use"]);
+    assert!(!dir.path().join("twice").exists());
     assert!(std::fs::read(&file).unwrap().iter().all(|b| *b == 7));
     assert!(!dir.path().join("none").exists());
 }

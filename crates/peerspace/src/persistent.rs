@@ -49,7 +49,10 @@ impl Space {
     /// device that is not persistent.
     pub fn create_persistent(&self, device: DeviceId, name: &str, bytes: u64) -> Result<Persistent, Error> {
         let made = self.on_named(device, name, |named| named.create(name, bytes))?;
-        self.open_named(device, made)
+        self.open_named(device, made).inspect_err(|_| {
+            // Nobody has had it. What cannot be removed is found by its name, and can be opened or removed like any other.
+            let _ = self.remove_persistent(device, name);
+        })
     }
 
     /// Opens a region that is there already.

@@ -97,6 +97,8 @@ impl fmt::Display for DeviceSpec {
 pub struct Reservation {
     #[cfg(feature = "file")]
     _file: Option<crate::device::file::Reservation>,
+    #[cfg(feature = "dax")]
+    _dax: Option<crate::device::dax::reservation::Reservation>,
 }
 
 /// A device that was opened, in our own memory.
@@ -140,8 +142,7 @@ impl DeviceSpec {
             DeviceSpec::File(..) => Err(SpecError::NotBuilt(self.to_string(), "file")),
             #[cfg(feature = "dax")]
             DeviceSpec::Dax(path, size) => {
-                let options = crate::device::dax::Dax::options().takes_evicted();
-                let options = size.map_or(options.clone(), |size| options.size(size.0));
+                let options = Self::dax_options(*size);
                 let dax = match path {
                     Some(path) => options.open(path),
                     None => options.memory(),
@@ -167,17 +168,20 @@ impl DeviceSpec {
         #[cfg(feature = "file")]
         if let DeviceSpec::File(path, size) = self {
             let file = crate::device::file::Reservation::new(path, size.map(|s| s.0));
-            return file.map(|_file| Reservation { _file }).map_err(|e| self.cannot_open(&e));
+            return file
+                .map(|_file| Reservation { _file, ..Reservation::default() })
+                .map_err(|e| self.cannot_open(&e));
         }
-        let made = match self {
-            DeviceSpec::Dax(Some(path), _) if !path.exists() => Some(path),
-            _ => None,
-        };
+        #[cfg(feature = "dax")]
+        if let DeviceSpec::Dax(Some(path), _) = self {
+            let fresh = !path.exists();
+            drop(self.open(host)?);
+            // In a directory everybody has a file of his own; a node is had by whoever comes first.
+            let reserve = || crate::device::dax::reservation::Reservation::new(path, fresh);
+            let dax = path.is_file().then(reserve).transpose().map_err(|e| self.cannot_open(&e))?;
+            return Ok(Reservation { _dax: dax, ..Reservation::default() });
+        }
         drop(self.open(host)?);
-        if let Some(path) = made {
-            // Whoever is to have it makes it again. Nothing can be done if it cannot be removed.
-            let _ = std::fs::remove_file(path);
-        }
         Ok(Reservation::default())
     }
 
@@ -189,7 +193,18 @@ impl DeviceSpec {
             let file = crate::device::file::File::open_reserved(path, size.map(|s| s.0));
             return file.map(own).map_err(|e| self.cannot_open(&e));
         }
+        #[cfg(feature = "dax")]
+        if let DeviceSpec::Dax(Some(path), size) = self {
+            let dax = Self::dax_options(*size).reserved().open(path);
+            return dax.map(own).map_err(|e| self.cannot_open(&e));
+        }
         self.open(host)
+    }
+
+    #[cfg(feature = "dax")]
+    fn dax_options(size: Option<Size>) -> crate::device::dax::Options {
+        let options = crate::device::dax::Dax::options().takes_evicted();
+        size.map_or(options.clone(), |size| options.size(size.0))
     }
 
     /// The same device for a process that is elsewhere: its path from the root on.

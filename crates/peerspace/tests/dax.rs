@@ -377,3 +377,76 @@ fn z5_huge_pages_of_the_kernel_are_a_device() {
     }
     let _ = std::fs::write("/proc/sys/vm/nr_hugepages", before.to_string());
 }
+
+/// Sizes that cannot be are refused at once, with what could be, and nothing is left behind.
+#[test]
+fn what_is_too_large_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("far");
+    for bytes in [1 << 50, 1 << 56, 1 << 60, u64::MAX - 1, u64::MAX] {
+        for bad in [
+            Dax::memory(bytes),
+            Dax::options().size(bytes).altmap(0).memory(),
+            Dax::open(&path, Some(bytes)),
+            Dax::persistent(&path, Some(bytes)),
+        ] {
+            let e = bad.unwrap_err().to_string();
+            assert!(e.contains("are too many"), "{bytes}: {e}");
+        }
+        assert!(!path.exists());
+    }
+    // A file that was there is as it was.
+    std::fs::write(&path, b"").unwrap();
+    Dax::open(&path, Some(1 << 47)).unwrap_err();
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+}
+
+/// A file that a process left behind when it was killed while making it is whose it was to be.
+#[test]
+fn a_file_that_was_not_finished_is_taken_up_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("far");
+    for len in [16, mib(8)] {
+        std::fs::write(&path, b"peerspace-memory").unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
+        let (space, far) = with_dax(Faults::Signal, 16 * MIB, Dax::open(&path, Some(mib(8))).unwrap());
+        // Room for all of it, where there were holes: the CPU asks nobody.
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap());
+        assert!(blocks * 512 >= mib(8), "{blocks} blocks");
+        let region = filled(&space, 2 * BLOCK);
+        assert_eq!(region.migrate_to(0..region.len(), far).unwrap(), region.len());
+        assert!(is_filled(&region));
+    }
+}
+
+/// Whoever makes a device says first whose the file is: killed at any moment, it leaves behind what can be used.
+#[test]
+#[ignore = "runs in a process of its own, which is killed"]
+fn maker() {
+    let path = std::env::var("FAR").unwrap();
+    drop(Dax::open(&path, Some(mib(512))));
+}
+
+#[test]
+fn a_process_killed_while_it_makes_a_device_leaves_a_usable_file() {
+    // Where making room takes a while.
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = directory.path().join("far");
+    for round in 0..8 {
+        let mut maker = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "maker", "--ignored"])
+            .env("FAR", &path)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let begin = Instant::now();
+        while !path.exists() && begin.elapsed() < Duration::from_secs(20) {
+            std::hint::spin_loop();
+        }
+        std::thread::sleep(Duration::from_millis(round * 5));
+        maker.kill().unwrap();
+        maker.wait().unwrap();
+        Dax::open(&path, Some(mib(16))).unwrap();
+        std::fs::remove_file(&path).unwrap();
+    }
+}

@@ -81,6 +81,32 @@ fn z5_regions_come_back_by_name_after_a_restart() {
     }
 }
 
+/// Regions with names are pieces of memory in place like any others: closed, they leave room for as many as before.
+#[test]
+fn z5_other_memory_goes_on_moving_when_a_region_was_closed() {
+    let (_directory, path) = store();
+    let (space, device) = opened(Faults::Signal, &path);
+    let far = space.attach(Dax::memory(mib(8)).unwrap()).unwrap();
+    let mut region = space.region(mib(4)).unwrap();
+    region.bytes_mut().fill(3);
+    for round in 0..3 {
+        // Whole, and in pieces that do not follow each other on the device.
+        let [a, b, c] = ["a", "b", "c"].map(|name| space.create_persistent(device, name, mib(4)).unwrap());
+        drop(b);
+        space.remove_persistent(device, "b").unwrap();
+        drop(c);
+        let apart = space.create_persistent(device, "apart", mib(20)).unwrap();
+        assert_eq!(region.migrate_to(0..region.len(), far).unwrap(), region.len(), "round {round}");
+        drop((a, apart));
+        assert_eq!(region.migrate_home(0..region.len()).unwrap(), region.len());
+        assert_eq!(region.migrate_to(0..region.len(), far).unwrap(), region.len(), "round {round}");
+        assert_eq!(region.migrate_home(0..region.len()).unwrap(), region.len());
+        ["a", "c", "apart"].iter().for_each(|name| space.remove_persistent(device, name).unwrap());
+    }
+    assert!(region.bytes().iter().all(|b| *b == 3));
+    space.check();
+}
+
 #[test]
 fn what_cannot_be_is_said() {
     let (_directory, path) = store();
@@ -113,6 +139,31 @@ fn what_cannot_be_is_said() {
     assert!(matches!(space.open_persistent(device, "log"), Err(Error::NoSuchDevice)));
     // The file is free again.
     Dax::persistent(&path, None).unwrap();
+}
+
+/// A size that is no number of whole blocks is the same one the second time; what cannot be opened is not made either.
+#[test]
+fn z5_what_fails_changes_nothing_and_what_is_there_is_found_again() {
+    let (_directory, path) = store();
+    for _ in 0..2 {
+        Dax::persistent(&path, Some(mib(33) + 5)).unwrap();
+    }
+    let e = Dax::persistent(&path, Some(mib(34))).unwrap_err();
+    assert!(matches!(e, DaxError::Truncated { .. }), "{e}");
+    std::fs::remove_file(&path).unwrap();
+    let space = space(Faults::Signal, 8 * MIB, Soft::new(mib(32)).unwrap());
+    // Descriptors of one block: no more can be in use at once.
+    let dax = Dax::options().size(mib(16)).altmap(3 * page() as u64).persistent(&path).unwrap();
+    let device = space.attach(dax).unwrap();
+    let e = space.create_persistent(device, "log", mib(8)).unwrap_err();
+    assert!(e.to_string().contains("has no room in the altmap"), "{e}");
+    assert_eq!(space.persistent_regions(device).unwrap(), []);
+    space.create_persistent(device, "log", mib(2)).unwrap();
+    let link = path.with_file_name("link");
+    std::os::unix::fs::symlink("nowhere", &link).unwrap();
+    let e = Dax::persistent(&link, Some(mib(16))).unwrap_err();
+    assert!(e.to_string().contains("symbolic link"), "{e}");
+    space.check();
 }
 
 /// What a device says that is not what it was, and that it is not touched.

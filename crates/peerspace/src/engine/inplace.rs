@@ -296,7 +296,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Accounts for the block at `vpn` with `pfn`: it is in place now, or is not any more. Its entry is locked.
-    fn note_in_place(&self, vpn: Vpn, pfn: DevicePfn, is_now: bool) {
+    pub(super) fn note_in_place(&self, vpn: Vpn, pfn: DevicePfn, is_now: bool) {
         let beside = |vpn: Option<Vpn>, pfn: Option<u64>| {
             let (Some(vpn), Some(pfn)) = (vpn, pfn) else { return false };
             let state = self.table.look(vpn).map(|(entry, _)| entry.state());

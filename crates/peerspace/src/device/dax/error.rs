@@ -16,6 +16,14 @@ pub enum DaxError {
         /// What would do.
         least: u64,
     },
+    /// There is too much of it.
+    #[error("{given} bytes are too many: {most} is the most that can be managed, descriptors included")]
+    TooLarge {
+        /// What there is.
+        given: u64,
+        /// What would do.
+        most: u64,
+    },
     /// The part for descriptors does not fit.
     #[error("the altmap does not fit: {0}. Make it smaller, or leave its size to the device")]
     Altmap(AltmapError),
@@ -28,7 +36,7 @@ pub enum DaxError {
         page: u64,
     },
     /// A file that is to be made needs a size.
-    #[error("{} has no size yet: say how large it is to be", .path.display())]
+    #[error("{} is not there or empty, and has no size yet: say how large it is to be", .path.display())]
     NoSize {
         /// What was to be opened.
         path: PathBuf,
@@ -110,8 +118,8 @@ pub enum DaxError {
         /// Bytes asked for.
         bytes: u64,
     },
-    /// Another process uses it.
-    #[error("{} is in use by another process", .path.display())]
+    /// Another process uses it, or this one does already.
+    #[error("{} is in use, by another process or by another device of this one", .path.display())]
     InUse {
         /// The file.
         path: PathBuf,

@@ -38,6 +38,7 @@ mod names;
 mod names_error;
 mod open;
 mod persistent;
+pub(crate) mod reservation;
 #[cfg(test)]
 mod tests;
 
@@ -81,9 +82,16 @@ pub struct Options {
     altmap: Option<u64>,
     takes_evicted: bool,
     huge: bool,
+    reserved: bool,
 }
 
 impl Options {
+    /// The file is reserved for this process.
+    #[cfg(feature = "process")]
+    pub(crate) fn reserved(self) -> Options {
+        Options { reserved: true, ..self }
+    }
+
     /// All of the memory's bytes, what it takes for descriptors included. A path that exists has a size already.
     pub fn size(self, bytes: u64) -> Options {
         Options { size: Some(bytes), ..self }
@@ -120,7 +128,7 @@ impl Options {
     /// # Errors
     /// [`DaxError`]; what is there is as it was.
     pub fn open(self, path: impl AsRef<Path>) -> Result<Dax, DaxError> {
-        let opened = open::path(path.as_ref(), self.size, self.altmap, false)?;
+        let opened = open::path(path.as_ref(), self.size, self.altmap, false, self.reserved)?;
         Dax::new(opened, self, "dax")
     }
 
@@ -130,7 +138,7 @@ impl Options {
     /// [`DaxError`]; what is there is as it was.
     pub fn persistent(self, path: impl AsRef<Path>) -> Result<Dax, DaxError> {
         let path = path.as_ref();
-        let opened = open::path(path, self.size, self.altmap, true)?;
+        let opened = open::path(path, self.size, self.altmap, true, self.reserved)?;
         let flush = opened.flush;
         let mut dax = Dax::new(opened, self, "dax")?;
         let names = |e| DaxError::Names { path: path.into(), why: e };

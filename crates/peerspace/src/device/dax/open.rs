@@ -7,7 +7,9 @@ use super::error::DaxError;
 use super::format;
 use crate::device::Altmap;
 use peerspace_core::addr::{Geometry, Pages, Pfn};
+use peerspace_core::buddy::Buddy;
 use peerspace_core::devmap::altmap_pages;
+use peerspace_core::sync::AtomicU64;
 use peerspace_os::linux::lock;
 use peerspace_os::linux::shared::{Flush, SharedFile};
 use rustix::fs::{
@@ -22,6 +24,8 @@ use std::path::{Path, PathBuf};
 const MAGIC: &[u8; 16] = b"peerspace-memory";
 /// What the kernel says file systems of huge pages are.
 const HUGETLBFS: i64 = 0x9584_58f6;
+/// Bytes for which room is made at once: a signal in the midst of that undoes it, on some file systems.
+const RESERVED_AT_ONCE: u64 = 64 << 20;
 
 /// What the memory is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,6 +88,11 @@ impl Layout {
         if bytes < least {
             return Err(DaxError::TooSmall { given, least });
         }
+        // As many as can be given out.
+        let most = data + Buddy::<Vec<AtomicU64>>::MAX_PAGES * page;
+        if bytes > most {
+            return Err(DaxError::TooLarge { given, most });
+        }
         Ok(Layout { page, block, bytes, data, altmap })
     }
 
@@ -96,7 +105,8 @@ impl Layout {
     pub(super) fn bytes_for(data: u64, reserve: u64) -> u64 {
         let page = rustix::param::page_size() as u64;
         let block = Geometry::from_page_bytes(page).unwrap_or(Geometry::KIB4).block_bytes() as u64;
-        let data = data.next_multiple_of(block);
+        // Beyond what can be anyway, sums stay sums.
+        let data = data.min(1 << 62).next_multiple_of(block);
         let mut front = block;
         loop {
             let all = front + data;
@@ -110,7 +120,7 @@ impl Layout {
     }
 }
 
-fn refused(what: &'static str, path: &Path, e: Errno) -> DaxError {
+pub(super) fn refused(what: &'static str, path: &Path, e: Errno) -> DaxError {
     DaxError::System { what, path: path.into(), errno: e.raw_os_error() }
 }
 
@@ -142,7 +152,6 @@ pub(super) fn memory_file(bytes: u64, huge: bool) -> Result<OwnedFd, Errno> {
 struct Place {
     file: OwnedFd,
     kind: Kind,
-    stat: Stat,
     /// It knows no read and write.
     by_mapping: bool,
     /// It was made just now.
@@ -164,30 +173,36 @@ fn place(path: &Path, may_be_directory: bool) -> Result<Place, DaxError> {
             let made = openat(&directory, &*name, flags | OFlags::CREATE | OFlags::EXCL, mode);
             let file = made.map_err(|e| refused("make a file in", path, e))?;
             unlinkat(&directory, &*name, AtFlags::empty()).map_err(|e| refused("unlink a file in", path, e))?;
-            finish(file, path, Kind::Unnamed, true)
+            Ok(finish(file, Kind::Unnamed, true))
         }
         Some(FileType::RegularFile) => {
             let file = open(path, flags, mode).map_err(|e| refused("open", path, e))?;
-            finish(file, path, Kind::Named(path.into()), false)
+            Ok(finish(file, Kind::Named(path.into()), false))
         }
         Some(FileType::CharacterDevice) => {
             let file = open(path, flags, mode).map_err(|e| refused("open", path, e))?;
-            finish(file, path, Kind::Node(path.into()), false)
+            Ok(finish(file, Kind::Node(path.into()), false))
         }
         Some(other) => Err(DaxError::NotMemory { path: path.into(), found: name_of(other) }),
         None => {
-            let file =
-                open(path, flags | OFlags::CREATE | OFlags::EXCL, mode).map_err(|e| refused("make", path, e))?;
-            finish(file, path, Kind::Named(path.into()), true)
+            let made = open(path, flags | OFlags::CREATE | OFlags::EXCL, mode);
+            let file = made.map_err(|e| match e {
+                Errno::EXIST if path.is_symlink() => {
+                    DaxError::NotMemory { path: path.into(), found: "a symbolic link to what is not there" }
+                }
+                // Made by another just now.
+                Errno::EXIST => DaxError::InUse { path: path.into() },
+                e => refused("make", path, e),
+            })?;
+            Ok(finish(file, Kind::Named(path.into()), true))
         }
     }
 }
 
-fn finish(file: OwnedFd, path: &Path, kind: Kind, fresh: bool) -> Result<Place, DaxError> {
-    let stat = fstat(&file).map_err(|e| refused("look at", path, e))?;
+fn finish(file: OwnedFd, kind: Kind, fresh: bool) -> Place {
     let huge = fstatfs(&file).is_ok_and(|s| s.f_type == HUGETLBFS);
     let by_mapping = huge || matches!(kind, Kind::Node(_));
-    Ok(Place { file, kind, stat, by_mapping, fresh })
+    Place { file, kind, by_mapping, fresh }
 }
 
 fn name_of(kind: FileType) -> &'static str {
@@ -217,27 +232,33 @@ fn node(path: &Path, stat: &Stat) -> Result<(u64, u64), DaxError> {
 }
 
 /// The memory at `path`: of `size` bytes, or of as many as there are. `persistent`: its first block is for the names of what
-/// is kept there, which the caller sees to; otherwise for a header that says whose the file is.
+/// is kept there, which the caller sees to; otherwise for a header that says whose the file is. `reserved`: it is kept
+/// for this process, so that others cannot open it.
 pub(super) fn path(
     path: &Path,
     size: Option<u64>,
     altmap: Option<u64>,
     persistent: bool,
+    reserved: bool,
 ) -> Result<Opened, DaxError> {
-    let Place { file, kind, stat, by_mapping, fresh } = place(path, !persistent)?;
+    let Place { file, kind, by_mapping, fresh } = place(path, !persistent)?;
     let undo = |e: DaxError| {
-        if let (Kind::Named(path), true) = (&kind, fresh) {
+        // A file that another has locked since is his.
+        if let (Kind::Named(path), true, false) = (&kind, fresh, matches!(e, DaxError::InUse { .. })) {
             // It was made for this. Nothing can be done if it cannot be removed.
             let _ = rustix::fs::unlink(path);
         }
         e
     };
     let opened = (|| {
-        if !matches!(kind, Kind::Unnamed)
-            && lock::exclude(file.as_fd()).is_err_and(|e| e == Errno::AGAIN || e == Errno::ACCESS)
-        {
-            return Err(DaxError::InUse { path: path.into() });
+        if !matches!(kind, Kind::Unnamed) {
+            if !reserved {
+                claimed(path, lock::reserve(file.as_fd()))?;
+            }
+            claimed(path, lock::exclude(file.as_fd()))?;
         }
+        // Nobody changes it any more.
+        let stat = fstat(&file).map_err(|e| refused("look at", path, e))?;
         let has = match kind {
             Kind::Node(_) => {
                 let (bytes, align) = node(path, &stat)?;
@@ -250,30 +271,25 @@ pub(super) fn path(
             _ => stat.st_size as u64,
         };
         let bytes = match (size, has) {
-            (Some(size), has) if has > 0 && size > has && (persistent || matches!(kind, Kind::Node(_))) => {
-                return Err(DaxError::Truncated { path: path.into(), found: has, expected: size });
-            }
-            (Some(size), _) => size,
             (None, 0) => return Err(DaxError::NoSize { path: path.into() }),
             (None, has) => has,
+            (Some(size), _) => size,
         };
         let reserve = if persistent { Layout::new(bytes, 0, Some(0))?.block } else { MAGIC.len() as u64 };
         let layout = Layout::new(bytes, reserve, altmap)?;
+        if has > 0 && layout.bytes > has && (persistent || matches!(kind, Kind::Node(_))) {
+            return Err(DaxError::Truncated { path: path.into(), found: has, expected: layout.bytes });
+        }
         if !persistent && has > 0 {
             recognise(&file, path, &kind, by_mapping, layout)?;
         }
-        let length = size.map_or(has, |size| size / layout.block * layout.block).max(layout.bytes);
-        if !matches!(kind, Kind::Node(_)) && has < length {
-            ftruncate(&file, length).map_err(|e| refused("lengthen", path, e))?;
-            // Room that is not there when a page is written by the CPU would be a signal.
-            match fallocate(&file, FallocateFlags::empty(), 0, length) {
-                Ok(()) => {}
-                Err(Errno::NOSPC | Errno::DQUOT | Errno::NOMEM) => {
+        if !matches!(kind, Kind::Node(_)) {
+            lengthen(&file, path, has, by_mapping, persistent, layout).inspect_err(|_| {
+                if has < layout.bytes {
+                    // It was as long. Nothing can be done if it cannot be so again.
                     let _ = ftruncate(&file, has);
-                    return Err(DaxError::NoSpace { path: path.into(), bytes: length });
                 }
-                Err(e) => return Err(refused("reserve space for", path, e)),
-            }
+            })?;
         }
         let flush = Flush::of(file.as_fd(), matches!(kind, Kind::Node(_)));
         let memory = SharedFile::new(file, layout.bytes, by_mapping).map_err(|e| refused("map", path, e))?;
@@ -284,6 +300,51 @@ pub(super) fn path(
     })();
     let (memory, flush, layout) = opened.map_err(undo)?;
     Ok(Opened { memory, kind, flush, layout })
+}
+
+/// What a lock says. Where the file system has none, nobody is kept out.
+pub(super) fn claimed(path: &Path, lock: Result<(), Errno>) -> Result<(), DaxError> {
+    match lock {
+        Err(Errno::AGAIN | Errno::ACCESS) => Err(DaxError::InUse { path: path.into() }),
+        _ => Ok(()),
+    }
+}
+
+/// Makes a file of `has` bytes as long as `layout` says, and sees to it that there is room for all of that.
+fn lengthen(
+    file: &OwnedFd,
+    path: &Path,
+    has: u64,
+    by_mapping: bool,
+    persistent: bool,
+    layout: Layout,
+) -> Result<(), DaxError> {
+    if has < layout.bytes {
+        if !persistent && !by_mapping {
+            // Whose it is, first: a process that is killed in the midst of this leaves behind what is recognised.
+            let written = rustix::io::retry_on_intr(|| rustix::io::pwrite(file, MAGIC, 0));
+            written.map_err(|e| no_space(path, layout.bytes, "write to", e))?;
+        }
+        ftruncate(file, layout.bytes).map_err(|e| refused("lengthen", path, e))?;
+    }
+    // Room that is not there when a page is written by the CPU would be a signal.
+    for at in (0..layout.bytes).step_by(RESERVED_AT_ONCE as usize) {
+        let len = RESERVED_AT_ONCE.min(layout.bytes - at);
+        match rustix::io::retry_on_intr(|| fallocate(file, FallocateFlags::empty(), at, len)) {
+            Ok(()) => {}
+            // Whoever wrote it has seen to that, or has not.
+            Err(Errno::OPNOTSUPP) if has >= layout.bytes => break,
+            Err(e) => return Err(no_space(path, layout.bytes, "reserve space for", e)),
+        }
+    }
+    Ok(())
+}
+
+fn no_space(path: &Path, bytes: u64, what: &'static str, e: Errno) -> DaxError {
+    match e {
+        Errno::NOSPC | Errno::DQUOT | Errno::NOMEM => DaxError::NoSpace { path: path.into(), bytes },
+        e => refused(what, path, e),
+    }
 }
 
 /// Whether what is at `path` may be written over.
