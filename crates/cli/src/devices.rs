@@ -47,7 +47,8 @@ const KINDS: [Kind; 4] = [
         memory: "coherent",
         what: "Memory that the CPU addresses in place: SIZE bytes of a memory file; or what is at PATH, a device node, a \
                file, or a directory for an unlinked one (DAX file systems, hugetlbfs). A program that uses the library \
-               migrates blocks there and goes on to use them in place, or keeps regions there by name.",
+               migrates blocks there and goes on to use them in place, or keeps regions there by name. Before a fork \
+               what is there moves to the other devices, or home beyond the budget.",
         use_for: "Memory on a slower bus, persistent memory, huge pages set aside.",
         example: "--device dax:/dev/dax0.0",
     },

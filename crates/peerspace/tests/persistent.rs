@@ -205,6 +205,7 @@ fn files_that_do_not_fit_are_refused_with_what_was_found() {
         (Dax::options().size(mib(8)).altmap(mib(9)).memory(), "altmap does not fit"),
         (Dax::options().size(mib(8)).altmap(77).memory(), "whole pages"),
         (Dax::open("/nowhere/at/all", Some(mib(8))), "/nowhere/at/all"),
+        (Dax::open("/dev/dax77.7", Some(mib(8))), "cannot find /dev/dax77.7"),
     ] {
         let e = bad.unwrap_err();
         assert!(e.to_string().contains(what), "{e}");

@@ -184,6 +184,8 @@ fn place(path: &Path, may_be_directory: bool) -> Result<Place, DaxError> {
             Ok(finish(file, Kind::Node(path.into()), false))
         }
         Some(other) => Err(DaxError::NotMemory { path: path.into(), found: name_of(other) }),
+        // What is made there is no device.
+        None if path.starts_with("/dev") && !path.starts_with("/dev/shm") => Err(refused("find", path, Errno::NOENT)),
         None => {
             let made = open(path, flags | OFlags::CREATE | OFlags::EXCL, mode);
             let file = made.map_err(|e| match e {
