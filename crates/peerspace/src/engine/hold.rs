@@ -143,7 +143,8 @@ impl<K: Kernel> Engine<K> {
         let mut held = PageRange { start: pages.start, end: pages.start };
         while held.end < pages.end && held.pages() < CLUSTER {
             let Ok(entry) = self.table.lock(held.end) else { break };
-            if let State::Coherent { pfn } = entry.state() {
+            // Alone, as what comes before it in RAM is.
+            if let (State::Coherent { pfn }, true) = (entry.state(), held.is_empty()) {
                 return self.hold_in_place(pfn, &entry, pages, access == Access::Write);
             }
             let State::Host { writable, .. } = entry.state() else { break };
