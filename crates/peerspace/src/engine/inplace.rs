@@ -218,7 +218,8 @@ impl<K: Kernel> Engine<K> {
     ) -> Result<(), PlaceError> {
         let State::Device { pfn, .. } = entry.state() else { unreachable!("the block is on a device") };
         let most = self.kernel.most_mappings() / SHARE;
-        let pieces = self.inplace.runs.load(Relaxed);
+        // A little less than none, perhaps: regions that are closed beside each other at once may miss each other.
+        let pieces = (self.inplace.runs.load(Relaxed) as i64).max(0) as u64;
         if pieces >= most {
             return Err(PlaceError::TooManyPieces(pieces));
         }
@@ -296,7 +297,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Accounts for the block at `vpn` with `pfn`: it is in place now, or is not any more. Its entry is locked.
-    fn note_in_place(&self, vpn: Vpn, pfn: DevicePfn, is_now: bool) {
+    pub(super) fn note_in_place(&self, vpn: Vpn, pfn: DevicePfn, is_now: bool) {
         let beside = |vpn: Option<Vpn>, pfn: Option<u64>| {
             let (Some(vpn), Some(pfn)) = (vpn, pfn) else { return false };
             let state = self.table.look(vpn).map(|(entry, _)| entry.state());

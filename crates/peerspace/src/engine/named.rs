@@ -10,7 +10,6 @@ use super::{AddError, Engine};
 use peerspace_core::addr::{BLOCK_PAGES, Order, Pages, VaRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::regions::Attributes;
-use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_os::{Kernel, Trouble};
 
 /// Why a named region was not opened. Nothing has changed.
@@ -72,8 +71,9 @@ impl<K: Kernel> Engine<K> {
             debug_assert_eq!(block.pages(), Pages(BLOCK_PAGES));
             let entry = self.table.lock(block.start).expect("a region is covered by the table");
             tier.place(page, Order::BLOCK, block.start);
-            tier.in_place.fetch_add(BLOCK_PAGES, Relaxed);
-            entry.commit(State::Coherent { pfn: tier.base() + page });
+            let pfn = tier.base() + page;
+            self.note_in_place(block.start, pfn, true);
+            entry.commit(State::Coherent { pfn });
         }
         Ok((memory, range))
     }
