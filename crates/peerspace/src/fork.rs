@@ -11,7 +11,8 @@
 use crate::engine::tiers::ForkSide;
 use crate::space::{Real, start_threads};
 use peerspace_core::addr::{Access, PageRange, Pages, VaRange};
-use peerspace_core::regions::Attributes;
+use peerspace_core::entry::State;
+use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_os::linux::fork::{ForkHandler, early_child_memory};
 use peerspace_os::linux::signal;
 use peerspace_os::linux::{Delivery, exit_now};
@@ -95,9 +96,16 @@ pub(crate) fn new_life(engine: &Real, by_signal: bool) -> Result<(), OsError> {
 }
 
 fn regions(engine: &Real) -> impl Iterator<Item = VaRange> + '_ {
-    // What is persistent is the same memory for both, and needs nothing of us.
-    let own = engine.regions.iter().filter(|r| !r.attributes.has(Attributes::PERSISTENT));
-    own.map(|r| engine.addresses(r.range))
+    // What is persistent is the same memory for both, and needs nothing of us: as long as it is in place.
+    let in_place = |piece: PageRange| {
+        let state = engine.table.look(piece.start).map(|(entry, _)| entry.state());
+        matches!(state, Some(State::Coherent { .. }))
+    };
+    let persistent = |region: &RegionInfo| region.attributes.has(Attributes::PERSISTENT);
+    let own = engine.regions.iter().filter(move |r| !persistent(r)).map(|r| r.range);
+    let taken = engine.regions.iter().filter(move |r| persistent(r));
+    let taken = taken.flat_map(move |r| r.range.by_block().filter(move |piece| !in_place(*piece)));
+    own.chain(taken).map(|r| engine.addresses(r))
 }
 
 /// The engine of a space, and what it takes to set it going in a child.
