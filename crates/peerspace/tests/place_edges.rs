@@ -74,6 +74,8 @@ struct Liar {
     panics: Arc<AtomicBool>,
     /// Somebody asked for the regions with names: here he stays for a while.
     asked: Option<(AtomicBool, Sender<()>)>,
+    /// Somebody frees pages: that takes a while.
+    freeing: Option<Sender<()>>,
 }
 
 const PAGES: u64 = 8 * 512;
@@ -82,7 +84,15 @@ impl Liar {
     fn new() -> Liar {
         let file = rustix::fs::memfd_create("liar", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&file, PAGES * page() as u64).unwrap();
-        Liar { file, persistent: false, instead: None, extents: vec![], panics: Arc::default(), asked: None }
+        Liar {
+            file,
+            persistent: false,
+            instead: None,
+            extents: vec![],
+            panics: Arc::default(),
+            asked: None,
+            freeing: None,
+        }
     }
 }
 
@@ -108,7 +118,12 @@ impl Device for Liar {
         }
     }
 
-    fn freed(&self, _: DevicePages) {}
+    fn freed(&self, _: DevicePages) {
+        if let Some(freeing) = &self.freeing {
+            let _ = freeing.send(());
+            std::thread::sleep(Duration::from_millis(400));
+        }
+    }
 
     fn shared(&self, at: u64) -> Option<SharedMemory<'_>> {
         assert!(!self.panics.load(SeqCst), "on purpose");
@@ -311,4 +326,24 @@ fn g12_what_is_lost_of_a_persistent_device_is_lost_in_a_child() {
         assert!(is_lost());
         space.check();
     }
+}
+
+/// A fork, and who takes the device away, wait for a device that takes its time.
+#[test]
+fn g12_pages_that_are_just_being_freed_are_waited_for() {
+    let space = space(Faults::Signal, 16 * MIB, Soft::new(mib(64)).unwrap());
+    let (sender, freeing) = std::sync::mpsc::channel();
+    let far = space.attach(Liar { freeing: Some(sender), ..Liar::new() }).unwrap();
+    for forks in [true, false] {
+        let region = filled(&space, BLOCK);
+        assert_eq!(region.migrate_to(0..BLOCK, far).unwrap(), BLOCK);
+        let dropped = std::thread::spawn(move || drop(region));
+        freeing.recv_timeout(Duration::from_secs(20)).unwrap();
+        match forks {
+            true => in_child(|| true),
+            false => space.detach(far).unwrap(),
+        }
+        dropped.join().unwrap();
+    }
+    space.check();
 }
