@@ -347,3 +347,36 @@ fn g12_pages_that_are_just_being_freed_are_waited_for() {
     }
     space.check();
 }
+
+/// A device fails in the midst of a copy that must not raise a signal: the copy is finished before its memory is taken away.
+#[test]
+fn z9_a_device_that_fails_during_a_copy_raises_no_signal() {
+    let directory = tempfile::tempdir().unwrap();
+    for faults in [Faults::Signal, Faults::Threads] {
+        let store = Dax::persistent(directory.path().join(format!("{faults:?}")), Some(mib(16))).unwrap();
+        let (space, device) = with_dax(faults, 8 * MIB, store);
+        let mut log = space.create_persistent(device, "log", mib(4)).unwrap();
+        log.bytes_mut().fill(7);
+        // The copy goes to memory that has to be brought home from a device that waits.
+        let orders = Orders::new();
+        let other = common::space(Faults::Signal, 8 * MIB, Obedient::new(&orders, 64 * MIB));
+        let mut to = filled(&other, 2 * BLOCK);
+        push_out(&other, 16 * MIB);
+        let gate = Arc::new(Gate::default());
+        let at = gate.clone();
+        orders.on_load(move |_| Answer::Waits(at.clone()));
+        let result = std::thread::scope(|scope| {
+            let reader = scope.spawn(|| log.try_read(0, to.bytes_mut()));
+            gate.await_arrival();
+            let failing = scope.spawn(|| space.fail(device).unwrap());
+            std::thread::sleep(Duration::from_millis(300));
+            gate.open();
+            failing.join().unwrap();
+            reader.join().unwrap()
+        });
+        assert!(matches!(result, Ok(()) | Err(Error::Lost { .. })), "{result:?}");
+        assert!(to.bytes()[..BLOCK].iter().all(|b| *b == 7), "what was held is copied");
+        assert!(matches!(log.try_read(0, &mut [0]), Err(Error::Lost { .. })));
+        space.check();
+    }
+}

@@ -132,6 +132,12 @@ impl<K: Kernel> Engine<K> {
         if let Some(held) = self.hold_mapped(pages, access) {
             return Ok(held);
         }
+        // What is in place for good, and could not be held there.
+        if let Some(State::Coherent { pfn }) = self.table.look(pages.start).map(|(entry, _)| entry.state())
+            && self.is_persistent(pages.start)
+        {
+            return Err(HoldError::Lost(pages.start, pfn));
+        }
         let end = self.hold_at(pages.start, access, &mut Walk::default())?;
         Ok(PageRange { start: pages.start, end: end.min(pages.end) })
     }
@@ -200,7 +206,7 @@ impl<K: Kernel> Engine<K> {
             if let Ok(entry) = self.table.lock(held.start)
                 && let State::Coherent { pfn } = entry.state()
             {
-                return self.let_go_in_place(pfn, held.start);
+                return self.let_go_in_place(pfn);
             }
         }
         self.let_go(held);

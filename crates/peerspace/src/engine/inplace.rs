@@ -357,18 +357,14 @@ impl<K: Kernel> Engine<K> {
         if entry.vpn() > pages.start || !self.kernel.is_accessible(self.addresses(held), write) {
             return None;
         }
-        if !self.is_persistent(held.start) {
-            self.inplace.holds.fetch_add(1, Ordering::SeqCst);
-        }
+        self.inplace.holds.fetch_add(1, Ordering::SeqCst);
         Some(held)
     }
 
-    /// Undoes [`hold_in_place`](Engine::hold_in_place). The entry of `vpn` is locked.
-    pub(super) fn let_go_in_place(&self, _: DevicePfn, vpn: Vpn) {
-        if !self.is_persistent(vpn) {
-            let before = self.inplace.holds.fetch_sub(1, Ordering::SeqCst);
-            debug_assert!(before > 0, "more is let go of than was held");
-        }
+    /// Undoes [`hold_in_place`](Engine::hold_in_place). The entry is locked.
+    pub(super) fn let_go_in_place(&self, _: DevicePfn) {
+        let before = self.inplace.holds.fetch_sub(1, Ordering::SeqCst);
+        debug_assert!(before > 0, "more is let go of than was held");
     }
 
     /// Takes away what is in place at `vpn`, for a pin. `None` if that cannot be done.
