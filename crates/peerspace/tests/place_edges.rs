@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::Sender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const BLOCK: usize = 2 * MIB;
 
@@ -379,4 +379,79 @@ fn z9_a_device_that_fails_during_a_copy_raises_no_signal() {
         assert!(matches!(log.try_read(0, &mut [0]), Err(Error::Lost { .. })));
         space.check();
     }
+}
+
+/// Regions come and go, blocks move there and back, devices come and go, and the process forks, all at the same time.
+fn everything_at_once(faults: Faults) {
+    let directory = tempfile::tempdir().unwrap();
+    let (space, far) = with_dax(faults, 16 * MIB, Dax::memory(mib(32)).unwrap());
+    let store = space.attach(Dax::persistent(directory.path().join("store"), Some(mib(32))).unwrap()).unwrap();
+    let kept = filled(&space, 4 * BLOCK);
+    let is_filled = |region: &Region| {
+        let mut pages = region.typed::<u64>().chunks_exact(words_per_page()).enumerate();
+        pages.all(|(i, page)| page.iter().all(|w| *w == word(i)))
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let mut threads = vec![];
+        for t in 0..2usize {
+            let (space, stop, is_filled) = (&space, &stop, &is_filled);
+            threads.push(scope.spawn(move || {
+                let mut i = t;
+                while !stop.load(SeqCst) {
+                    i += 1;
+                    let mut region = filled(space, 3 * BLOCK);
+                    region.migrate_to(0..region.len(), far).unwrap();
+                    assert!(is_filled(&region));
+                    match i % 4 {
+                        0 => drop(region.migrate_home(0..2 * BLOCK).unwrap()),
+                        1 => region.discard(BLOCK / 2..3 * BLOCK).unwrap(),
+                        2 => region.try_write(BLOCK - 8, &[1; 16]).unwrap(),
+                        _ => {}
+                    }
+                    let name = format!("{t}");
+                    let mut log = space.create_persistent(store, &name, mib(3)).unwrap();
+                    log.try_write(5, &[7; 9]).unwrap();
+                    drop(region);
+                    drop(log);
+                    space.remove_persistent(store, &name).unwrap();
+                }
+            }));
+        }
+        let begin = Instant::now();
+        let mut rounds = 0;
+        while begin.elapsed() < Duration::from_secs(3) && threads.iter().all(|t| !t.is_finished()) {
+            rounds += 1;
+            match rounds % 3 {
+                0 => {
+                    let other = space.attach(Dax::memory(mib(16)).unwrap()).unwrap();
+                    kept.migrate_to(0..3 * BLOCK, other).unwrap();
+                    space.detach(other).unwrap();
+                }
+                1 => {
+                    kept.migrate_to(BLOCK..4 * BLOCK, far).unwrap();
+                    in_child(|| is_filled(&kept));
+                }
+                _ => drop(kept.migrate_home(0..4 * BLOCK).unwrap()),
+            }
+            assert!(is_filled(&kept));
+        }
+        stop.store(true, SeqCst);
+        threads.into_iter().for_each(|t| t.join().unwrap());
+    });
+    space.check();
+    space.detach(far).unwrap();
+    space.detach(store).unwrap();
+    assert!(is_filled(&kept));
+    space.check();
+}
+
+#[test]
+fn z5_everything_at_once_by_signal() {
+    everything_at_once(Faults::Signal);
+}
+
+#[test]
+fn z5_everything_at_once_by_threads() {
+    everything_at_once(Faults::Threads);
 }
