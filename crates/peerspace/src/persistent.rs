@@ -98,7 +98,8 @@ impl Space {
     ) -> Result<T, Error> {
         let tier = self.engine().tiers.by_id(device.0).ok_or(Error::NoSuchDevice)?;
         let bad = |why: &str| Error::Device { name: tier.info.name.clone(), why: why.into() };
-        let named = tier.device().named().ok_or_else(|| bad("it is not persistent: it has no regions with names"))?;
+        let named = unwinding(|| tier.device().named()).flatten();
+        let named = named.ok_or_else(|| bad("it is not persistent: it has no regions with names"))?;
         if tier.has_failed() {
             return Err(bad("it has failed"));
         }

@@ -76,6 +76,8 @@ struct Liar {
     asked: Option<(AtomicBool, Sender<()>)>,
     /// Somebody frees pages: that takes a while.
     freeing: Option<Sender<()>>,
+    /// It is gone.
+    gone: Arc<AtomicBool>,
 }
 
 const PAGES: u64 = 8 * 512;
@@ -92,6 +94,7 @@ impl Liar {
             panics: Arc::default(),
             asked: None,
             freeing: None,
+            gone: Arc::default(),
         }
     }
 }
@@ -107,7 +110,7 @@ impl Device for Liar {
     fn store(&self, batch: &mut [Store<'_>]) {
         for s in batch {
             rustix::io::pwrite(&self.file, s.bytes, s.page * page() as u64).unwrap();
-            s.result = Ok(());
+            s.result = if self.gone.load(SeqCst) { Err(DeviceError::Gone) } else { Ok(()) };
         }
     }
 
@@ -454,4 +457,33 @@ fn z5_everything_at_once_by_signal() {
 #[test]
 fn z5_everything_at_once_by_threads() {
     everything_at_once(Faults::Threads);
+}
+
+/// A device that says itself that it is gone is not used in place any longer, also when nothing else happens in the space.
+#[test]
+fn z9_what_is_in_place_of_a_device_that_says_it_is_gone_is_taken_away() {
+    let space = space(Faults::Signal, 16 * MIB, Soft::new(mib(64)).unwrap());
+    let devices = [Liar::new(), Liar::new()];
+    let gone = devices.each_ref().map(|liar| liar.gone.clone());
+    let devices = devices.map(|liar| space.attach(liar).unwrap());
+    let region = filled(&space, 4 * BLOCK);
+    region.migrate_to(0..BLOCK, devices[0]).unwrap();
+    region.migrate_to(BLOCK..2 * BLOCK, devices[1]).unwrap();
+    gone.iter().for_each(|gone| gone.store(true, SeqCst));
+    for device in devices {
+        let refused = region.migrate_to(2 * BLOCK..3 * BLOCK, device).unwrap_err();
+        assert!(matches!(refused, Error::Migrate { .. }), "{refused}");
+    }
+    let begin = Instant::now();
+    while space.statistics().devices[1..].iter().any(|d| d.in_place_bytes > 0) {
+        assert!(begin.elapsed() < Duration::from_secs(20), "the CPU goes on to use it");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(matches!(region.try_read(5, &mut [0]), Err(Error::Lost { .. })));
+    assert_eq!(
+        region.bytes()[2 * BLOCK],
+        word(2 * BLOCK / page()).to_ne_bytes()[0],
+        "what was refused is where it was"
+    );
+    space.check();
 }

@@ -468,14 +468,19 @@ impl<K: Kernel> Engine<K> {
 
     /// Takes away what is in place of devices that have failed: exactly that is lost when it is asked for (rule Z9).
     pub(super) fn take_failed_from_place(&self) {
-        let next = || {
+        let next = |after: Option<DevicePfn>| {
             let _work = self.contexts.take();
-            let failed = self.tiers.iter().find(|t| t.has_failed() && t.pages_in_place() > 0);
-            failed.map(|tier| tier.base())
+            let failed = self.tiers.iter().filter(|t| t.has_failed() && t.pages_in_place() > 0);
+            failed
+                .map(|tier| tier.base())
+                .filter(|base| after.is_none_or(|a| base.pfn() > a.pfn()))
+                .min_by_key(|b| b.pfn())
         };
         // What cannot be taken away has been told.
-        if let Some(base) = next() {
+        let mut at = next(None);
+        while let Some(base) = at {
             self.take_all_from_place(base);
+            at = next(Some(base));
         }
     }
 
