@@ -10,8 +10,9 @@
 
 use crate::engine::tiers::ForkSide;
 use crate::space::{Real, start_threads};
-use peerspace_core::addr::{Access, PageRange, Pages, VaRange};
-use peerspace_core::regions::Attributes;
+use peerspace_core::addr::{Access, PageRange, Pages, VaRange, Vpn};
+use peerspace_core::entry::State;
+use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_os::linux::fork::{ForkHandler, early_child_memory};
 use peerspace_os::linux::signal;
 use peerspace_os::linux::{Delivery, exit_now};
@@ -33,7 +34,11 @@ impl Held {
         early_child_memory(&mut |range: VaRange| {
             for vpn in engine.geometry.pages_out(range).iter() {
                 let page = PageRange::new(vpn, Pages(1));
-                if engine.region(vpn).is_some() && engine.hold_pages(page, Access::Write).is_ok() {
+                // What is left in place is there for whoever touches it; the turn is taken, so it is not held.
+                if engine.region(vpn).is_some()
+                    && !is_in_place(engine, vpn)
+                    && engine.hold_pages(page, Access::Write).is_ok()
+                {
                     held.push(page);
                 }
             }
@@ -94,10 +99,18 @@ pub(crate) fn new_life(engine: &Real, by_signal: bool) -> Result<(), OsError> {
     Ok(())
 }
 
+fn is_in_place(engine: &Real, vpn: Vpn) -> bool {
+    let state = engine.table.look(vpn).map(|(entry, _)| entry.state());
+    matches!(state, Some(State::Coherent { .. }))
+}
+
 fn regions(engine: &Real) -> impl Iterator<Item = VaRange> + '_ {
-    // What is persistent is the same memory for both, and needs nothing of us.
-    let own = engine.regions.iter().filter(|r| !r.attributes.has(Attributes::PERSISTENT));
-    own.map(|r| engine.addresses(r.range))
+    // What is persistent is the same memory for both, and needs nothing of us: as long as it is in place.
+    let persistent = |region: &RegionInfo| region.attributes.has(Attributes::PERSISTENT);
+    let own = engine.regions.iter().filter(move |r| !persistent(r)).map(|r| r.range);
+    let taken = engine.regions.iter().filter(move |r| persistent(r));
+    let taken = taken.flat_map(move |r| r.range.by_block().filter(move |piece| !is_in_place(engine, piece.start)));
+    own.chain(taken).map(|r| engine.addresses(r))
 }
 
 /// The engine of a space, and what it takes to set it going in a child.

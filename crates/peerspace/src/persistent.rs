@@ -71,10 +71,11 @@ impl Space {
     /// [`Error::Named`] when there is none of that name, or it is open; [`Error::NoSuchDevice`]; [`Error::Device`] for a device
     /// that is not persistent.
     pub fn remove_persistent(&self, device: DeviceId, name: &str) -> Result<(), Error> {
+        let engine = self.engine();
+        // Nobody opens it meanwhile. Before there is a reference to the device, for which whoever takes that away waits with
+        // the turn.
+        let _turn = engine.take_turn();
         self.on_named(device, name, |named| {
-            let engine = self.engine();
-            // Nobody opens it meanwhile.
-            let _turn = engine.take_turn();
             if engine.is_open(device.0, &extents(&named.find(name)?)) {
                 Err(Refused("it is open: drop it first".into()))
             } else {
@@ -100,7 +101,8 @@ impl Space {
     ) -> Result<T, Error> {
         let tier = self.engine().tiers.by_id(device.0).ok_or(Error::NoSuchDevice)?;
         let bad = |why: &str| Error::Device { name: tier.info.name.clone(), why: why.into() };
-        let named = tier.device().named().ok_or_else(|| bad("it is not persistent: it has no regions with names"))?;
+        let named = unwinding(|| tier.device().named()).flatten();
+        let named = named.ok_or_else(|| bad("it is not persistent: it has no regions with names"))?;
         if tier.has_failed() {
             return Err(bad("it has failed"));
         }
@@ -115,8 +117,9 @@ impl Space {
             let device = tier.map_or_else(|| "that is gone".into(), |t| t.info.name.clone());
             Error::Named { name: found.name.clone(), device, why }
         };
-        let pages: u64 = found.extents.iter().map(|e| e.count).sum();
-        let bytes = usize::try_from(found.bytes).ok().filter(|b| *b as u64 <= engine.geometry.bytes(Pages(pages)));
+        let pages = found.extents.iter().fold(0, |n: u64, e| n.saturating_add(e.count));
+        let room = pages.saturating_mul(engine.geometry.page_bytes() as u64);
+        let bytes = usize::try_from(found.bytes).ok().filter(|b| *b as u64 <= room);
         let bytes =
             bytes.ok_or_else(|| refused(format!("it is said to have {} bytes in {pages} pages", found.bytes)))?;
         let opened = without_signals(|| {
@@ -125,7 +128,7 @@ impl Space {
                 &extents(&found),
                 |tier| {
                     let pieces = found.extents.iter().map(|e| {
-                        let memory = tier.device().shared(e.first)?;
+                        let memory = unwinding(|| tier.device().shared(e.first)).flatten()?;
                         Some((memory, engine.geometry.bytes(Pages(e.count))))
                     });
                     let pieces: Option<Vec<(SharedMemory<'_>, u64)>> = pieces.collect();
@@ -145,6 +148,9 @@ impl Space {
             NamedError::InUse(page) => refused(format!(
                 "it is open already, or the descriptor of its block at page {page} has no room in the altmap"
             )),
+            NamedError::NoBlocks(first, count) => {
+                refused(format!("{count} pages at page {first}, where it is said to be, are no blocks of the device"))
+            }
             NamedError::Kernel(why) => refused(format!("it cannot be mapped: {why}")),
             NamedError::Table(range, e) => refused(format!("the space has no room for it at {range}: {e}")),
         })?;

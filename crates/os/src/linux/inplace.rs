@@ -53,8 +53,18 @@ pub(super) fn map_all<'a>(
 
 pub(super) fn show(k: &Linux, range: VaRange, memory: SharedMemory<'_>) -> Result<(), Trouble> {
     k.assert_foreign(range);
-    // SAFETY: the range is a region's, and none of its pages is there: nobody sees a byte of it change.
-    unsafe { map_over(range, memory) }.map_err(trouble)?;
+    let len = range.len() as usize;
+    // Elsewhere first: where mapping it fails, the kernel may have unmapped already what was there.
+    let at = map_all(k, std::iter::once((memory, range.len())))?.start.0 as *mut _;
+    // SAFETY: the range is a region's, and none of its pages is there: nobody sees a byte of it change. The other mapping is
+    // nobody else's.
+    unsafe {
+        if rustix::mm::mremap_fixed(at, len, len, MremapFlags::MAYMOVE, range.start.0 as *mut _).is_err() {
+            // Kernels before 5.16 do not move huge pages of their pool.
+            let _ = rustix::mm::munmap(at, len);
+            map_over(range, memory).map_err(trouble)?;
+        }
+    }
     k.wake(range)
 }
 

@@ -24,9 +24,14 @@ use peerspace_core::memmap::Backing;
 use peerspace_core::pagemap::PfnRange;
 use peerspace_os::own::{Box, Buffer};
 use peerspace_os::{Kernel, Protect, Wake};
+use std::time::Duration;
 
 /// Rounds over a device in which nothing could be moved, before that is given up.
 const ROUNDS: u32 = 10_000;
+/// So many of them follow each other at once. After that there is a pause between two: whoever has a page in hand may be
+/// asking a device that takes its time, or not be running.
+const AT_ONCE: u32 = 100;
+const PAUSE: Duration = Duration::from_micros(100);
 
 /// Why a device was not detached. It is in use as before.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,7 +125,9 @@ impl<K: Kernel> Engine<K> {
             if idle > ROUNDS {
                 return Err(DetachError::Busy(used));
             }
-            if !moved {
+            if !moved && idle > AT_ONCE {
+                crate::sync::sleep(PAUSE);
+            } else if !moved {
                 crate::sync::yield_now();
             }
         }

@@ -132,6 +132,12 @@ impl<K: Kernel> Engine<K> {
         if let Some(held) = self.hold_mapped(pages, access) {
             return Ok(held);
         }
+        // What is in place for good, and could not be held there.
+        if let Some(State::Coherent { pfn }) = self.table.look(pages.start).map(|(entry, _)| entry.state())
+            && self.is_persistent(pages.start)
+        {
+            return Err(HoldError::Lost(pages.start, pfn));
+        }
         let end = self.hold_at(pages.start, access, &mut Walk::default())?;
         Ok(PageRange { start: pages.start, end: end.min(pages.end) })
     }
@@ -143,7 +149,8 @@ impl<K: Kernel> Engine<K> {
         let mut held = PageRange { start: pages.start, end: pages.start };
         while held.end < pages.end && held.pages() < CLUSTER {
             let Ok(entry) = self.table.lock(held.end) else { break };
-            if let State::Coherent { pfn } = entry.state() {
+            // Alone, as what comes before it in RAM is.
+            if let (State::Coherent { pfn }, true) = (entry.state(), held.is_empty()) {
                 return self.hold_in_place(pfn, &entry, pages, access == Access::Write);
             }
             let State::Host { writable, .. } = entry.state() else { break };
@@ -199,7 +206,7 @@ impl<K: Kernel> Engine<K> {
             if let Ok(entry) = self.table.lock(held.start)
                 && let State::Coherent { pfn } = entry.state()
             {
-                return self.let_go_in_place(pfn, held.start);
+                return self.let_go_in_place(pfn);
             }
         }
         self.let_go(held);

@@ -218,7 +218,8 @@ impl<K: Kernel> Engine<K> {
     ) -> Result<(), PlaceError> {
         let State::Device { pfn, .. } = entry.state() else { unreachable!("the block is on a device") };
         let most = self.kernel.most_mappings() / SHARE;
-        let pieces = self.inplace.runs.load(Relaxed);
+        // A little less than none, perhaps: regions that are closed beside each other at once may miss each other.
+        let pieces = (self.inplace.runs.load(Relaxed) as i64).max(0) as u64;
         if pieces >= most {
             return Err(PlaceError::TooManyPieces(pieces));
         }
@@ -356,18 +357,14 @@ impl<K: Kernel> Engine<K> {
         if entry.vpn() > pages.start || !self.kernel.is_accessible(self.addresses(held), write) {
             return None;
         }
-        if !self.is_persistent(held.start) {
-            self.inplace.holds.fetch_add(1, Ordering::SeqCst);
-        }
+        self.inplace.holds.fetch_add(1, Ordering::SeqCst);
         Some(held)
     }
 
-    /// Undoes [`hold_in_place`](Engine::hold_in_place). The entry of `vpn` is locked.
-    pub(super) fn let_go_in_place(&self, _: DevicePfn, vpn: Vpn) {
-        if !self.is_persistent(vpn) {
-            let before = self.inplace.holds.fetch_sub(1, Ordering::SeqCst);
-            debug_assert!(before > 0, "more is let go of than was held");
-        }
+    /// Undoes [`hold_in_place`](Engine::hold_in_place). The entry is locked.
+    pub(super) fn let_go_in_place(&self, _: DevicePfn) {
+        let before = self.inplace.holds.fetch_sub(1, Ordering::SeqCst);
+        debug_assert!(before > 0, "more is let go of than was held");
     }
 
     /// Takes away what is in place at `vpn`, for a pin. `None` if that cannot be done.
@@ -471,14 +468,19 @@ impl<K: Kernel> Engine<K> {
 
     /// Takes away what is in place of devices that have failed: exactly that is lost when it is asked for (rule Z9).
     pub(super) fn take_failed_from_place(&self) {
-        let next = || {
+        let next = |after: Option<DevicePfn>| {
             let _work = self.contexts.take();
-            let failed = self.tiers.iter().find(|t| t.has_failed() && t.pages_in_place() > 0);
-            failed.map(|tier| tier.base())
+            let failed = self.tiers.iter().filter(|t| t.has_failed() && t.pages_in_place() > 0);
+            failed
+                .map(|tier| tier.base())
+                .filter(|base| after.is_none_or(|a| base.pfn() > a.pfn()))
+                .min_by_key(|b| b.pfn())
         };
         // What cannot be taken away has been told.
-        if let Some(base) = next() {
+        let mut at = next(None);
+        while let Some(base) = at {
             self.take_all_from_place(base);
+            at = next(Some(base));
         }
     }
 

@@ -282,6 +282,10 @@ impl<K: Kernel> Engine<K> {
             tier.stores.fetch_add(BLOCK_PAGES, Relaxed);
             return Ok(tier.base() + page);
         }
+        if tier.has_failed() {
+            // What is in place of it is taken away.
+            self.service.wake_reclaim(&self.kernel.park());
+        }
         let error = result.err().unwrap_or(DeviceError::NoAnswer);
         tier.give_up(page, Order::BLOCK, error != DeviceError::NoSpace);
         Err(MigrateError::Device(error))

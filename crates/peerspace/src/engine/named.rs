@@ -17,8 +17,10 @@ use peerspace_os::{Kernel, Trouble};
 pub(crate) enum NamedError {
     /// There is no such device, or it is being detached.
     NotThere,
-    /// The block at this page of the device is in use here, or lies outside, or its descriptor has no room.
+    /// The block at this page of the device is in use here, or its descriptor has no room.
     InUse(u64),
+    /// These pages (the first, and how many) are no blocks of the device; or there are none at all.
+    NoBlocks(u64, u64),
     /// The kernel refused the mapping.
     Kernel(Trouble),
     /// The space has no room for it.
@@ -40,15 +42,23 @@ impl<K: Kernel> Engine<K> {
             let _work = self.contexts.take();
             self.tiers.by_id(id).ok_or(NamedError::NotThere)?
         };
+        let pages = tier.range.pages.0;
+        // What a device says of itself may be anything.
+        let is_fine = |(first, count): &&(u64, u64)| {
+            let aligned = first % BLOCK_PAGES == 0 && count % BLOCK_PAGES == 0 && *count > 0;
+            aligned && first.checked_add(*count).is_some_and(|end| end <= pages)
+        };
+        if let Some((first, count)) = extents.iter().find(|e| !is_fine(e)).or((extents.is_empty()).then_some(&(0, 0)))
+        {
+            return Err(NamedError::NoBlocks(*first, *count));
+        }
         let blocks =
             || extents.iter().flat_map(|(first, pages)| (*first..first + pages).step_by(BLOCK_PAGES as usize));
         let give_up = |n: usize| blocks().take(n).for_each(|page| tier.free(page, Order::BLOCK));
-        let pages = tier.range.pages.0;
         let mut claimed = 0;
         for page in blocks() {
-            let inside = page % BLOCK_PAGES == 0 && page + BLOCK_PAGES <= pages;
             // Whose data it is, is known when it has an address.
-            if !inside || !tier.claim_block(page, Vpn(0)) {
+            if !tier.claim_block(page, Vpn(0)) {
                 give_up(claimed);
                 return Err(NamedError::InUse(page));
             }
@@ -82,6 +92,8 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn is_open(&self, id: u64, extents: &[(u64, u64)]) -> bool {
         let _work = self.contexts.take();
         let Some(tier) = self.tiers.by_id(id) else { return false };
-        extents.iter().any(|(first, pages)| tier.next_in_use(*first).is_some_and(|folio| folio.page < first + pages))
+        extents.iter().any(|(first, pages)| {
+            tier.next_in_use(*first).is_some_and(|folio| folio.page < first.saturating_add(*pages))
+        })
     }
 }

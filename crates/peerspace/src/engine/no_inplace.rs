@@ -95,7 +95,7 @@ impl<K: Kernel> Engine<K> {
         pfn.of_no_device()
     }
 
-    pub(super) fn let_go_in_place(&self, pfn: DevicePfn, _: Vpn) {
+    pub(super) fn let_go_in_place(&self, pfn: DevicePfn) {
         pfn.of_no_device()
     }
 

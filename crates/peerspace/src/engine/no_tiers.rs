@@ -98,6 +98,10 @@ impl TierRef {
         match self.nothing {}
     }
 
+    pub(crate) fn has_failed(&self) -> bool {
+        match self.nothing {}
+    }
+
     pub(crate) fn pages_in_place(&self) -> u64 {
         match self.nothing {}
     }

@@ -370,6 +370,10 @@ impl<K: Kernel> Engine<K> {
         let va = self.geometry.va(entry.vpn());
         let tier = self.tiers.of(pfn);
         let loud = tier.tell_lost(va, pfn, error);
+        if tier.pages_in_place() > 0 && tier.has_failed() {
+            // What is in place of it is taken away.
+            self.service.wake_reclaim(&self.kernel.park());
+        }
         count(&context.counters.poisoned);
         let (vpn, range) = (entry.vpn(), self.addresses(entry.range()));
         entry.commit(State::Poisoned { pfn });

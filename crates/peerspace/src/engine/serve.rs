@@ -196,6 +196,7 @@ impl<K: Kernel> Engine<K> {
                 stuck = matches!(self.reclaim_step(&mut work, true), Step::Stuck | Step::Changing);
             }
             drop(work);
+            self.take_failed_from_place();
             if stuck {
                 crate::sync::sleep(Duration::from_millis(2));
             }

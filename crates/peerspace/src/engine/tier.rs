@@ -292,9 +292,9 @@ impl<W: Words> Tier<W> {
         room.reserved = room.reserved.saturating_sub(pages);
     }
 
-    /// Takes no more pages from now on, or does so again.
+    /// Takes no more pages from now on, or does so again; but never of memory that is another process's.
     pub(crate) fn close(&self, closed: bool) {
-        self.room.lock().closed = closed;
+        self.room.lock().closed = closed || self.is_foreign();
     }
 
     /// In a forked child: leaves the memory and the books of the parent alone from here on.
