@@ -94,11 +94,18 @@ impl fmt::Display for DeviceSpec {
 
 /// A device that is kept for a process to be started: see [`DeviceSpec::reserve`].
 #[derive(Debug, Default)]
-pub struct Reservation {
+pub struct Reservation(#[allow(dead_code)] Kept);
+
+/// What is kept: dropping it gives it up.
+#[derive(Debug, Default)]
+#[allow(dead_code)]
+enum Kept {
+    #[default]
+    Nothing,
     #[cfg(feature = "file")]
-    _file: Option<crate::device::file::Reservation>,
+    File(crate::device::file::Reservation),
     #[cfg(feature = "dax")]
-    _dax: Option<crate::device::dax::reservation::Reservation>,
+    Dax(crate::device::dax::reservation::Reservation),
 }
 
 /// A device that was opened, in our own memory.
@@ -168,9 +175,8 @@ impl DeviceSpec {
         #[cfg(feature = "file")]
         if let DeviceSpec::File(path, size) = self {
             let file = crate::device::file::Reservation::new(path, size.map(|s| s.0));
-            return file
-                .map(|_file| Reservation { _file, ..Reservation::default() })
-                .map_err(|e| self.cannot_open(&e));
+            let kept = |file: Option<_>| Reservation(file.map_or(Kept::Nothing, Kept::File));
+            return file.map(kept).map_err(|e| self.cannot_open(&e));
         }
         #[cfg(feature = "dax")]
         if let DeviceSpec::Dax(Some(path), _) = self {
@@ -179,7 +185,7 @@ impl DeviceSpec {
             // In a directory everybody has a file of his own; a node is had by whoever comes first.
             let reserve = || crate::device::dax::reservation::Reservation::new(path, fresh);
             let dax = path.is_file().then(reserve).transpose().map_err(|e| self.cannot_open(&e))?;
-            return Ok(Reservation { _dax: dax, ..Reservation::default() });
+            return Ok(Reservation(dax.map_or(Kept::Nothing, Kept::Dax)));
         }
         drop(self.open(host)?);
         Ok(Reservation::default())
