@@ -76,7 +76,7 @@ impl Altmap {
             return Err(AltmapError::Empty);
         }
         let asked = Pages(reserve.0.saturating_add(free.0));
-        if asked > device {
+        if asked > device || base.0.checked_add(asked.0).is_none() {
             return Err(AltmapError::LargerThanDevice { asked, device });
         }
         Ok(Altmap { base, reserve: reserve.0, free: free.0, align: 0, alloc: 0, promised: 0 })
@@ -204,6 +204,8 @@ mod tests {
         assert_eq!(Altmap::new(Pfn(0), Pages(8), Pages(1), Pages(0)), Err(AltmapError::Empty));
         let endless = Altmap::new(Pfn(0), Pages(8), Pages(u64::MAX), Pages(2));
         assert!(matches!(endless, Err(AltmapError::LargerThanDevice { .. })));
+        let beyond = Altmap::new(Pfn(u64::MAX - 3), Pages(8), Pages(0), Pages(8));
+        assert!(matches!(beyond, Err(AltmapError::LargerThanDevice { .. })));
     }
 
     #[test]

@@ -243,6 +243,7 @@ fn memory_of_a_device_comes_and_goes<K: Kernel>(t: Tried<'_, K>) {
     heard(t.k, || t.k.show(t.region, memory)).0.unwrap();
     let (closed, told) = heard(t.k, || t.k.close(t.region));
     assert_eq!((closed, told), (Ok(()), vec![]));
+    assert!(!t.k.is_accessible(t.pages(0, 1), false));
 }
 
 fn words_grow_in_place<K: Kernel>(t: Tried<'_, K>) {

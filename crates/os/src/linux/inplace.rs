@@ -8,7 +8,7 @@
 //! What takes the place of the device's memory is registered before it gets there: from its first moment on, a missing page is
 //! a fault that waits. The other way there is nothing to be seen in between, because all of the device's memory is there.
 
-use super::kernel::{Linux, trouble};
+use super::kernel::{Linux, read_self, trouble};
 use super::map::{Mapping, unclaim};
 use crate::kernel::{Kernel, SharedMemory, Trouble};
 use peerspace_core::addr::{Va, VaRange};
@@ -108,8 +108,12 @@ pub(super) fn is_accessible(range: VaRange, write: bool) -> bool {
     let advice = if write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
     // SAFETY: pages that are there are mapped; no byte changes.
     match unsafe { rustix::mm::madvise(range.start.0 as *mut _, range.len() as usize, advice) } {
-        // Kernels before 5.14 cannot say.
-        Ok(()) | Err(Errno::INVAL) => true,
+        Ok(()) => true,
+        // Kernels before 5.14 do not know that: what can be read by the kernel, the program can use as well.
+        Err(Errno::INVAL) => {
+            let page = rustix::param::page_size();
+            (range.start.0..range.end.0).step_by(page).all(|at| matches!(read_self(at, &mut [0]), Ok(1)))
+        }
         Err(_) => false,
     }
 }

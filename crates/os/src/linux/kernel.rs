@@ -322,7 +322,7 @@ impl Linux {
 }
 
 /// Reads memory of this process through the kernel: a page that vanished is an error, not a fault.
-fn read_self(at: u64, out: &mut [u8]) -> Result<usize, Errno> {
+pub(super) fn read_self(at: u64, out: &mut [u8]) -> Result<usize, Errno> {
     let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
     let remote = libc::iovec { iov_base: at as *mut _, iov_len: out.len() };
     let pid = rustix::process::getpid().as_raw_nonzero().get();

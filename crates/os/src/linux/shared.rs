@@ -214,6 +214,8 @@ impl fmt::Debug for SharedMapping {
 pub struct SharedFile {
     file: OurFd,
     len: u64,
+    /// Others may cut it short.
+    may_shrink: bool,
     /// All of it, where there is no other way.
     mapping: Option<SharedMapping>,
 }
@@ -225,7 +227,7 @@ impl SharedFile {
     /// When it cannot be mapped.
     pub fn new(file: OwnedFd, len: u64, by_mapping: bool) -> Result<SharedFile, Errno> {
         let mapping = by_mapping.then(|| SharedMapping::new(file.as_fd(), 0, len as usize)).transpose()?;
-        Ok(SharedFile { file: OurFd::new(file)?, len, mapping })
+        Ok(SharedFile { file: OurFd::new(file)?, len, may_shrink: false, mapping })
     }
 
     /// In a forked child: `file`, as long, takes the place of the one that is shared with the parent, under the same number.
@@ -237,6 +239,13 @@ impl SharedFile {
             mapping.renew(file.as_fd(), 0)?;
         }
         self.file.replace(file)
+    }
+
+    /// The same file, which others may cut short: then nothing is written to it any more. It would become longer again, and
+    /// zeros be found where data were.
+    #[must_use]
+    pub fn that_may_shrink(self) -> SharedFile {
+        SharedFile { may_shrink: true, ..self }
     }
 
     /// The file itself.
@@ -284,6 +293,9 @@ impl SharedFile {
         if let Some(mapping) = &self.mapping {
             mapping.write(at, from);
             return Ok(());
+        }
+        if self.may_shrink && rustix::fs::fstat(&self.file)?.st_size < self.len as i64 {
+            return Err(Errno::IO);
         }
         let mut done = 0;
         while done < from.len() {
@@ -345,6 +357,12 @@ mod tests {
         ftruncate(&file, 6000).unwrap();
         assert_eq!(memory.read(4096, &mut [0; 4096]), Ok(6000 - 4096));
         assert_eq!(memory.read(8192, &mut [0; 4096]), Ok(0));
+        // Nor does it become zero because something is written behind it.
+        let memory = memory.that_may_shrink();
+        assert_eq!(memory.write(12288, &[7; 4096]), Err(Errno::IO));
+        assert_eq!(memory.read(8192, &mut [0; 4096]), Ok(0));
+        ftruncate(&file, 1 << 16).unwrap();
+        memory.write(12288, &[7; 4096]).unwrap();
     }
 
     #[test]

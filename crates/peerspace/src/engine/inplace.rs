@@ -55,6 +55,8 @@ pub(crate) struct InPlace {
     holds: AtomicU64,
     /// Runs of blocks in place that follow each other on the device too: each is a mapping.
     runs: AtomicU64,
+    /// As many as there may be.
+    most_runs: u64,
     left_behind: AtomicBool,
 }
 
@@ -78,8 +80,10 @@ impl<P: Park> Drop for Turn<'_, P> {
 }
 
 impl InPlace {
-    pub(crate) fn new() -> InPlace {
+    /// Nothing is in place. The process may have `mappings` mappings.
+    pub(crate) fn new(mappings: u64) -> InPlace {
         InPlace {
+            most_runs: mappings / SHARE,
             turn: Latch::new(),
             start: AtomicU64::new(0),
             end: AtomicU64::new(0),
@@ -217,10 +221,9 @@ impl<K: Kernel> Engine<K> {
         _turn: &Turn<'_, K::Park>,
     ) -> Result<(), PlaceError> {
         let State::Device { pfn, .. } = entry.state() else { unreachable!("the block is on a device") };
-        let most = self.kernel.most_mappings() / SHARE;
         // A little less than none, perhaps: regions that are closed beside each other at once may miss each other.
         let pieces = (self.inplace.runs.load(Relaxed) as i64).max(0) as u64;
-        if pieces >= most {
+        if pieces >= self.inplace.most_runs {
             return Err(PlaceError::TooManyPieces(pieces));
         }
         if !self.begin_change(std::slice::from_ref(&entry), &work) {

@@ -226,7 +226,7 @@ impl<K: Kernel> Engine<K> {
             gate: Gate::new(),
             budget: Budget::new(config.limit),
             tiers,
-            inplace: inplace::InPlace::new(),
+            inplace: inplace::InPlace::new(kernel.most_mappings()),
             ring: Ring::new(geometry, slots_at, (slots / SEGMENT as u64) as u32, words(slots as usize)?),
             blocks: Blocks::new(geometry, staging.start, blocks as u32),
             policy: Mutex::new(config.policy),

@@ -33,7 +33,7 @@ impl<P: Park> Drop for Turn<'_, P> {
 }
 
 impl InPlace {
-    pub(crate) fn new() -> InPlace {
+    pub(crate) fn new(_: u64) -> InPlace {
         InPlace { turn: Latch::new() }
     }
 

@@ -15,7 +15,7 @@
 
 use super::candidates::Search;
 use super::forks::ProcessForks;
-use super::records::{Options, Record};
+use super::records::{Options, Record, write_down};
 #[cfg(feature = "devices")]
 use crate::device::failing::Failing;
 use crate::engine::adopt::AdoptError;
@@ -545,12 +545,8 @@ impl Process {
         });
         let Ok(mut text) = serde_json::to_string(&self.record(status)) else { return };
         text.push('\n');
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC | OFlags::TRUNC;
-        let Ok(fd) = rustix::fs::open(&path, flags, Mode::from_raw_mode(0o644)) else { return };
-        let mut rest = text.as_bytes();
-        while let Ok(n @ 1..) = rustix::io::write(&fd, rest) {
-            rest = &rest[n..];
-        }
+        // If it cannot be written, nobody is left to be told.
+        let _ = write_down(&path, text.as_bytes());
         if ours {
             self.writing.unlock(&Futex);
         }

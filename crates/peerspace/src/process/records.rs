@@ -8,8 +8,12 @@ use crate::device::failing::FailureSpec;
 use crate::report::{Statistics, ThpStatistics};
 #[cfg(feature = "devices")]
 use crate::spec::DeviceSpec;
+use peerspace_os::linux::files;
+use rustix::fs::{self, AtFlags, CWD, Mode, OFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 /// How a process is to be run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -201,6 +205,36 @@ impl Record {
     }
 }
 
+/// Writes a record to `path`: all of it or nothing, also when the process is killed meanwhile.
+pub(super) fn write_down(path: &Path, text: &[u8]) -> Result<(), Errno> {
+    let mode = Mode::from_raw_mode(0o644);
+    let write = |fd: OwnedFd| -> Result<OwnedFd, Errno> {
+        let mut rest = text;
+        while !rest.is_empty() {
+            match rustix::io::write(&fd, rest) {
+                Ok(0) => return Err(Errno::IO),
+                Ok(n) => rest = &rest[n..],
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(fd)
+    };
+    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let unnamed = fs::open(directory, OFlags::WRONLY | OFlags::TMPFILE | OFlags::CLOEXEC, mode);
+    if let Ok(fd) = unnamed.and_then(write) {
+        let there = files::path(fd.as_fd());
+        let link = || fs::linkat(CWD, there.as_c_str(), CWD, path, AtFlags::SYMLINK_FOLLOW);
+        // One of an older process of that number.
+        let linked = link().or_else(|_| fs::unlink(path).and_then(|()| link()));
+        if linked.is_ok() {
+            return linked;
+        }
+    }
+    // File systems that know no files without names.
+    fs::open(path, OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC | OFlags::TRUNC, mode).and_then(write).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -265,5 +299,17 @@ mod tests {
         assert_eq!(serde_json::from_str::<Options>(&text).unwrap(), options);
         #[cfg(feature = "devices")]
         assert_eq!(options.specs().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn what_is_written_down_takes_the_place_of_what_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("record");
+        for text in ["a first one, which is longer", "a second"] {
+            write_down(&path, text.as_bytes()).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+        }
+        assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 1);
+        assert_eq!(write_down(&directory.path().join("no/where"), b"x"), Err(Errno::NOENT));
     }
 }

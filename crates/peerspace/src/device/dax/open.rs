@@ -295,6 +295,7 @@ pub(super) fn path(
         }
         let flush = Flush::of(file.as_fd(), matches!(kind, Kind::Node(_)));
         let memory = SharedFile::new(file, layout.bytes, by_mapping).map_err(|e| refused("map", path, e))?;
+        let memory = memory.that_may_shrink();
         if !persistent {
             memory.write(0, MAGIC).map_err(|e| refused("write to", path, e))?;
         }
