@@ -11,7 +11,8 @@ use std::ops::Range;
 
 impl Region {
     /// Migrates the blocks (of 2 MiB, with pages of 4 KiB) that lie wholly inside `part` to a device, while other threads go
-    /// on to use them. Returns how many bytes of them are there then; the rest is kept resident, or in use without pause.
+    /// on to use them. Returns how many bytes of them are there then; the rest is kept resident, in use without pause, or in
+    /// huge pages that a forked process shares.
     ///
     /// On a [coherent](crate::device::MemoryType::Coherent) device they are used in place from then on: accesses take no
     /// fault and move nothing (rule Z5). To a private one they go as if they had left RAM for want of room, and the next

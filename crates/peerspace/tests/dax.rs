@@ -281,12 +281,15 @@ fn forked(faults: Faults) {
         unsafe { libc::_exit(!matches!(fine, Ok(true)) as i32) };
     }
     assert_eq!(in_place(&space, 1), 0);
-    assert_eq!(region.migrate_to(2 * BLOCK..8 * BLOCK, far).unwrap(), 6 * BLOCK);
+    // A huge page that both processes map in parts may stay until one of them lets go of it.
+    assert!(region.migrate_to(2 * BLOCK..8 * BLOCK, far).unwrap() >= 3 * BLOCK);
     let mut status = 0;
     // SAFETY: waits for the child made above.
     assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
     assert_eq!(status, 0, "the child failed");
     assert!(is_filled(&region), "what the child wrote is the child's");
+    assert_eq!(region.migrate_to(2 * BLOCK..8 * BLOCK, far).unwrap(), 6 * BLOCK);
+    assert!(is_filled(&region));
     space.check();
 }
 
