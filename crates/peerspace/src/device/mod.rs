@@ -75,6 +75,8 @@ pub mod dax;
 pub mod failing;
 #[cfg(feature = "file")]
 pub mod file;
+pub mod mmu;
+pub(crate) mod port;
 #[cfg(feature = "soft")]
 pub mod soft;
 
@@ -262,6 +264,26 @@ impl<'a> Load<'a> {
     }
 }
 
+/// Bytes to be copied from one device to another.
+#[derive(Debug)]
+pub struct PeerCopy {
+    /// Where they go, in bytes from the start of the device's memory.
+    pub to: u64,
+    /// Where they are, in bytes from the start of the peer's.
+    pub from: u64,
+    /// How many.
+    pub bytes: u64,
+    /// What became of it; the device sets it.
+    pub result: Result<(), DeviceError>,
+}
+
+impl PeerCopy {
+    /// A copy that has not been answered yet.
+    pub fn new(to: u64, from: u64, bytes: u64) -> PeerCopy {
+        PeerCopy { to, from, bytes, result: Err(DeviceError::NoAnswer) }
+    }
+}
+
 /// A run of a device's pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DevicePages {
@@ -322,6 +344,23 @@ pub trait Device: Send + Sync {
     /// A part of the device's own memory, no page of it, for the descriptors of its pages (rule A2). Asked once, when the
     /// device is attached. Without it descriptors are in host memory.
     fn altmap(&self) -> Option<OwnMetadata> {
+        None
+    }
+
+    /// How it translates addresses, of a device that runs code (rule G1).
+    fn mmu(&self) -> Option<&dyn mmu::Mmu> {
+        None
+    }
+
+    /// Copies bytes from `peer`'s memory to this device's own, without the host (rule G6); sets each result. The peer may be this
+    /// device. No page of it is mapped for writing meanwhile.
+    fn copy_from(&self, peer: &dyn Device, batch: &mut [PeerCopy]) {
+        let _ = peer;
+        batch.iter_mut().for_each(|copy| copy.result = Err(DeviceError::Unsupported));
+    }
+
+    /// The device itself, for peers that know its type.
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
         None
     }
 
