@@ -33,6 +33,7 @@ pub mod altmap;
 pub mod bitmap;
 #[cfg(feature = "device")]
 pub mod buddy;
+pub mod coherence;
 #[cfg(feature = "device")]
 pub mod devmap;
 pub mod entry;
@@ -46,6 +47,7 @@ pub mod plan;
 pub mod reclaim;
 pub mod refs;
 pub mod regions;
+pub mod sharers;
 pub mod sketch;
 pub mod stream;
 pub mod sync;
