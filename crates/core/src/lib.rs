@@ -38,6 +38,8 @@ pub mod coherence;
 pub mod devmap;
 pub mod entry;
 pub mod folio;
+#[cfg(feature = "device")]
+pub mod inverted;
 #[cfg(all(test, loom))]
 mod loom_tests;
 pub mod memmap;
@@ -54,4 +56,6 @@ pub mod sync;
 pub mod table;
 #[cfg(feature = "device")]
 pub mod vmemmap;
+#[cfg(feature = "device")]
+pub mod wars;
 pub mod words;
