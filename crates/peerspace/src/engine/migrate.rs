@@ -252,15 +252,7 @@ impl<K: Kernel> Engine<K> {
     /// Frees what a page in this state, which is not mapped, was kept in.
     fn give_up_page(&self, state: State) {
         match state {
-            State::Standby { pfn, .. } => {
-                let frame = self.memmap.page(pfn);
-                let (backing, slot) = (self.memmap.backing(frame), self.memmap.slot(frame));
-                if let Some(slot) = slot {
-                    self.ring.vacate(slot);
-                }
-                self.free_frame(frame, slot.is_none());
-                self.free_backing(backing, Order::BASE);
-            }
+            State::Standby { pfn, .. } => self.free_standby(self.memmap.page(pfn)),
             State::Device { pfn, .. } => self.tiers.free(pfn, Order::BASE),
             _ => {}
         }
