@@ -7,7 +7,7 @@ use peerspace::device::dax::Dax;
 use peerspace::device::soft::Soft;
 use peerspace::device::{Descriptor, Device, DeviceError, DevicePages, Load, SharedMemory, Store};
 use peerspace::device::{NamedError, NamedRegion, NamedRegions};
-use peerspace::{DeviceId, Error, Faults, Region, Space};
+use peerspace::{DeviceId, Error, Faults, Region, Space, Use};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -274,6 +274,37 @@ fn in_child(child: impl FnOnce() -> bool) {
     // SAFETY: waits for the child made above.
     assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
     assert_eq!(status, 0, "the child failed");
+}
+
+/// What cannot be migrated out for a pin stays in place, whole; and who asked is told why.
+#[test]
+fn z5_a_pin_that_cannot_migrate_out_says_why() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    for faults in [Faults::Signal, Faults::Threads] {
+        let (space, far) = with_dax(faults, 16 * MIB, Dax::memory(mib(16)).unwrap());
+        let region = filled(&space, 2 * BLOCK);
+        // In a process of its own, which is left no room for another mapping.
+        in_child(|| {
+            region.migrate_to(0..2 * BLOCK, far).unwrap();
+            let at = &raw const region.bytes()[BLOCK + 5 * page()];
+            let usual = getrlimit(Resource::As);
+            setrlimit(Resource::As, Rlimit { current: Some(1 << 20), ..usual }).unwrap();
+            let refused = space.make_resident(at, 1, Use::Read).map(drop);
+            setrlimit(Resource::As, usual).unwrap();
+            let Err(refused) = refused else { panic!("it had no room to come home") };
+            assert!(matches!(refused, Error::Kernel { .. }), "{refused:?}");
+            let said = refused.to_string();
+            assert!(said.contains(&format!("{:x}", at as usize)), "where: {said}");
+            assert!(said.contains("in place") && said.contains("out of memory"), "what and why: {said}");
+            assert_eq!(space.statistics().devices[1].in_place_bytes as usize, 2 * BLOCK, "it stays");
+            // With room, it is no different from others.
+            drop(space.make_resident(at, 1, Use::Read).unwrap());
+            assert_eq!(space.statistics().devices[1].in_place_bytes as usize, BLOCK);
+            let mut pages = region.typed::<u64>().chunks_exact(words_per_page()).enumerate();
+            pages.all(|(i, page)| page.iter().all(|w| *w == word(i)))
+        });
+        space.check();
+    }
 }
 
 /// A device that is the parent's is never the child's, whatever the child does.

@@ -156,6 +156,18 @@ pub(crate) enum PlaceError {
     Busy,
 }
 
+/// What the kernel would say of it, for those who know no more than that.
+impl From<PlaceError> for Trouble {
+    fn from(e: PlaceError) -> Trouble {
+        match e {
+            PlaceError::Kernel(trouble) => trouble,
+            PlaceError::TooManyPieces(_) => Trouble::NoMemory,
+            PlaceError::NoMemory => Trouble::Unsuitable,
+            PlaceError::Busy => Trouble::Busy,
+        }
+    }
+}
+
 impl<K: Kernel> Engine<K> {
     /// Says that the mappings of `run`, entries that follow each other, change, unless somebody else's change is being acted
     /// on. The caller has the turn.
@@ -334,10 +346,10 @@ impl<K: Kernel> Engine<K> {
         debug_assert!(before > 0, "more is let go of than was held");
     }
 
-    /// Takes away what is in place at `vpn`, for a pin. `None` if that cannot be done.
-    pub(super) fn leave_place(&self, _: DevicePfn, vpn: Vpn) -> Option<()> {
+    /// Takes away what is in place at `vpn`, for a pin.
+    pub(super) fn leave_place(&self, _: DevicePfn, vpn: Vpn) -> Result<(), Trouble> {
         let turn = self.take_turn();
-        self.take_from_place(vpn, &turn).ok()
+        Ok(self.take_from_place(vpn, &turn)?)
     }
 
     /// Before memory of the space's own is unmapped that nobody refers to any more: gives up what is in place of `pages`.
@@ -381,10 +393,7 @@ impl<K: Kernel> Engine<K> {
             }
             if piece.pages().0 == BLOCK_PAGES {
                 let turn = self.take_turn();
-                self.take_from_place(piece.start, &turn).map_err(|e| match e {
-                    PlaceError::Kernel(trouble) => trouble,
-                    _ => Trouble::Busy,
-                })?;
+                self.take_from_place(piece.start, &turn)?;
             } else if self.zero_in_place(piece)? {
                 if from < piece.start {
                     rest(PageRange { start: from, end: piece.start })?;

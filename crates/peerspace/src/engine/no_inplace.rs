@@ -67,7 +67,7 @@ impl<K: Kernel> Engine<K> {
         pfn.of_no_device()
     }
 
-    pub(super) fn leave_place(&self, pfn: DevicePfn, _: Vpn) -> Option<()> {
+    pub(super) fn leave_place(&self, pfn: DevicePfn, _: Vpn) -> Result<(), Trouble> {
         pfn.of_no_device()
     }
 
