@@ -1,4 +1,4 @@
-//! Migration that somebody asks for: of blocks to a device, and home again (rules Z5, G6, G8).
+//! Migration that somebody asks for: of blocks to a device, and home again (rules Z5, G8).
 //!
 //! A block goes as a whole. What of it is mapped is unmapped to staging first; then all of its entries are locked, its bytes
 //! gathered from wherever they are, and written to a block of the device. A coherent device's memory is put in its place after
