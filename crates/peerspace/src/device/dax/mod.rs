@@ -120,7 +120,7 @@ impl Options {
     pub fn memory(self) -> Result<Dax, DaxError> {
         let bytes = self.size.ok_or_else(|| DaxError::NoSize { path: "memory".into() })?;
         let opened = open::memory(bytes, self.altmap, self.huge)?;
-        Dax::new(opened, self, "dax")
+        Dax::new(opened, self)
     }
 
     /// A coherent device of the memory at `path`.
@@ -129,7 +129,7 @@ impl Options {
     /// [`DaxError`]; what is there is as it was.
     pub fn open(self, path: impl AsRef<Path>) -> Result<Dax, DaxError> {
         let opened = open::path(path.as_ref(), self.size, self.altmap, false, self.reserved)?;
-        Dax::new(opened, self, "dax")
+        Dax::new(opened, self)
     }
 
     /// A persistent device of the memory at `path`.
@@ -140,7 +140,7 @@ impl Options {
         let path = path.as_ref();
         let opened = open::path(path, self.size, self.altmap, true, self.reserved)?;
         let flush = opened.flush;
-        let mut dax = Dax::new(opened, self, "dax")?;
+        let mut dax = Dax::new(opened, self)?;
         let names = |e| DaxError::Names { path: path.into(), why: e };
         dax.persistence = Some(Persistence::open(dax.memory.clone(), dax.layout, flush).map_err(names)?);
         Ok(dax)
@@ -182,11 +182,11 @@ impl Dax {
         Options::default()
     }
 
-    fn new(opened: Opened, options: Options, name: &str) -> Result<Dax, DaxError> {
+    fn new(opened: Opened, options: Options) -> Result<Dax, DaxError> {
         let Opened { memory, kind, layout, .. } = opened;
         let name = match &kind {
-            Kind::Named(path) | Kind::Node(path) => format!("{name}:{}", path.display()),
-            Kind::Memory | Kind::Unnamed => name.into(),
+            Kind::Named(path) | Kind::Node(path) => format!("dax:{}", path.display()),
+            Kind::Memory | Kind::Unnamed => "dax".into(),
         };
         let altmap = match layout.altmap {
             Some(_) => Some(Shared::new(SharedMapping::new(memory.fd(), 0, layout.data as usize).map_err(|e| {
