@@ -4,7 +4,7 @@
 mod common;
 
 use common::*;
-use peerspace::device::dax::Dax;
+use peerspace::device::dax::{Dax, DaxError};
 use peerspace::device::soft::Soft;
 use peerspace::{DeviceId, Error, Faults, Region, Space, Use};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -376,6 +376,21 @@ fn z5_huge_pages_of_the_kernel_are_a_device() {
             println!("not tried: {e}");
         }
     }
+}
+
+/// An option that could do nothing is refused, and nothing is made.
+#[test]
+fn huge_pages_cannot_be_chosen_for_what_has_a_path() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("far");
+    let options = || Dax::options().size(mib(8)).huge();
+    for bad in [options().open(&path), options().persistent(&path), options().open(directory.path())] {
+        let e = bad.unwrap_err();
+        assert!(matches!(e, DaxError::HugePath { .. }), "{e:?}");
+        let said = e.to_string();
+        assert!(said.contains(directory.path().to_str().unwrap()) && said.contains("hugetlbfs"), "{said}");
+    }
+    assert!(!path.exists());
 }
 
 /// Sizes that cannot be are refused at once, with what could be, and nothing is left behind.

@@ -108,7 +108,8 @@ impl Options {
         Options { takes_evicted: true, ..self }
     }
 
-    /// Memory of huge pages from the kernel's pool (`vm.nr_hugepages`).
+    /// Memory of huge pages from the kernel's pool (`vm.nr_hugepages`): for [`memory`](Options::memory) alone. What has a path
+    /// has the pages of its file system.
     pub fn huge(self) -> Options {
         Options { huge: true, ..self }
     }
@@ -128,7 +129,9 @@ impl Options {
     /// # Errors
     /// [`DaxError`]; what is there is as it was.
     pub fn open(self, path: impl AsRef<Path>) -> Result<Dax, DaxError> {
-        let opened = open::path(path.as_ref(), self.size, self.altmap, false, self.reserved)?;
+        let path = path.as_ref();
+        self.fit(path)?;
+        let opened = open::path(path, self.size, self.altmap, false, self.reserved)?;
         Dax::new(opened, self)
     }
 
@@ -138,12 +141,18 @@ impl Options {
     /// [`DaxError`]; what is there is as it was.
     pub fn persistent(self, path: impl AsRef<Path>) -> Result<Dax, DaxError> {
         let path = path.as_ref();
+        self.fit(path)?;
         let opened = open::path(path, self.size, self.altmap, true, self.reserved)?;
         let flush = opened.flush;
         let mut dax = Dax::new(opened, self)?;
         let names = |e| DaxError::Names { path: path.into(), why: e };
         dax.persistence = Some(Persistence::open(dax.memory.clone(), dax.layout, flush).map_err(names)?);
         Ok(dax)
+    }
+
+    /// Whether all that was chosen can be had of what is at `path`.
+    fn fit(&self, path: &Path) -> Result<(), DaxError> {
+        if self.huge { Err(DaxError::HugePath { path: path.into() }) } else { Ok(()) }
     }
 }
 
