@@ -6,37 +6,9 @@ mod common;
 use common::*;
 use peerspace::device::dax::{Dax, DaxError};
 use peerspace::device::soft::Soft;
-use peerspace::{DeviceId, Error, Faults, Region, Space, Use};
+use peerspace::{Error, Faults, Region, Use};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-
-const BLOCK: usize = 2 * MIB;
-
-fn mib(n: usize) -> u64 {
-    (n * MIB) as u64
-}
-
-/// A space over 64 MiB of plain memory, with a coherent device beside it.
-fn with_dax(faults: Faults, host: usize, dax: Dax) -> (Space, DeviceId) {
-    let space = space(faults, host, Soft::new(mib(64)).unwrap());
-    let far = space.attach(dax).unwrap();
-    (space, far)
-}
-
-fn filled(space: &Space, bytes: usize) -> Region {
-    let mut region = space.region(bytes as u64).unwrap();
-    fill(region.typed_mut());
-    region
-}
-
-fn is_filled(region: &Region) -> bool {
-    let pages = region.typed::<u64>().chunks_exact(words_per_page());
-    pages.enumerate().all(|(i, page)| page.iter().all(|w| *w == word(i)))
-}
-
-fn in_place(space: &Space, which: usize) -> usize {
-    space.statistics().devices[which].in_place_bytes as usize
-}
 
 /// Mappings that the region is made of.
 fn mappings(region: &Region) -> usize {

@@ -7,7 +7,7 @@ use peerspace::device::dax::Dax;
 use peerspace::device::soft::Soft;
 use peerspace::device::{Descriptor, Device, DeviceError, DevicePages, Load, SharedMemory, Store};
 use peerspace::device::{NamedError, NamedRegion, NamedRegions};
-use peerspace::{DeviceId, Error, Faults, Region, Space, Use};
+use peerspace::{Error, Faults, Use};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -15,24 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
-
-const BLOCK: usize = 2 * MIB;
-
-fn mib(n: usize) -> u64 {
-    (n * MIB) as u64
-}
-
-fn with_dax(faults: Faults, host: usize, dax: Dax) -> (Space, DeviceId) {
-    let space = space(faults, host, Soft::new(mib(64)).unwrap());
-    let far = space.attach(dax).unwrap();
-    (space, far)
-}
-
-fn filled(space: &Space, bytes: usize) -> Region {
-    let mut region = space.region(bytes as u64).unwrap();
-    fill(region.typed_mut());
-    region
-}
 
 /// What is held of RAM for a copy is let go of, also where memory in place follows it.
 #[test]
@@ -181,7 +163,7 @@ fn z5_what_cannot_be_mapped_leaves_no_hole() {
         let region = filled(&space, 2 * BLOCK);
         let refused = region.migrate_to(0..2 * BLOCK, far).unwrap_err();
         assert!(refused.to_string().contains("in place"), "{refused}");
-        assert_eq!(space.statistics().devices[1].in_place_bytes as usize, BLOCK, "the first was no lie");
+        assert_eq!(in_place(&space, 1), BLOCK, "the first was no lie");
         for (i, page) in region.typed::<u64>().chunks_exact(words_per_page()).enumerate() {
             assert!(page.iter().all(|w| *w == word(i)), "page {i}");
         }
@@ -296,12 +278,11 @@ fn z5_a_pin_that_cannot_migrate_out_says_why() {
             let said = refused.to_string();
             assert!(said.contains(&format!("{:x}", at as usize)), "where: {said}");
             assert!(said.contains("in place") && said.contains("out of memory"), "what and why: {said}");
-            assert_eq!(space.statistics().devices[1].in_place_bytes as usize, 2 * BLOCK, "it stays");
+            assert_eq!(in_place(&space, 1), 2 * BLOCK, "it stays");
             // With room, it is no different from others.
             drop(space.make_resident(at, 1, Use::Read).unwrap());
-            assert_eq!(space.statistics().devices[1].in_place_bytes as usize, BLOCK);
-            let mut pages = region.typed::<u64>().chunks_exact(words_per_page()).enumerate();
-            pages.all(|(i, page)| page.iter().all(|w| *w == word(i)))
+            assert_eq!(in_place(&space, 1), BLOCK);
+            is_filled(&region)
         });
         space.check();
     }
@@ -421,15 +402,11 @@ fn everything_at_once(faults: Faults) {
     let (space, far) = with_dax(faults, 16 * MIB, Dax::memory(mib(32)).unwrap());
     let store = space.attach(Dax::persistent(directory.path().join("store"), Some(mib(32))).unwrap()).unwrap();
     let kept = filled(&space, 4 * BLOCK);
-    let is_filled = |region: &Region| {
-        let mut pages = region.typed::<u64>().chunks_exact(words_per_page()).enumerate();
-        pages.all(|(i, page)| page.iter().all(|w| *w == word(i)))
-    };
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let mut threads = vec![];
         for t in 0..2usize {
-            let (space, stop, is_filled) = (&space, &stop, &is_filled);
+            let (space, stop) = (&space, &stop);
             threads.push(scope.spawn(move || {
                 let mut i = t;
                 while !stop.load(SeqCst) {
