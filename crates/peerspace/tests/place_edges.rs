@@ -152,6 +152,72 @@ impl NamedRegions for Liar {
     }
 }
 
+/// A liar who has not all that he needs, or takes more than he may.
+struct Lacking {
+    liar: Liar,
+    shared: bool,
+    named: bool,
+    takes_evicted: bool,
+}
+
+impl Device for Lacking {
+    fn describe(&self) -> Descriptor {
+        let what = self.liar.describe();
+        if self.takes_evicted { what.takes_evicted() } else { what }
+    }
+
+    fn store(&self, batch: &mut [Store<'_>]) {
+        self.liar.store(batch);
+    }
+
+    fn load(&self, batch: &mut [Load<'_>]) {
+        self.liar.load(batch);
+    }
+
+    fn freed(&self, pages: DevicePages) {
+        self.liar.freed(pages);
+    }
+
+    fn shared(&self, at: u64) -> Option<SharedMemory<'_>> {
+        self.shared.then(|| self.liar.shared(at))?
+    }
+
+    fn named(&self) -> Option<&dyn NamedRegions> {
+        self.named.then(|| self.liar.named())?
+    }
+}
+
+/// A device must have what its kind needs, and is refused by name, with what it lacks, before anything is done with it.
+#[test]
+fn z11_a_device_that_lacks_what_its_kind_needs_is_refused() {
+    let space = space(Faults::Signal, 8 * MIB, Soft::new(mib(32)).unwrap());
+    let attach = |persistent, shared, named, takes_evicted| {
+        space.attach(Lacking { liar: Liar { persistent, ..Liar::new() }, shared, named, takes_evicted })
+    };
+    for (refused, what) in [
+        (attach(false, false, false, false), "Device::shared"),
+        (attach(true, false, true, false), "Device::shared"),
+        (attach(true, true, false, false), "Device::named"),
+        (attach(true, true, true, true), "cannot take what leaves RAM"),
+    ] {
+        let e = refused.unwrap_err();
+        assert!(matches!(&e, Error::Device { name, .. } if name == "liar"), "{e:?}");
+        assert!(e.to_string().contains(what), "{what}: {e}");
+        assert_eq!(space.devices().len(), 1);
+    }
+    // A device of ours that was made so is no different.
+    let directory = tempfile::tempdir().unwrap();
+    let store = Dax::options().size(mib(8)).takes_evicted().persistent(directory.path().join("store")).unwrap();
+    let e = space.attach(store).unwrap_err();
+    assert!(e.to_string().contains("cannot take what leaves RAM"), "{e}");
+    // With what they need they are devices.
+    for (persistent, takes_evicted) in [(false, false), (false, true), (true, false)] {
+        let id = attach(persistent, true, persistent, takes_evicted).unwrap();
+        space.detach(id).unwrap();
+    }
+    space.check();
+}
+
 /// Where the kernel refuses to map what a device shows, the memory stays where it was, and nobody meets a hole.
 #[test]
 fn z5_what_cannot_be_mapped_leaves_no_hole() {
