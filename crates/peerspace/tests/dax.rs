@@ -350,6 +350,22 @@ fn z5_huge_pages_of_the_kernel_are_a_device() {
     }
 }
 
+/// In a directory, the memory is a file that nobody else finds, and each device has its own.
+#[test]
+fn z5_a_file_without_a_name_is_a_device() {
+    let directory = tempfile::tempdir().unwrap();
+    let open = || Dax::open(directory.path(), Some(mib(16))).unwrap();
+    let (space, far) = with_dax(Faults::Signal, 16 * MIB, open());
+    let other = space.attach(open()).unwrap();
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    let region = filled(&space, 4 * BLOCK);
+    region.migrate_to(0..2 * BLOCK, far).unwrap();
+    region.migrate_to(2 * BLOCK..4 * BLOCK, other).unwrap();
+    assert_eq!((in_place(&space, 1), in_place(&space, 2)), (2 * BLOCK, 2 * BLOCK));
+    assert!(is_filled(&region));
+    space.check();
+}
+
 /// An option that could do nothing is refused, and nothing is made.
 #[test]
 fn huge_pages_cannot_be_chosen_for_what_has_a_path() {
