@@ -79,7 +79,7 @@ pub(crate) fn go_on(engine: &Real, held: &Held) {
     engine.inplace.is_left_behind();
     engine.contexts.thaw();
     engine.reopen_shared_memory();
-    engine.inplace.give_up_turn(&engine.kernel.park());
+    engine.give_up_turn();
     held.let_go(engine);
 }
 

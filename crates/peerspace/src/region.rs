@@ -117,7 +117,8 @@ impl Region {
     ///
     /// # Errors
     /// [`Error::Lost`] if one of the pages cannot be had back from its device: `to` then has the bytes before that
-    /// page. [`Error::BadRange`] if the bytes do not lie inside the region.
+    /// page. [`Error::Kernel`] likewise, if one can neither be used where it is in place on a device nor taken from there.
+    /// [`Error::BadRange`] if the bytes do not lie inside the region.
     pub fn try_read(&self, at: usize, to: &mut [u8]) -> Result<(), Error> {
         let bytes = self.bytes();
         held_in_pieces(&self.space, self.range, at, to.len(), Access::Read, |from| {
@@ -132,7 +133,8 @@ impl Region {
     /// # Errors
     /// [`Error::Lost`] if one of the pages, of which other bytes may be needed, cannot be had back from its device:
     /// what comes before that page is written. To write over all of a page that is lost,
-    /// [`discard`](Region::discard) it first. [`Error::BadRange`] if the bytes do not lie inside the region.
+    /// [`discard`](Region::discard) it first. [`Error::Kernel`] likewise, as for [`try_read`](Region::try_read).
+    /// [`Error::BadRange`] if the bytes do not lie inside the region.
     pub fn try_write(&mut self, at: usize, from: &[u8]) -> Result<(), Error> {
         let Region { memory, range, space } = self;
         let bytes = memory.as_mut().expect("a region has memory until it is dropped").bytes_mut();

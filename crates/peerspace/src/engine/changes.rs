@@ -213,7 +213,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Empties an entry, and frees whatever it owned.
-    fn drop_content(&self, entry: Entry<'_, K>) {
+    fn drop_content(&self, mut entry: Entry<'_, K>) {
         let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
         match entry.state() {
             State::Empty => {}
@@ -239,15 +239,8 @@ impl<K: Kernel> Engine<K> {
                 self.free_backing(backing, order);
             }
             State::Standby { pfn, .. } if order == Order::BASE => {
-                let frame = self.memmap.page(pfn);
-                let backing = self.memmap.backing(frame);
-                let slot = self.memmap.slot(frame);
-                if let Some(slot) = slot {
-                    self.ring.vacate(slot);
-                }
-                entry.commit(State::Empty);
-                self.free_frame(frame, slot.is_none());
-                self.free_backing(backing, order);
+                entry.set(State::Empty);
+                self.free_standby(self.memmap.page(pfn));
             }
             State::Standby { pfn, .. } => {
                 let frame = self.memmap.block(pfn);

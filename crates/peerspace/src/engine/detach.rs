@@ -14,8 +14,9 @@
 
 use super::context::Working;
 use super::fault::{Outcome, Patience};
-use super::inplace::{PlaceError, Turn};
+use super::inplace::PlaceError;
 use super::tiers::WriteBack;
+use super::turn::Turn;
 use super::{Engine, EngineError, Entry};
 use crate::device::{Device, MemoryType};
 use peerspace_core::addr::{Access, DevicePfn, Order, Pages, Vpn};

@@ -10,7 +10,7 @@
 
 use super::Engine;
 use super::stats::{Counters, count};
-use peerspace_core::addr::{BLOCK_PAGES, Vpn};
+use peerspace_core::addr::{BLOCK_PAGES, Order, Vpn};
 use peerspace_core::entry::{Entry as Word, State};
 use peerspace_core::folio::SplitBusy;
 use peerspace_core::memmap::Frame;
@@ -79,6 +79,17 @@ impl<K: Kernel> Engine<K> {
             self.memmap.set_garbage(frame);
         }
         self.put_frame(frame);
+    }
+
+    /// Frees the frame of a small page that was on standby, where the page was staged, and a device's copy of it. The page's
+    /// entry is locked, and says something else already.
+    pub(super) fn free_standby(&self, frame: Frame) {
+        let (backing, slot) = (self.memmap.backing(frame), self.memmap.slot(frame));
+        if let Some(slot) = slot {
+            self.ring.vacate(slot);
+        }
+        self.free_frame(frame, slot.is_none());
+        self.free_backing(backing, Order::BASE);
     }
 
     /// Takes a reference for a look at what may be freed at any moment (H10).

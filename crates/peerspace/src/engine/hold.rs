@@ -12,7 +12,7 @@ use peerspace_core::folio::TooManyPins;
 use peerspace_core::memmap::{Arrival, Frame};
 use peerspace_core::plan::CLUSTER;
 use peerspace_core::regions::Attributes;
-use peerspace_os::{Kernel, Wake};
+use peerspace_os::{Kernel, Trouble, Wake};
 
 /// A page cannot be held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,8 +23,8 @@ pub(crate) enum HoldError {
     Foreign(Vpn),
     /// As many users rely on it as can be counted.
     TooMany(Vpn),
-    /// It is in place on a device, and cannot be migrated out of there.
-    Stays(Vpn),
+    /// It is in place on a device, and cannot be migrated out of there, for this reason.
+    Stays(Vpn, Trouble),
 }
 
 /// The folios of a range, one after the other: which of them was pinned last.
@@ -88,7 +88,7 @@ impl<K: Kernel> Engine<K> {
                 // A pin for long migrates it out (rule Z5).
                 State::Coherent { pfn } => {
                     drop((entry, work));
-                    self.leave_place(pfn, vpn).ok_or(HoldError::Stays(vpn))?;
+                    self.leave_place(pfn, vpn).map_err(|why| HoldError::Stays(vpn, why))?;
                     continue;
                 }
                 // A native page: it is there, but the table knows nothing of it yet.

@@ -1,4 +1,4 @@
-//! Migration that somebody asks for: of blocks to a device, and home again (rules Z5, G6, G8).
+//! Migration that somebody asks for: of blocks to a device, and home again (rules Z5, G8).
 //!
 //! A block goes as a whole. What of it is mapped is unmapped to staging first; then all of its entries are locked, its bytes
 //! gathered from wherever they are, and written to a block of the device. A coherent device's memory is put in its place after
@@ -252,15 +252,7 @@ impl<K: Kernel> Engine<K> {
     /// Frees what a page in this state, which is not mapped, was kept in.
     fn give_up_page(&self, state: State) {
         match state {
-            State::Standby { pfn, .. } => {
-                let frame = self.memmap.page(pfn);
-                let (backing, slot) = (self.memmap.backing(frame), self.memmap.slot(frame));
-                if let Some(slot) = slot {
-                    self.ring.vacate(slot);
-                }
-                self.free_frame(frame, slot.is_none());
-                self.free_backing(backing, Order::BASE);
-            }
+            State::Standby { pfn, .. } => self.free_standby(self.memmap.page(pfn)),
             State::Device { pfn, .. } => self.tiers.free(pfn, Order::BASE),
             _ => {}
         }

@@ -22,6 +22,7 @@
 //! | [`serve`] | the loops of the engine's own threads |
 //! | [`folio`] | folios given back, split, and queued to be split |
 //! | [`gate`] | keeps all of it apart from changes of mappings |
+//! | [`turn`] | one at a time puts memory in place, forks, or detaches |
 //! | [`budget`], [`context`], [`stats`] | accounts, places to work at, counters |
 //! | [`check`] | the invariants, executable |
 //!
@@ -31,7 +32,7 @@
 //! its device page, its staging slot and its mapping. Locks are taken in this order, and none is held while
 //! waiting for an earlier one:
 //!
-//! 0. the [turn](inplace), by who puts memory of devices in place or takes it away, forks, or detaches,
+//! 0. the [turn], by who puts memory of devices in place or takes it away, forks, or detaches,
 //! 1. a [context](context) and the [budget] (neither is a lock on data),
 //! 2. table entries, ascending; reclaim, which comes from the frame to the entry, only ever tries,
 //! 3. a [section](gate) (short, nothing waits in it),
@@ -82,6 +83,7 @@ pub(crate) mod stats;
 pub(crate) mod tier;
 #[cfg_attr(not(feature = "devices"), path = "no_tiers.rs")]
 pub(crate) mod tiers;
+pub(crate) mod turn;
 
 use crate::sync::Mutex;
 use budget::Budget;
@@ -94,7 +96,7 @@ use peerspace_core::plan::CLUSTER;
 use peerspace_core::reclaim::{Incoming, Policy};
 use peerspace_core::regions::{Attributes, RegionError, RegionInfo, Regions};
 use peerspace_core::stream::Streams;
-use peerspace_core::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use peerspace_core::sync::{AtomicBool, AtomicU32, AtomicU64, Latch, Ordering::Relaxed};
 use peerspace_core::table::{Locked, Table, TableMemory};
 use peerspace_os::own::{Box, Vec};
 use peerspace_os::{Kernel, Trouble};
@@ -120,6 +122,8 @@ pub(crate) struct Engine<K: Kernel> {
     pub(crate) budget: Budget,
     pub(crate) tiers: Tiers<K::Words>,
     pub(crate) inplace: inplace::InPlace,
+    /// See [`turn`].
+    turn: Latch,
     pub(crate) ring: Ring<K::Words>,
     pub(crate) blocks: Blocks,
     pub(crate) policy: Mutex<Box<dyn Policy<K::Words>>>,
@@ -227,6 +231,7 @@ impl<K: Kernel> Engine<K> {
             budget: Budget::new(config.limit),
             tiers,
             inplace: inplace::InPlace::new(kernel.most_mappings()),
+            turn: Latch::new(),
             ring: Ring::new(geometry, slots_at, (slots / SEGMENT as u64) as u32, words(slots as usize)?),
             blocks: Blocks::new(geometry, staging.start, blocks as u32),
             policy: Mutex::new(config.policy),
@@ -407,6 +412,8 @@ impl<K: Kernel> Engine<K> {
         self.contexts.renew();
         self.tiers.renew();
         self.inplace.renew();
+        // The thread that forked had it.
+        self.turn.reset();
         for slot in self.contexts.all() {
             slot.as_ref().counters.reset();
             slot.as_ref().latency.reset();

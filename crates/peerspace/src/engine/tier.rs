@@ -235,6 +235,11 @@ impl<W: Words> Tier<W> {
                 taken(i, page);
             }
         }
+        self.note_use(&room);
+    }
+
+    /// Pages have been taken of `room`.
+    fn note_use(&self, room: &Room<W>) {
         self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
     }
 
@@ -242,7 +247,7 @@ impl<W: Words> Tier<W> {
     pub(crate) fn take_block(&self, near: Option<u64>, vpn: Vpn) -> Option<u64> {
         let mut room = self.room.lock();
         let page = room.alloc_near(near, Order::BLOCK, vpn, false);
-        self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
+        self.note_use(&room);
         page
     }
 
@@ -256,7 +261,7 @@ impl<W: Words> Tier<W> {
             room.buddy.free(page, Order::BLOCK);
             return false;
         }
-        self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
+        self.note_use(&room);
         true
     }
 
