@@ -121,6 +121,14 @@ pub enum State {
     },
 }
 
+impl State {
+    /// Whether MMUs of devices map the page.
+    #[inline]
+    pub const fn is_on_mmus(self) -> bool {
+        matches!(self, State::Shared { .. } | State::Zero { .. } | State::Mapped { .. })
+    }
+}
+
 /// A table word without its lock bits.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Entry(u64);

@@ -59,6 +59,17 @@ impl Sharers {
         match self.0 {}
     }
 
+    /// For callers that know no devices.
+    ///
+    /// # Panics
+    /// Where this crate knows devices.
+    pub fn of_no_device(self) -> ! {
+        #[cfg(feature = "device")]
+        panic!("devices {self:?} are said to map a page, and there are none");
+        #[cfg(not(feature = "device"))]
+        match self.0 {}
+    }
+
     /// Whether `mmu` is one of them.
     pub const fn has(self, mmu: MmuId) -> bool {
         self.bits() & (1 << mmu.0) != 0

@@ -68,6 +68,8 @@ pub(crate) fn come_to_rest(engine: &Real, held: &Held) {
         }
         engine.contexts.thaw();
     }
+    // Devices go on in the parent alone: what they map they would change under the child. Nobody can map anything now.
+    engine.recall_all();
     // A frame that lies ready would be shared by both, and worth nothing to either.
     while engine.release_ready() {}
     engine.tiers.before_fork();
@@ -116,16 +118,30 @@ fn regions(engine: &Real) -> impl Iterator<Item = VaRange> + '_ {
 /// The engine of a space, and what it takes to set it going in a child.
 pub(crate) struct Forks {
     engine: Shared<Real>,
+    #[cfg(feature = "devices")]
+    ports: std::sync::Arc<crate::ports::Ports>,
     handlers: usize,
     held: Held,
 }
 
 impl Forks {
-    pub(crate) fn new(engine: Shared<Real>, handlers: usize) -> Forks {
-        Forks { engine, handlers, held: Held::new() }
+    pub(crate) fn new(
+        engine: Shared<Real>,
+        #[cfg(feature = "devices")] ports: std::sync::Arc<crate::ports::Ports>,
+        handlers: usize,
+    ) -> Forks {
+        Forks {
+            engine,
+            #[cfg(feature = "devices")]
+            ports,
+            handlers,
+            held: Held::new(),
+        }
     }
 
     fn set_up_child(&self) -> Result<(), OsError> {
+        #[cfg(feature = "devices")]
+        self.ports.renew();
         let engine = &self.engine;
         let bootstrap = engine.kernel.delivery() == Delivery::Messages;
         new_life(engine, bootstrap)?;

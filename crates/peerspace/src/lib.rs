@@ -102,6 +102,8 @@ mod huge;
 mod migrate;
 #[cfg(feature = "devices")]
 mod persistent;
+#[cfg(feature = "devices")]
+mod ports;
 #[cfg(feature = "process")]
 pub mod process;
 mod region;

@@ -157,6 +157,8 @@ impl<K: Kernel> Engine<K> {
             while at < piece.end {
                 // Not covered: nothing of ours in this block.
                 let Ok(entry) = self.table.lock(at) else { break };
+                // Devices hear of it before the memory can be used again (G5).
+                let entry = self.recall(entry);
                 if !entry.is_whole() {
                     at = at + 1;
                     each(entry);
@@ -248,6 +250,9 @@ impl<K: Kernel> Engine<K> {
                 entry.commit(State::Empty);
                 self.free_backing(backing, order);
                 self.blocks.give_ready(frame);
+            }
+            State::Shared { .. } | State::Zero { .. } | State::Mapped { .. } => {
+                unreachable!("what devices map was recalled")
             }
             State::Leaf(_) => unreachable!("a lock is never on a leaf"),
         }

@@ -135,7 +135,7 @@ impl<K: Kernel> Engine<K> {
 
     fn split_locked(&self, page: &dyn Fn(usize) -> Word) -> Result<(), NoSplit> {
         let head_of = |i: usize| match page(i).state() {
-            State::Host { pfn, .. } => {
+            State::Host { pfn, .. } | State::Shared { pfn, .. } => {
                 let part = self.memmap.page(pfn);
                 Some(self.memmap.head(part)).filter(|head| *head != part)
             }

@@ -22,10 +22,10 @@ use super::tier::{Tier, unwinding};
 use super::{Engine, Entry};
 use crate::device::mmu::{Mapping, Mmu, MmuDescriptor, Progress, Target};
 use crate::device::port::FaultError;
-use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
+use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Va, VaRange, Vpn};
 use peerspace_core::coherence;
 use peerspace_core::entry::State;
-use peerspace_core::regions::Attributes;
+use peerspace_core::plan::OnDevices;
 use peerspace_core::sharers::{MmuId, Sharers};
 use peerspace_core::stream::Streams;
 use peerspace_core::sync::{AtomicU64, Ordering, Ordering::Relaxed, fence};
@@ -87,10 +87,24 @@ impl MmuState {
 }
 
 impl<W: Words> Tier<W> {
+    /// The number of its MMU, if it runs code.
+    pub(crate) fn mmu_id(&self) -> Option<MmuId> {
+        self.mmu.as_ref().map(|mmu| mmu.id)
+    }
+
     /// Its MMU, if it runs code and has not failed.
     fn live_mmu(&self) -> Option<(&MmuState, &dyn Mmu)> {
         let state = self.mmu.as_ref().filter(|_| !self.has_failed())?;
         Some((state, unwinding(|| self.device().mmu()).flatten()?))
+    }
+
+    /// Gives the device its port.
+    pub(crate) fn give_port(&self, port: crate::device::port::Port) {
+        if let Some((_, mmu)) = self.live_mmu()
+            && unwinding(|| mmu.attached(port)).is_none()
+        {
+            self.quarantine("it panicked when it was given its port");
+        }
     }
 
     /// Enters translations.
@@ -185,6 +199,14 @@ impl<K: Kernel> Engine<K> {
         entry
     }
 
+    /// [Recalls](Engine::recall) what the CPU wants.
+    pub(crate) fn recall_for_cpu<'t>(&'t self, on: OnDevices, entry: Entry<'t, K>) -> Entry<'t, K> {
+        if let OnDevices::Alone(_) = on {
+            self.places.moved(entry.vpn(), None);
+        }
+        self.recall(entry)
+    }
+
     fn each_sharer(&self, sharers: Sharers, mut each: impl FnMut(&Tier<K::Words>)) {
         for mmu in sharers.iter() {
             if let Some(tier) = self.tiers.by_mmu(mmu) {
@@ -233,14 +255,14 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// An access of the device with `mmu` to memory of the host that is mapped for it, of `len` bytes at `va`, all in one page.
-    /// `access` makes it, by plain copying or, if it is told so, guarded against the memory going away.
+    /// `access` makes it; false if it could not.
     pub(crate) fn remote_access(
         &self,
         mmu: MmuId,
         va: Va,
         len: usize,
         write: bool,
-        access: impl FnOnce(bool) -> bool,
+        access: impl FnOnce() -> bool,
     ) -> Result<(), FaultError> {
         let vpn = self.geometry.vpn(va);
         if len == 0 || self.geometry.vpn(Va(va.0 + len as u64 - 1)) != vpn {
@@ -265,10 +287,8 @@ impl<K: Kernel> Engine<K> {
             },
             _ => false,
         };
-        let Some(region) = self.region(vpn).filter(|_| allowed) else { return Err(FaultError::NotMapped(va.0)) };
-        // Of memory that the program owns nobody knows whether it has just been unmapped.
-        let guarded = region.attributes.has(Attributes::ADOPTED);
-        if access(guarded) { Ok(()) } else { Err(FaultError::NotMapped(va.0)) }
+        // Even so, memory that the program owns may just have been unmapped.
+        if allowed && access() { Ok(()) } else { Err(FaultError::NotMapped(va.0)) }
     }
 
     /// Where what `grant` gives is, for the device of `tier`.
@@ -321,14 +341,15 @@ impl<K: Kernel> Engine<K> {
         taken == all.len()
     }
 
+    /// The addresses that all devices can translate.
+    pub(crate) fn reach(&self) -> std::ops::Range<u64> {
+        let all = self.tiers.iter().filter_map(|tier| tier.mmu.as_ref().map(|mmu| mmu.info.addresses.clone()));
+        all.fold(0..u64::MAX, |a, b| a.start.max(b.start)..a.end.min(b.end))
+    }
+
     /// Undoes [`reserve_on_devices`](Engine::reserve_on_devices).
     pub(crate) fn release_on_devices(&self, range: VaRange) {
         self.tiers.iter().for_each(|tier| tier.release_addresses(range));
-    }
-
-    /// Pages of the device with `mmu` that are free.
-    pub(crate) fn free_on(&self, mmu: MmuId) -> Pages {
-        self.tiers.by_mmu(mmu).map_or(Pages(0), |tier| tier.available())
     }
 }
 

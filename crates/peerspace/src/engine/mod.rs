@@ -53,6 +53,8 @@ pub(crate) mod compact;
 pub(crate) mod context;
 #[cfg(feature = "devices")]
 pub(crate) mod detach;
+#[cfg(feature = "devices")]
+pub(crate) mod device_fault;
 pub(crate) mod evict;
 pub(crate) mod fault;
 pub(crate) mod folio;
@@ -68,11 +70,17 @@ pub(crate) mod inplace;
 pub(crate) mod inplace;
 pub(crate) mod lost;
 #[cfg(feature = "devices")]
+pub(crate) mod make_room;
+#[cfg(feature = "devices")]
 pub(crate) mod migrate;
 #[cfg(feature = "devices")]
 pub(crate) mod named;
+#[cfg_attr(not(feature = "devices"), path = "no_mmus.rs")]
+pub(crate) mod mmus;
 pub(crate) mod own;
 pub(crate) mod pages;
+#[cfg(feature = "devices")]
+pub(crate) mod place;
 pub(crate) mod reclaim;
 pub(crate) mod serve;
 #[cfg(all(test, feature = "devices"))]
@@ -83,6 +91,8 @@ pub(crate) mod stats;
 pub(crate) mod tier;
 #[cfg_attr(not(feature = "devices"), path = "no_tiers.rs")]
 pub(crate) mod tiers;
+#[cfg(feature = "devices")]
+pub(crate) mod to_device;
 pub(crate) mod turn;
 
 use crate::sync::Mutex;
@@ -124,6 +134,8 @@ pub(crate) struct Engine<K: Kernel> {
     pub(crate) inplace: inplace::InPlace,
     /// See [`turn`].
     turn: Latch,
+    #[cfg(feature = "devices")]
+    pub(crate) places: place::Places,
     pub(crate) ring: Ring<K::Words>,
     pub(crate) blocks: Blocks,
     pub(crate) policy: Mutex<Box<dyn Policy<K::Words>>>,
@@ -231,6 +243,8 @@ impl<K: Kernel> Engine<K> {
             budget: Budget::new(config.limit),
             tiers,
             inplace: inplace::InPlace::new(kernel.most_mappings()),
+            #[cfg(feature = "devices")]
+            places: place::Places::new(),
             turn: Latch::new(),
             ring: Ring::new(geometry, slots_at, (slots / SEGMENT as u64) as u32, words(slots as usize)?),
             blocks: Blocks::new(geometry, staging.start, blocks as u32),
