@@ -89,7 +89,10 @@ impl Space {
             let engine = self.engine();
             let name = engine.tiers.by_id(id.0).map_or(String::new(), |tier| tier.info.name.clone());
             let range = engine.addresses(region);
-            Error::Device { name, why: format!("its MMU cannot translate the region at {range}, or has something else there") }
+            Error::Device {
+                name,
+                why: format!("its MMU cannot translate the region at {range}, or has something else there"),
+            }
         })
     }
 

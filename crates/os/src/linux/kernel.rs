@@ -245,7 +245,8 @@ impl Linux {
     }
 
     fn map_near(&self, near: Va, len: u64) -> Result<VaRange, Trouble> {
-        let mapping = Mapping::near(near.0 as usize, len as usize, self.geometry.block_bytes(), true).map_err(trouble)?;
+        let mapping =
+            Mapping::near(near.0 as usize, len as usize, self.geometry.block_bytes(), true).map_err(trouble)?;
         let r = mapping.range();
         // SAFETY: advice without effect on content. Huge pages appear by our moves alone, not by the kernel's
         // own faults, since every missing page of a registered range is ours to fill.

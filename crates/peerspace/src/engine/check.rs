@@ -170,12 +170,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Copies on devices are those of what is shared and read-only. Returns how many pages of devices they are.
-    fn check_replicas(
-        &self,
-        entry: &super::Entry<'_, K>,
-        who: &str,
-        own: &mut impl FnMut(Pfn, u64, String),
-    ) -> u64 {
+    fn check_replicas(&self, entry: &super::Entry<'_, K>, who: &str, own: &mut impl FnMut(Pfn, u64, String)) -> u64 {
         let n = entry.range().pages().0;
         let mut pages = 0;
         for tier in self.tiers.iter() {

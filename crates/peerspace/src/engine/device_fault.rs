@@ -274,10 +274,15 @@ impl<K: Kernel> Engine<K> {
                         *stays = true;
                         return if mmu.info.remote { Next::Again } else { Next::Pause };
                     }
-                    let near = PageRange::new(vpn, most).intersect(PageRange::block(vpn.block())).intersect(region.range);
+                    let near =
+                        PageRange::new(vpn, most).intersect(PageRange::block(vpn.block())).intersect(region.range);
                     let rest = if entry.is_whole() { entry.range() } else { near };
                     drop(entry);
-                    return if self.walk(rest, work, |rest, work| self.set_some_aside(rest, work)) > 0 { Next::Again } else { Next::Pause };
+                    return if self.walk(rest, work, |rest, work| self.set_some_aside(rest, work)) > 0 {
+                        Next::Again
+                    } else {
+                        Next::Pause
+                    };
                 }
                 Step::Home(access) => return Next::Home(access),
                 Step::Move => {

@@ -165,7 +165,9 @@ impl<K: Kernel> Engine<K> {
                     self.wait_for_changes();
                     work = self.contexts.take();
                 }
-                Err(Hold::Busy | Hold::Refused | Hold::Held) if patience == Patience::Never => break Err(Pause::Busy),
+                Err(Hold::Busy | Hold::Refused | Hold::Held) if patience == Patience::Never => {
+                    break Err(Pause::Busy);
+                }
                 Err(Hold::Held) => {
                     // Without the context, which others need to go on.
                     drop(work);

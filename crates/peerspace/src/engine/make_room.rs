@@ -193,7 +193,9 @@ impl<K: Kernel> Engine<K> {
         };
         let Some(tier) = self.tiers.by_mmu(mmu) else { return (Gone::Busy, None) };
         let gone = match self.table.try_lock(folio.vpn) {
-            Ok(Some(entry)) if entry.is_whole() == whole => self.evict_entry(entry, &tier, folio.page, berth, &mut work),
+            Ok(Some(entry)) if entry.is_whole() == whole => {
+                self.evict_entry(entry, &tier, folio.page, berth, &mut work)
+            }
             _ => {
                 self.return_berth(berth);
                 Gone::Busy

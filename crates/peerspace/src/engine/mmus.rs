@@ -292,12 +292,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Where what `grant` gives is, for the device of `tier`.
-    pub(crate) fn target_of(
-        &self,
-        tier: &Tier<K::Words>,
-        entry: &Entry<'_, K>,
-        grant: coherence::Grant,
-    ) -> Mapping {
+    pub(crate) fn target_of(&self, tier: &Tier<K::Words>, entry: &Entry<'_, K>, grant: coherence::Grant) -> Mapping {
         use coherence::Grant;
         let range = self.addresses(entry.range());
         let (to, writable) = match (grant, entry.state()) {

@@ -73,10 +73,10 @@ pub(crate) mod lost;
 pub(crate) mod make_room;
 #[cfg(feature = "devices")]
 pub(crate) mod migrate;
-#[cfg(feature = "devices")]
-pub(crate) mod named;
 #[cfg_attr(not(feature = "devices"), path = "no_mmus.rs")]
 pub(crate) mod mmus;
+#[cfg(feature = "devices")]
+pub(crate) mod named;
 pub(crate) mod own;
 pub(crate) mod pages;
 #[cfg(feature = "devices")]

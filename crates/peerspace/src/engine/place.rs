@@ -110,7 +110,9 @@ impl<K: Kernel> Engine<K> {
             let (Some(region), Some(tier)) = (self.region(vpn), self.tiers.by_mmu(mmu)) else { return };
             let Some(state) = &tier.mmu else { return };
             let hints = region.attributes;
-            let stays = hints.accessed_by(mmu) || hints.preferred() == Some(Place::Host) || hints.has(Attributes::READ_MOSTLY);
+            let stays = hints.accessed_by(mmu)
+                || hints.preferred() == Some(Place::Host)
+                || hints.has(Attributes::READ_MOSTLY);
             let start = self.table.look(vpn).map_or(vpn, |(_, whole)| if whole { vpn.block_start() } else { vpn });
             state.info.mode != Mode::Share && !stays && self.places.truce(start).is_none()
         };

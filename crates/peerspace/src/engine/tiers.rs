@@ -98,7 +98,8 @@ impl<W: Words> Tiers<W> {
             None => None,
             Some(info) => {
                 let free = self.mmus.iter().position(|m| m.load(Relaxed) == 0);
-                let why = || refused(format!("there are {MAX_MMUS} devices with an MMU already, as many as there can be"));
+                let why =
+                    || refused(format!("there are {MAX_MMUS} devices with an MMU already, as many as there can be"));
                 Some(MmuState::new(MmuId(free.ok_or_else(why)? as u8), info))
             }
         };
