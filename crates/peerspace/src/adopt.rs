@@ -192,6 +192,11 @@ impl Space {
 }
 
 impl Adopted {
+    /// The space it is managed by.
+    pub fn space(&self) -> &Space {
+        &self.space
+    }
+
     /// The addresses managed.
     pub fn range(&self) -> std::ops::Range<usize> {
         self.range.start.0 as usize..self.range.end.0 as usize

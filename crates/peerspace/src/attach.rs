@@ -48,6 +48,7 @@ impl Space {
         let engine = self.engine();
         // What it runs gets nothing more from here on.
         let connected = self.ports().cut(device);
+        let mmu = self.mmu_of(device).ok();
         let detached = without_signals(|| engine.detach(device.0));
         if detached.is_err() && connected {
             // It could translate everything before.
@@ -59,6 +60,9 @@ impl Space {
         };
         match detached {
             Ok(device) => {
+                if let Some(mmu) = mmu {
+                    self.forget_hints(mmu);
+                }
                 drop(device);
                 Ok(())
             }

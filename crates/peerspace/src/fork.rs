@@ -63,10 +63,11 @@ pub(crate) fn come_to_rest(engine: &Real, held: &Held) {
         engine.settle_changes();
         engine.contexts.freeze();
         // What a change has moved is not yet where the table says: the child would never hear of it.
-        if !engine.kernel.is_changing() {
+        if !engine.kernel.is_changing() && !is_launching(engine) {
             break;
         }
         engine.contexts.thaw();
+        std::thread::yield_now();
     }
     // Devices go on in the parent alone: what they map they would change under the child. Nobody can map anything now.
     engine.recall_all();
@@ -99,6 +100,17 @@ pub(crate) fn new_life(engine: &Real, by_signal: bool) -> Result<(), OsError> {
     }
     engine.tiers.after_fork(ForkSide::Child);
     Ok(())
+}
+
+/// Whether a device works on pages that it relies on.
+fn is_launching(engine: &Real) -> bool {
+    #[cfg(feature = "devices")]
+    return engine.launches.any();
+    #[cfg(not(feature = "devices"))]
+    {
+        let _ = engine;
+        false
+    }
 }
 
 fn is_in_place(engine: &Real, vpn: Vpn) -> bool {

@@ -201,6 +201,8 @@ pub(crate) fn start_threads<K: Kernel>(
     if engine.has_huge() {
         loops.push(("peerspace-collapse", Engine::serve_collapse));
     }
+    #[cfg(feature = "devices")]
+    loops.push(("peerspace-send", Engine::serve_prefetch));
     match delivery {
         Delivery::Signal => loops.push(("peerspace-changes", Engine::serve_changes)),
         Delivery::Messages => {
@@ -321,6 +323,8 @@ impl Drop for Service {
         #[cfg(feature = "devices")]
         self.ports.cut_all();
         self.engine.service.stop(&self.engine.kernel.park());
+        #[cfg(feature = "devices")]
+        self.engine.prefetches.stop(&self.engine.kernel.park());
         for thread in self.threads.drain(..) {
             if self.pid == getpid() {
                 // A thread that panicked has said so.

@@ -87,6 +87,20 @@ impl MmuState {
 }
 
 impl<W: Words> Tier<W> {
+    /// What its faults came to, if it runs code.
+    pub(crate) fn mmu_statistics(&self) -> Option<crate::report::MmuStatistics> {
+        let counters = &self.mmu.as_ref()?.counters;
+        let n = |counter: &AtomicU64| counter.load(Relaxed);
+        Some(crate::report::MmuStatistics {
+            faults: n(&counters.faults),
+            moved: n(&counters.moved),
+            replicated: n(&counters.replicated),
+            remote: n(&counters.remote),
+            recalls: n(&counters.recalls),
+            evicted: n(&counters.evicted),
+        })
+    }
+
     /// The number of its MMU, if it runs code.
     pub(crate) fn mmu_id(&self) -> Option<MmuId> {
         self.mmu.as_ref().map(|mmu| mmu.id)

@@ -52,6 +52,8 @@ pub(crate) mod collapse;
 pub(crate) mod compact;
 pub(crate) mod context;
 #[cfg(feature = "devices")]
+pub(crate) mod copy;
+#[cfg(feature = "devices")]
 pub(crate) mod detach;
 #[cfg(feature = "devices")]
 pub(crate) mod device_fault;
@@ -68,6 +70,8 @@ pub(crate) mod inplace;
 #[cfg(not(feature = "devices"))]
 #[path = "no_inplace.rs"]
 pub(crate) mod inplace;
+#[cfg(feature = "devices")]
+pub(crate) mod launch;
 pub(crate) mod lost;
 #[cfg(feature = "devices")]
 pub(crate) mod make_room;
@@ -81,6 +85,8 @@ pub(crate) mod own;
 pub(crate) mod pages;
 #[cfg(feature = "devices")]
 pub(crate) mod place;
+#[cfg(feature = "devices")]
+pub(crate) mod prefetch;
 pub(crate) mod reclaim;
 pub(crate) mod serve;
 #[cfg(all(test, feature = "devices"))]
@@ -136,6 +142,10 @@ pub(crate) struct Engine<K: Kernel> {
     turn: Latch,
     #[cfg(feature = "devices")]
     pub(crate) places: place::Places,
+    #[cfg(feature = "devices")]
+    pub(crate) prefetches: prefetch::Prefetches,
+    #[cfg(feature = "devices")]
+    pub(crate) launches: launch::Launches,
     pub(crate) ring: Ring<K::Words>,
     pub(crate) blocks: Blocks,
     pub(crate) policy: Mutex<Box<dyn Policy<K::Words>>>,
@@ -245,6 +255,10 @@ impl<K: Kernel> Engine<K> {
             inplace: inplace::InPlace::new(kernel.most_mappings()),
             #[cfg(feature = "devices")]
             places: place::Places::new(),
+            #[cfg(feature = "devices")]
+            prefetches: prefetch::Prefetches::new(),
+            #[cfg(feature = "devices")]
+            launches: launch::Launches::new(),
             turn: Latch::new(),
             ring: Ring::new(geometry, slots_at, (slots / SEGMENT as u64) as u32, words(slots as usize)?),
             blocks: Blocks::new(geometry, staging.start, blocks as u32),
@@ -423,6 +437,11 @@ impl<K: Kernel> Engine<K> {
         self.epoch.fetch_add(1, Relaxed);
         self.gate.renew();
         self.service.renew();
+        #[cfg(feature = "devices")]
+        {
+            self.prefetches.renew();
+            self.launches.renew();
+        }
         self.contexts.renew();
         self.tiers.renew();
         self.inplace.renew();

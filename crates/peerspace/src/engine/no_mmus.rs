@@ -29,7 +29,5 @@ impl<K: Kernel> Engine<K> {
         0..u64::MAX
     }
 
-    pub(crate) fn recall_pages(&self, _: peerspace_core::addr::PageRange) {}
-
     pub(crate) fn recall_all(&self) {}
 }
