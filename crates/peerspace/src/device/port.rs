@@ -52,6 +52,11 @@ pub struct Port {
 }
 
 impl Port {
+    /// A port that does what `ops` says.
+    pub(crate) fn new(ops: Arc<dyn PortOps>) -> Port {
+        Port { ops }
+    }
+
     /// Resolves a fault of the device: an `access` to `va` that found no translation, or none that permits it. Afterwards the
     /// access can be repeated.
     ///
