@@ -15,6 +15,7 @@
 //! | [`buddy`] | the allocator of device memory, over out-of-band bitmaps |
 //! | [`regions`] | which addresses are managed |
 //! | [`reclaim`] | which frame goes next |
+//! | [`shootdown`] | translations used without a lock, and taking them away |
 //! | [`stream`] | sequential streams seen in the faults |
 //! | [`plan`] | what to do: pure functions from state and event |
 
@@ -50,6 +51,8 @@ pub mod reclaim;
 pub mod refs;
 pub mod regions;
 pub mod sharers;
+#[cfg(feature = "device")]
+pub mod shootdown;
 pub mod sketch;
 pub mod stream;
 pub mod sync;

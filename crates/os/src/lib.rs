@@ -7,6 +7,7 @@
 
 #[cfg(all(test, not(shuttle)))]
 mod conformance;
+pub mod devmem;
 pub mod error;
 pub mod inject;
 pub mod kernel;

@@ -52,6 +52,7 @@ pub struct Port {
 }
 
 impl Port {
+    /// A port that does what `ops` says.
     pub(crate) fn new(ops: Arc<dyn PortOps>) -> Port {
         Port { ops }
     }
