@@ -9,9 +9,7 @@ use super::link::{Way, between};
 use super::options::Options;
 use super::queue::{Job, Kernel, run_lane};
 use crate::device::mmu::Mmu;
-use crate::device::{
-    Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, PeerCopy, Store, Usage,
-};
+use crate::device::{Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, PeerCopy, Store, Usage};
 use peerspace_os::Trouble;
 use peerspace_os::own::{Box, Own, Shared};
 use std::any::Any;

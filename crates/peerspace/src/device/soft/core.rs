@@ -162,7 +162,8 @@ impl Core {
 
     /// Where page `page` begins in the memory, if `bytes` from there on are in it.
     pub(super) fn place(&self, page: u64, bytes: u64) -> Result<usize, DeviceError> {
-        let at = page.checked_mul(self.page()).filter(|at| at.checked_add(bytes).is_some_and(|end| end <= self.bytes));
+        let at =
+            page.checked_mul(self.page()).filter(|at| at.checked_add(bytes).is_some_and(|end| end <= self.bytes));
         at.map(|at| at as usize).ok_or_else(invalid)
     }
 
