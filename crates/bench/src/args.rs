@@ -1,7 +1,9 @@
 //! What the command line can say.
 
 use crate::catalogue;
+use crate::spec::LinkSpeed;
 use clap::builder::PossibleValuesParser;
+use peerspace::Size;
 use std::path::PathBuf;
 
 /// The arguments of the benchmarks, for any program that offers them.
@@ -36,6 +38,15 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     pub(crate) dir: Option<PathBuf>,
 
+    /// Bytes each second, with K, M, G or T (binary), of the links that accelerators are modelled to be behind, in each
+    /// direction [default: 16000000000]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) link_bandwidth: Option<Size>,
+
+    /// Microseconds until the first byte of a transfer over such a link [default: 5]
+    #[arg(long, value_name = "US", value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    pub(crate) link_latency: Option<u64>,
+
     /// Be a contender.
     #[arg(long, hide = true, value_name = "SPEC")]
     pub(crate) contender: Option<String>,
@@ -43,4 +54,14 @@ pub struct Args {
     /// Be the steward.
     #[arg(long, hide = true)]
     pub(crate) steward: bool,
+}
+
+impl Args {
+    /// How fast accelerators that are behind a link are reached.
+    pub(crate) fn link(&self) -> LinkSpeed {
+        LinkSpeed {
+            bytes_per_second: self.link_bandwidth.map_or(16_000_000_000, |size| size.0),
+            latency_ns: self.link_latency.unwrap_or(5) * 1000,
+        }
+    }
 }

@@ -59,7 +59,7 @@ fn panels(b: &BenchmarkResult) -> Vec<Panel<'_>> {
     let mut metrics: Vec<Metric> = b.contenders.iter().flat_map(|c| c.metrics.iter().map(|m| m.metric)).collect();
     metrics.sort_unstable();
     metrics.dedup();
-    metrics.retain(|m| !matches!(m, Metric::Cores | Metric::StoredAgain));
+    metrics.retain(|m| !matches!(m, Metric::Cores | Metric::StoredAgain | Metric::Late));
     let panel = |metric: Metric| {
         let bar = |c: &'_ ContenderResult| {
             let ours = c.id.starts_with("ours") || matches!(c.id, "footprint" | "start");

@@ -1,8 +1,8 @@
 //! Measures peerspace against the kernel's own swap and against the least a pager can cost.
 //!
 //! `peerspace bench`, or `peerspace-bench`, runs the benchmarks of [the catalogue](Args): random and sequential
-//! access to more data than there is RAM for, with the data in memory, compressed, or in a file; and what a space
-//! needs for itself.
+//! access to more data than there is RAM for, with the data in memory, compressed, or in a file; what a space
+//! needs for itself; and what accelerators wait for, and have to move.
 //!
 //! # How it measures
 //!
@@ -26,6 +26,12 @@
 //! that does nothing else; one thread, no books to keep. *zram swap*, *swap file*: the kernel, with the data in a
 //! memory cgroup of the same size (version 1 or 2); only for root. *memcpy*, *pread*: the transfer alone.
 //!
+//! Accelerators are the one in software, with one lane: what is measured of them is the engine. Where one is behind a link, a
+//! transfer takes as long as over that link, or as the copy in memory takes, whichever is longer; `--link-bandwidth` and
+//! `--link-latency` say what the link is like. What goes over it is counted by the accelerator. Kernels verify what they
+//! read, so the work that transfers are to hide behind is real: it needs a processor, and so does the thread that sends.
+//! `cores busy` says whether there were two.
+//!
 //! Swap devices, cgroups and files are taken down on every way out, also when the benchmarks are killed.
 //!
 //! # Results as JSON
@@ -43,7 +49,7 @@
 //!                 skipped (why, or null), failed (why, or null), verified_words
 //!     metrics[]   metric, label, and a spread
 //!   ratios[]      subject, reference, metric, and a spread
-//!                 of: "time" (less is better) or "speed" (more is better), of the subject by the reference
+//!                 of: "time", "amount" (less is better) or "speed" (more is better), of the subject by the reference
 //!                 target: null, or { at_most or at_least: x, met: true or false }, judged by the median
 //!   values[]      contender, metric, and a spread; target as above
 //! ```
@@ -52,7 +58,10 @@
 //! of processor time; `cores` (processor time by wall time); `stored_again` (pages written once more to where data
 //! live outside of RAM, although nobody changed them); `bytes_whole`, `bytes_split` and `bytes_split_away` (our own
 //! memory per 2 MiB of managed memory), `bytes_fixed` (our own memory before it grows with the data); `space_time`
-//! and `process_time` (ms).
+//! and `process_time` (ms); `fault_median` (ns); `resident`, `on_demand`, `prefetched` and `took` (ms); `hidden` (the share of
+//! the transfer's time that does not show) and `late` (blocks that were touched before they had come); `over_link` (MiB), and
+//! `by_asked`, `by_reader` (bytes over links by those that were asked for, or by those that each reader reads), `by_turns`
+//! (moves of a page by the turns of those who write to it).
 //!
 //! # Exit status
 //!
@@ -99,7 +108,7 @@ pub fn main_with(args: &Args, prefix: &[&str]) -> ExitCode {
     }
     let sizes = if args.quick { Sizes::QUICK } else { Sizes::FULL };
     let dir = args.dir.clone().unwrap_or_else(std::env::temp_dir);
-    let mut benchmarks = catalogue::all(sizes, &dir);
+    let mut benchmarks = catalogue::all(sizes, &dir, args.link());
     benchmarks.retain(|b| args.names.is_empty() || args.names.iter().any(|n| n == b.name));
     if args.list {
         print!("{}", table::list(&benchmarks));

@@ -95,6 +95,7 @@ fn sense<S: Serializer>(sense: &Sense, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(match sense {
         Sense::Time => "time",
         Sense::Speed => "speed",
+        Sense::Amount => "amount",
     })
 }
 

@@ -84,6 +84,68 @@ pub(crate) enum Kind {
         /// Densely in the end.
         dense: bool,
     },
+    /// Somebody who sends memory there and back, so many bytes at a time: a space to an accelerator (true), or memcpy.
+    Migrate {
+        /// A space.
+        ours: bool,
+        /// Bytes that are asked for, and waited for, at once.
+        piece: u64,
+    },
+    /// Somebody who touches pages in random order: an accelerator (true), or the CPU.
+    Touch {
+        /// An accelerator.
+        device: bool,
+        /// What the pages are before.
+        on: Found,
+    },
+    /// An accelerator behind a link, which works on a stream of blocks from the host.
+    Stream(LinkSpeed),
+    /// A program that shares memory with accelerators behind links. Counts what goes over them.
+    Traffic {
+        /// What it does.
+        job: Job,
+        /// It says how it is going to use its memory.
+        hints: bool,
+        /// How fast they are reached.
+        link: LinkSpeed,
+    },
+}
+
+/// How fast an accelerator is reached, in each direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LinkSpeed {
+    /// Bytes each second.
+    pub(crate) bytes_per_second: u64,
+    /// Nanoseconds until the first byte of a transfer.
+    pub(crate) latency_ns: u64,
+}
+
+/// What somebody who touches a page finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Found {
+    /// Nobody has touched it before.
+    Zeros,
+    /// It is in a device that is memory alone.
+    Stored,
+    /// The other one, of the CPU and the accelerator, has it mapped.
+    Mapped,
+}
+
+/// What a program does with its accelerators.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Job {
+    /// One reads words at random.
+    Sparse,
+    /// Two read all of it in turns, and now and then the CPU writes a word.
+    ReadMostly,
+    /// Two read all of it in turns, and nobody writes.
+    ReadOnly,
+    /// One works on all of it, block after block.
+    Stream,
+    /// The CPU and one write to the same page in turns. With hints, the accelerator can access it where it is.
+    PingPong,
 }
 
 /// Who makes huge pages of small ones.
@@ -190,6 +252,28 @@ pub(crate) enum Metric {
     UntilHuge,
     /// RAM in use beyond what the program has touched, by what it has touched.
     Waste,
+    /// Nanoseconds that half of the faults took no longer than.
+    FaultMedian,
+    /// Milliseconds of work on data that are where it is done.
+    Resident,
+    /// Milliseconds of the same work on data that come when they are touched.
+    OnDemand,
+    /// Milliseconds of the same work on data that are sent for ahead.
+    Prefetched,
+    /// Blocks that had not come yet when they were touched, although they had been sent for.
+    Late,
+    /// How much of the time that data take to come does not show when they are sent for ahead.
+    Hidden,
+    /// Milliseconds of work.
+    Took,
+    /// MiB over the links of all accelerators.
+    OverLink,
+    /// Bytes over the link by the bytes that were asked for.
+    ByAsked,
+    /// Bytes over the links by what each of the readers reads, once.
+    ByReader,
+    /// Times that a page went to the accelerator, by the turns of the two that write to it.
+    ByTurns,
 }
 
 impl Metric {
@@ -224,12 +308,23 @@ impl Metric {
             Metric::HugeShare => "of it in huge pages",
             Metric::UntilHuge => "ms until then",
             Metric::Waste => "RAM wasted, by what is used",
+            Metric::FaultMedian => "ns/fault, p50",
+            Metric::Resident => "ms, all of it there",
+            Metric::OnDemand => "ms, on demand",
+            Metric::Prefetched => "ms, prefetched",
+            Metric::Late => "blocks late",
+            Metric::Hidden => "of the transfer hidden",
+            Metric::Took => "ms",
+            Metric::OverLink => "MiB over links",
+            Metric::ByAsked => "bytes by bytes asked for",
+            Metric::ByReader => "bytes by bytes and readers",
+            Metric::ByTurns => "moves by turns",
         }
     }
 
     /// True where more is better.
     pub(crate) const fn more_is_better(self) -> bool {
-        matches!(self, Metric::Throughput | Metric::Sent | Metric::Fetched | Metric::HugeShare)
+        matches!(self, Metric::Throughput | Metric::Sent | Metric::Fetched | Metric::HugeShare | Metric::Hidden)
     }
 }
 

@@ -78,6 +78,7 @@ fn compared(result: &BenchmarkResult, id: &str, m: &Measured) -> Vec<(String, St
         let of = match r.of {
             Sense::Time => "the time",
             Sense::Speed => "the speed",
+            Sense::Amount => "as much",
         };
         let s = &r.spread;
         // That it is ours is said in the header; which one of ours, if there are several, is not.
@@ -128,7 +129,11 @@ pub(crate) fn list(benchmarks: &[Benchmark]) -> String {
             text += &format!("    {}: {}\n", c.id, c.what);
         }
         for v in &b.versus {
-            let sense = if v.sense == Sense::Time { "time" } else { "speed" };
+            let sense = match v.sense {
+                Sense::Time => "time",
+                Sense::Speed => "speed",
+                Sense::Amount => "amount",
+            };
             if let Some(t) = v.target {
                 text += &format!("    target: {sense} of {} by {} {}x\n", v.subject, v.reference, bound(t));
             }

@@ -92,6 +92,55 @@ fn results_parse_and_say_what_they_should() {
     assert_eq!(left.len(), 2, "more than the results is left: {left:?}");
 }
 
+/// Rules G8, G9, G10: what has to go over a link does, and no more, whatever the machine is like. The times of such a run
+/// say nothing.
+#[test]
+fn g8_g10_what_accelerators_move_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("results.json");
+    let out = bench(&["--quick", "--rounds", "1", "migrate", "device-fault", "prefetch", "link-bytes"])
+        .args(["--link-bandwidth", "4000000000", "--link-latency", "20", "--json"])
+        .arg(&json)
+        .output()
+        .unwrap();
+    let (stdout, stderr) = (text(&out.stdout), text(&out.stderr));
+    assert!(out.status.success(), "{}\n{stdout}\n{stderr}", out.status);
+    let report: Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+    for benchmark in array(&report, "benchmarks") {
+        for contender in array(benchmark, "contenders") {
+            assert!(contender["failed"].is_null() && contender["skipped"].is_null(), "{contender}");
+            assert!(contender["verified_words"].as_u64().unwrap() > 0, "{contender}");
+            array(contender, "metrics").iter().for_each(|m| check_spread(m, 1));
+        }
+    }
+    let about = |i: usize| report["benchmarks"][i]["about"].as_str().unwrap();
+    for i in [2, 3] {
+        assert!(about(i).contains("4.0 GB/s and 20 us"), "{}", about(i));
+    }
+    let measured = |benchmark: usize, id: &str, metric: &str| {
+        let contenders = array(&report["benchmarks"][benchmark], "contenders");
+        let contender = contenders.iter().find(|c| c["id"] == id).unwrap_or_else(|| panic!("no {id}"));
+        let found = array(contender, "metrics").iter().find(|m| m["metric"] == metric);
+        found.unwrap_or_else(|| panic!("no {metric} in {contender}"))["median"].as_f64().unwrap()
+    };
+    let of = |id, metric| measured(3, id, metric);
+    assert_eq!(of("sparse, hint", "by_asked"), 1.0);
+    assert_eq!(of("replicated", "by_reader"), 1.0);
+    assert_eq!((of("stream, hint", "by_asked"), of("stream", "by_asked")), (1.0, 1.0));
+    assert!(of("ping-pong", "by_turns") <= 0.1);
+    assert!(of("read-mostly, hint", "over_link") < of("read-mostly", "over_link"));
+    // In milliseconds: nothing comes faster than the link lets it.
+    let least = (2 << 20) as f64 / 4e9 * 1e3 + 0.02;
+    let blocks =
+        (report["benchmarks"][2]["contenders"][0]["data_bytes"].as_f64().unwrap() / (2 << 20) as f64).floor();
+    assert!(measured(2, "ours", "on_demand") >= blocks * least, "{blocks} blocks");
+    assert_eq!(array(&report["benchmarks"][3], "values").iter().filter(|v| v["target"]["met"] == true).count(), 4);
+    for bad in [&["--link-bandwidth", "0"][..], &["--link-bandwidth", "fast"], &["--link-latency", "2000000"]] {
+        let out = run(&[bad, &["prefetch"]].concat());
+        assert_eq!(out.status.code(), Some(2), "{bad:?}: {}", text(&out.stderr));
+    }
+}
+
 #[test]
 fn a_command_line_that_means_nothing_is_a_usage_error() {
     for args in [&["no-such-benchmark"][..], &["--rounds", "0"], &["--no-such-option"]] {
@@ -106,7 +155,7 @@ fn what_there_is_can_be_listed() {
     let out = run(&["--list"]);
     assert!(out.status.success());
     let list = text(&out.stdout);
-    for name in ["fault", "sequential", "sequential-compressed", "random-compressed", "random-file", "metadata"] {
+    for name in ["fault", "sequential", "sequential-compressed", "random-compressed", "random-file", "metadata", "link-bytes"] {
         assert!(list.lines().any(|l| l.starts_with(&format!("{name}: "))), "{name} in {list}");
     }
     assert!(text(&run(&["--list", "fault"]).stdout).lines().filter(|l| !l.starts_with(' ')).count() == 1);

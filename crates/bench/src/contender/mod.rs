@@ -5,6 +5,7 @@
 //! ([`crate::workload`]), and only how the data come to be there differs. The others do the same reads by other
 //! means.
 
+mod accelerated;
 mod attach;
 mod collapse;
 mod copy;
@@ -225,6 +226,13 @@ fn make(spec: &Spec) -> Result<(Box<dyn Contender>, Option<String>), Trouble> {
         Kind::Place(ours) => (Box::new(place::Place::new(spec, ours)?), None),
         #[cfg(not(feature = "dax"))]
         Kind::Place(_) => return Err(Trouble::Unavailable("this build has no device dax".into())),
+        Kind::Migrate { ours, piece } => (Box::new(accelerated::Migrate::new(spec, ours, piece)?), None),
+        Kind::Touch { device, on } => (Box::new(accelerated::Touch::new(spec, device, on)?), None),
+        Kind::Stream(link) => {
+            let (stream, about) = accelerated::Stream::new(spec, link)?;
+            (Box::new(stream), Some(about))
+        }
+        Kind::Traffic { job, hints, link } => (Box::new(accelerated::Traffic::new(spec, job, hints, link)?), None),
         Kind::Attach => (Box::new(attach::Attach::new(spec)), None),
         Kind::Footprint => (Box::new(footprint::Footprint::new(spec)?), None),
         Kind::Start(space) => (Box::new(start::Start::new(spec, space)?), None),

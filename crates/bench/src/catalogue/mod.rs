@@ -1,11 +1,13 @@
 //! The benchmarks: who takes part, what they do, which ratios and values are aimed at.
 
+mod accelerated;
+
 use crate::contender;
-use crate::spec::{Collapser, DeviceKind, Kind, Metric, Mover, Spec, Work};
+use crate::spec::{Collapser, DeviceKind, Kind, LinkSpeed, Metric, Mover, Spec, Work};
 use std::path::Path;
 
 /// The names, in the order in which they are run.
-pub(crate) const NAMES: [&str; 13] = [
+pub(crate) const NAMES: [&str; 17] = [
     "fault",
     "sequential",
     "sequential-compressed",
@@ -19,6 +21,10 @@ pub(crate) const NAMES: [&str; 13] = [
     "metadata",
     "attach",
     "in-place",
+    "migrate",
+    "device-fault",
+    "prefetch",
+    "link-bytes",
 ];
 
 const MIB: u64 = 1 << 20;
@@ -100,6 +106,8 @@ pub(crate) enum Sense {
     Time,
     /// The subject's speed by the reference's.
     Speed,
+    /// What there is of it with the subject, by what there is with the reference.
+    Amount,
 }
 
 /// A comparison of two contenders, round by round.
@@ -134,9 +142,9 @@ pub(crate) struct Benchmark {
     pub(crate) rounds: u32,
 }
 
-/// All benchmarks. Files go into `dir`.
-pub(crate) fn all(sizes: Sizes, dir: &Path) -> Vec<Benchmark> {
-    let make = Make { sizes, dir };
+/// All benchmarks. Files go into `dir`; accelerators that are behind a link are behind this one.
+pub(crate) fn all(sizes: Sizes, dir: &Path, link: LinkSpeed) -> Vec<Benchmark> {
+    let make = Make { sizes, dir, link };
     vec![
         make.fault(),
         make.sequential(),
@@ -151,6 +159,10 @@ pub(crate) fn all(sizes: Sizes, dir: &Path) -> Vec<Benchmark> {
         make.metadata(),
         make.attach(),
         make.in_place(),
+        make.migrate(),
+        make.device_fault(),
+        make.prefetch(),
+        make.link_bytes(),
     ]
 }
 
@@ -164,6 +176,7 @@ const ZRAM_HUGE: &str = "zram swap, huge";
 struct Make<'a> {
     sizes: Sizes,
     dir: &'a Path,
+    link: LinkSpeed,
 }
 
 impl Make<'_> {
@@ -594,7 +607,8 @@ mod tests {
     #[test]
     fn benchmarks_are_what_their_names_say_and_compare_whom_they_have() {
         for sizes in [Sizes::FULL, Sizes::QUICK] {
-            let all = all(sizes, Path::new("/tmp"));
+            let link = LinkSpeed { bytes_per_second: 1, latency_ns: 1 };
+            let all = all(sizes, Path::new("/tmp"), link);
             assert!(all.iter().map(|b| b.name).eq(NAMES));
             for b in &all {
                 let ids: Vec<_> = b.contenders.iter().map(|c| c.id).collect();
