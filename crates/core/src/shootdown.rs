@@ -278,7 +278,10 @@ mod tests {
         }
         assert!((0..16).all(|key| t.look_up(key) == Some(key + 100)));
         t.clear(3..5);
-        assert_eq!((2..6).map(|key| t.look_up(key).is_some()).collect::<std::vec::Vec<_>>(), [true, false, false, true]);
+        assert_eq!(
+            (2..6).map(|key| t.look_up(key).is_some()).collect::<std::vec::Vec<_>>(),
+            [true, false, false, true]
+        );
         t.clear(0..u64::MAX >> 1);
         assert!((0..16).all(|key| t.look_up(key).is_none()));
         assert!(!t.fill(7, 1, || false) && t.look_up(7).is_none());
@@ -313,8 +316,8 @@ mod tests {
 #[cfg(all(test, loom))]
 mod every_order {
     use super::*;
-    use alloc::boxed::Box;
     use crate::sync::Ordering::{Acquire, Relaxed, Release};
+    use alloc::boxed::Box;
     use loom::sync::Arc;
     use loom::thread;
 

@@ -9,9 +9,7 @@ use super::link::{Way, between};
 use super::options::Options;
 use super::queue::{Job, Kernel, run_lane};
 use crate::device::mmu::Mmu;
-use crate::device::{
-    Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, PeerCopy, Store, Usage,
-};
+use crate::device::{Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, PeerCopy, Store, Usage};
 use peerspace_os::Trouble;
 use peerspace_os::own::{Box, Own, Shared};
 use std::any::Any;
@@ -67,6 +65,12 @@ impl Accelerator {
     /// When there is no address space for its memory or its page table.
     pub fn new(options: Options) -> Result<Accelerator, Trouble> {
         Ok(Accelerator { handle: Shared::new(Handle(Shared::new(Core::new(options)?))) })
+    }
+
+    /// What the lanes keep as well.
+    #[cfg(test)]
+    pub(super) fn handle_core(&self) -> Shared<Core> {
+        self.handle.0.clone()
     }
 
     pub(super) fn core(&self) -> &Core {

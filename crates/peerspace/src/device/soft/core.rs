@@ -17,7 +17,7 @@ use super::failure::{Failure, Failures};
 use super::link::Wire;
 use super::options::Options;
 use super::queue::Queue;
-use super::table::Table;
+use super::table::{TABLES, Table};
 use super::{Link, Touched};
 use crate::device::DeviceError;
 use crate::device::mmu::{FaultError, Port};
@@ -134,7 +134,7 @@ impl Core {
             bytes,
             memory,
             touched: Touched::new(bytes / page)?,
-            table: Table::new()?,
+            table: Table::new(TABLES)?,
             changing: Mutex::new(()),
             epoch: Epoch::new(),
             lanes,
@@ -162,7 +162,8 @@ impl Core {
 
     /// Where page `page` begins in the memory, if `bytes` from there on are in it.
     pub(super) fn place(&self, page: u64, bytes: u64) -> Result<usize, DeviceError> {
-        let at = page.checked_mul(self.page()).filter(|at| at.checked_add(bytes).is_some_and(|end| end <= self.bytes));
+        let at =
+            page.checked_mul(self.page()).filter(|at| at.checked_add(bytes).is_some_and(|end| end <= self.bytes));
         at.map(|at| at as usize).ok_or_else(invalid)
     }
 

@@ -28,7 +28,9 @@ pub enum KernelError {
     #[error(transparent)]
     Fault(#[from] FaultError),
     /// The device cannot fault, and had no translation.
-    #[error("address {0:#x} is not mapped on the device, which cannot fault: launch with all ranges that the kernel uses")]
+    #[error(
+        "address {0:#x} is not mapped on the device, which cannot fault: launch with all ranges that the kernel uses"
+    )]
     NotMapped(u64),
     /// An atomic access was not to a multiple of its size.
     #[error("the atomic access to address {0:#x} is not aligned to its size")]

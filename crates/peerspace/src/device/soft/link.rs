@@ -30,12 +30,7 @@ pub(super) struct Wire {
 
 impl Wire {
     pub(super) fn new(link: Option<Link>) -> Wire {
-        Wire {
-            link,
-            start: Instant::now(),
-            busy_until: [const { AtomicU64::new(0) }; 2],
-            busy: AtomicU64::new(0),
-        }
+        Wire { link, start: Instant::now(), busy_until: [const { AtomicU64::new(0) }; 2], busy: AtomicU64::new(0) }
     }
 
     pub(super) fn busy(&self) -> Duration {
