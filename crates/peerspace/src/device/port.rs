@@ -53,6 +53,7 @@ pub struct Port {
 
 impl Port {
     /// A port that does what `ops` says.
+    #[cfg(test)]
     pub(crate) fn new(ops: Arc<dyn PortOps>) -> Port {
         Port { ops }
     }
