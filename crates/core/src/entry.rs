@@ -8,11 +8,14 @@
 //! ```
 //!
 //! *tag* is the state; *pfn* says which frame, of the host or of a device (or which leaf); *stamp* remembers
-//! when a page was evicted, for the refault distance. `W`: the CPU can write without anyone noticing. `D`: how
-//! the frame compares with what the device still holds ([`Dirt`]). `R`: the page was written when it was last home. *lock* and *wait* belong to
+//! when a page was evicted, for the refault distance; where the CPU or devices map the page, these bits say which
+//! [devices](crate::sharers) do. `W`: the CPU can write without anyone noticing. `D`: how
+//! the frame compares with what the device still holds ([`Dirt`]). `R`: the page was written when it was last home; of a page
+//! that is mapped on a device, that it is held there. *lock* and *wait* belong to
 //! [`Table`](crate::table::Table) and are no part of an [`Entry`].
 
 use crate::addr::{DevicePfn, Pfn};
+use crate::sharers::Sharers;
 use core::fmt;
 
 /// The lock bit of a table word: whoever sets it owns the page and everything about it.
@@ -79,6 +82,30 @@ pub enum State {
         /// It came from a device the last time, too, and was written before it left: it will be written again.
         rewritten: bool,
     },
+    /// In a host frame that the CPU maps, and devices too: the frame itself, or copies of it where it is read-only. See
+    /// [`coherence`](crate::coherence).
+    Shared {
+        /// The frame.
+        pfn: Pfn,
+        /// The CPU may write without a fault, and devices access the frame itself.
+        writable: bool,
+        /// How it compares with the copy of the device that it came from.
+        dirt: Dirt,
+        /// Whose MMUs map it.
+        sharers: Sharers,
+    },
+    /// Nobody has ever written to it, and these MMUs map a page of zeros there (rule G3).
+    Zero {
+        /// Whose MMUs map it.
+        sharers: Sharers,
+    },
+    /// Only in the memory of a device that runs code, whose MMU maps it, and may have written to it.
+    Mapped {
+        /// The page of the device, in the common number space.
+        pfn: DevicePfn,
+        /// A launch relies on it: whoever wants it waits.
+        held: bool,
+    },
     /// On a device whose memory the CPU maps in its place: an access takes no fault (rule Z5).
     Coherent {
         /// The page of the device, in the common number space.
@@ -94,6 +121,14 @@ pub enum State {
     },
 }
 
+impl State {
+    /// Whether MMUs of devices map the page.
+    #[inline]
+    pub const fn is_on_mmus(self) -> bool {
+        matches!(self, State::Shared { .. } | State::Zero { .. } | State::Mapped { .. })
+    }
+}
+
 /// A table word without its lock bits.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Entry(u64);
@@ -106,6 +141,9 @@ mod tag {
     pub(super) const LEAF: u64 = 4;
     pub(super) const POISONED: u64 = 5;
     pub(super) const COHERENT: u64 = 6;
+    pub(super) const SHARED: u64 = 7;
+    pub(super) const ZERO: u64 = 8;
+    pub(super) const MAPPED: u64 = 9;
 }
 
 impl Entry {
@@ -145,6 +183,14 @@ impl Entry {
             State::Leaf(leaf) => Self::build(tag::LEAF, Pfn(leaf as u64)),
             State::Poisoned { pfn } => Self::build(tag::POISONED, pfn.pfn()),
             State::Coherent { pfn } => Self::build(tag::COHERENT, pfn.pfn()),
+            State::Shared { pfn, writable, dirt, sharers } => {
+                Self::build(tag::SHARED, pfn)
+                    | ((dirt as u64) << DIRT_SHIFT)
+                    | if writable { WRITABLE } else { 0 }
+                    | ((sharers.bits() as u64) << STAMP_SHIFT)
+            }
+            State::Zero { sharers } => Self::build(tag::ZERO, Pfn(0)) | ((sharers.bits() as u64) << STAMP_SHIFT),
+            State::Mapped { pfn, held } => Self::build(tag::MAPPED, pfn.pfn()) | if held { REWRITTEN } else { 0 },
         })
     }
 
@@ -165,8 +211,19 @@ impl Entry {
             tag::LEAF => State::Leaf(pfn.0 as u32),
             tag::POISONED if let Some(pfn) = DevicePfn::decode(pfn) => State::Poisoned { pfn },
             tag::COHERENT if let Some(pfn) = DevicePfn::decode(pfn) => State::Coherent { pfn },
+            tag::SHARED if let Some(sharers) = self.sharers() => {
+                State::Shared { pfn, writable: self.0 & WRITABLE != 0, dirt: self.dirt(), sharers }
+            }
+            tag::ZERO if let Some(sharers) = self.sharers() => State::Zero { sharers },
+            tag::MAPPED if let Some(pfn) = DevicePfn::decode(pfn) => {
+                State::Mapped { pfn, held: self.0 & REWRITTEN != 0 }
+            }
             other => panic!("logical table word {:#x} has the unknown tag {other}: memory is corrupt", self.0),
         }
+    }
+
+    const fn sharers(self) -> Option<Sharers> {
+        Sharers::decode((self.0 >> STAMP_SHIFT) as u16)
     }
 
     const fn pfn_bits(self) -> Pfn {
@@ -201,7 +258,11 @@ impl Entry {
             State::Device { pfn, stamp, rewritten } => Entry::new(State::Device { pfn: pfn + i, stamp, rewritten }),
             State::Poisoned { pfn } => Entry::new(State::Poisoned { pfn: pfn + i }),
             State::Coherent { pfn } => Entry::new(State::Coherent { pfn: pfn + i }),
-            State::Empty => self,
+            State::Shared { pfn, writable, dirt, sharers } => {
+                Entry::new(State::Shared { pfn: pfn + i, writable, dirt, sharers })
+            }
+            State::Mapped { pfn, held } => Entry::new(State::Mapped { pfn: pfn + i, held }),
+            State::Empty | State::Zero { .. } => self,
             State::Leaf(_) => unreachable!("a leaf has no pages of its own"),
         }
     }
@@ -227,6 +288,11 @@ mod tests {
         DevicePfn::decode(pfn).map_or(State::Empty, state)
     }
 
+    /// Without devices, `none`.
+    fn sharers(none: State, state: impl Fn(Sharers) -> State) -> impl Strategy<Value = State> {
+        any::<u16>().prop_map(move |bits| Sharers::decode(bits).map_or(none, &state))
+    }
+
     fn states() -> impl Strategy<Value = State> {
         let pfn = (0..=MAX_PFN).prop_map(Pfn);
         prop_oneof![
@@ -241,7 +307,12 @@ mod tests {
                 on_device(pfn, |pfn| State::Device { pfn, stamp, rewritten })
             }),
             pfn.clone().prop_map(|pfn| on_device(pfn, |pfn| State::Poisoned { pfn })),
-            pfn.prop_map(|pfn| on_device(pfn, |pfn| State::Coherent { pfn })),
+            pfn.clone().prop_map(|pfn| on_device(pfn, |pfn| State::Coherent { pfn })),
+            (pfn.clone(), any::<bool>()).prop_map(|(pfn, held)| on_device(pfn, |pfn| State::Mapped { pfn, held })),
+            sharers(State::Empty, |sharers| State::Zero { sharers }),
+            (pfn, any::<bool>(), dirt()).prop_flat_map(|(pfn, writable, dirt)| {
+                sharers(State::Empty, move |sharers| State::Shared { pfn, writable, dirt, sharers })
+            }),
             any::<u32>().prop_map(State::Leaf),
         ]
     }
@@ -260,7 +331,7 @@ mod tests {
     #[cfg(not(feature = "device"))]
     #[test]
     fn without_devices_a_page_on_one_is_corrupt() {
-        for tag in [tag::DEVICE, tag::POISONED, tag::COHERENT] {
+        for tag in [tag::DEVICE, tag::POISONED, tag::COHERENT, tag::SHARED, tag::ZERO, tag::MAPPED] {
             let entry = Entry::from_word(Entry::build(tag, Pfn(7)));
             let said = std::panic::catch_unwind(|| entry.state()).unwrap_err();
             let said = said.downcast::<std::string::String>().unwrap();

@@ -34,10 +34,13 @@ pub mod altmap;
 pub mod bitmap;
 #[cfg(feature = "device")]
 pub mod buddy;
+pub mod coherence;
 #[cfg(feature = "device")]
 pub mod devmap;
 pub mod entry;
 pub mod folio;
+#[cfg(feature = "device")]
+pub mod inverted;
 #[cfg(all(test, loom))]
 mod loom_tests;
 pub mod memmap;
@@ -47,6 +50,7 @@ pub mod plan;
 pub mod reclaim;
 pub mod refs;
 pub mod regions;
+pub mod sharers;
 #[cfg(feature = "device")]
 pub mod shootdown;
 pub mod sketch;
@@ -55,4 +59,6 @@ pub mod sync;
 pub mod table;
 #[cfg(feature = "device")]
 pub mod vmemmap;
+#[cfg(feature = "device")]
+pub mod wars;
 pub mod words;

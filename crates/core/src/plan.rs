@@ -7,6 +7,7 @@ use crate::addr::{Access, BLOCK_PAGES, DevicePfn, Pages};
 use crate::entry::{Dirt, State};
 use crate::memmap::Backing;
 use crate::regions::Attributes;
+use crate::sharers::Sharers;
 use crate::stream::Level;
 
 /// What a fault on a page asks for.
@@ -25,8 +26,21 @@ pub enum FaultPlan {
     Load(DevicePfn),
     /// The CPU maps it where it is, on a device: nothing of ours is to be done (rule Z5).
     InPlace(DevicePfn),
+    /// Devices map it: take their translations away, and look again (rule G3).
+    Recall(OnDevices),
+    /// A launch of a device relies on it: wait until that is over (rule Z8).
+    Wait(DevicePfn),
     /// It is lost: say so (rule Z9).
     Poison(DevicePfn),
+}
+
+/// That devices map a page: there is no such thing in a build without devices (rule Z10).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnDevices {
+    /// Copies of it, the frame itself, or zeros.
+    Shared(Sharers),
+    /// The device that has the only copy.
+    Alone(DevicePfn),
 }
 
 /// What to do about an access of the CPU that faulted in `state`.
@@ -41,6 +55,13 @@ pub fn on_fault(state: State, access: Access) -> FaultPlan {
         State::Standby { .. } => FaultPlan::TakeBack,
         State::Device { pfn, .. } => FaultPlan::Load(pfn),
         State::Coherent { pfn } => FaultPlan::InPlace(pfn),
+        State::Shared { writable: false, sharers, .. } if access == Access::Write => {
+            FaultPlan::Recall(OnDevices::Shared(sharers))
+        }
+        State::Shared { .. } => FaultPlan::Present,
+        State::Zero { sharers } => FaultPlan::Recall(OnDevices::Shared(sharers)),
+        State::Mapped { pfn, held: true } => FaultPlan::Wait(pfn),
+        State::Mapped { pfn, .. } => FaultPlan::Recall(OnDevices::Alone(pfn)),
         State::Poisoned { pfn } => FaultPlan::Poison(pfn),
         State::Leaf(_) => unreachable!("a page is no leaf"),
     }

@@ -5,11 +5,25 @@
 //! atomic, so a reader that loses the race sees old or new words, never torn ones, and throws them away.
 
 use crate::addr::{PageRange, Vpn};
+use crate::sharers::MmuId;
 use crate::sync::{AtomicU64, Ordering, fence, spin_hint};
 use crate::words::Words;
 use core::fmt;
 
 const ENTRY_WORDS: usize = 3;
+
+const ACCESSED_SHIFT: u32 = 16;
+const PREFERRED_SHIFT: u32 = 32;
+const PREFERRED: u64 = 0xf << PREFERRED_SHIFT;
+
+/// Where data can be preferred to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In RAM.
+    Host,
+    /// On the device with this MMU.
+    Mmu(MmuId),
+}
 
 /// How a region came about, and what its user said about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -31,6 +45,44 @@ impl Attributes {
     pub const LEAVING: Attributes = Attributes(16);
     /// A named region of a persistent device: its memory is used in place, and never goes anywhere else (rule Z5).
     pub const PERSISTENT: Attributes = Attributes(64);
+    /// Read far more often than written: devices that read it get copies (rule G8).
+    pub const READ_MOSTLY: Attributes = Attributes(128);
+
+    /// These, with the host or a device preferred as the place of the data, or neither (rule G8).
+    pub const fn with_preferred(self, place: Option<Place>) -> Attributes {
+        let n = match place {
+            None => 0,
+            Some(Place::Host) => 1,
+            Some(Place::Mmu(mmu)) => mmu.0 as u64 + 2,
+        };
+        Attributes(self.0 & !PREFERRED | n << PREFERRED_SHIFT)
+    }
+
+    /// Where the data had best be.
+    pub const fn preferred(self) -> Option<Place> {
+        match (self.0 & PREFERRED) >> PREFERRED_SHIFT {
+            0 => None,
+            1 => Some(Place::Host),
+            n => Some(Place::Mmu(MmuId((n - 2) as u8))),
+        }
+    }
+
+    /// These, with or without `mmu` among those that access the memory where it is (rule G8).
+    pub const fn with_accessed_by(self, mmu: MmuId, yes: bool) -> Attributes {
+        let bit = 1 << (ACCESSED_SHIFT + mmu.0 as u32);
+        Attributes(if yes { self.0 | bit } else { self.0 & !bit })
+    }
+
+    /// Whether the device with `mmu` accesses the memory where it is.
+    pub const fn accessed_by(self, mmu: MmuId) -> bool {
+        self.0 & 1 << (ACCESSED_SHIFT + mmu.0 as u32) != 0
+    }
+
+    /// These without anything that names the device with `mmu`, which is gone.
+    pub fn without_mmu(self, mmu: MmuId) -> Attributes {
+        let kept = if self.preferred() == Some(Place::Mmu(mmu)) { self.with_preferred(None) } else { self };
+        kept.with_accessed_by(mmu, false)
+    }
 
     /// Both.
     pub const fn with(self, other: Attributes) -> Attributes {

@@ -359,6 +359,14 @@ impl<K: Kernel> Kernel for Inject<K> {
         self.kernel.is_accessible(range, write)
     }
 
+    fn read_mapped(&self, at: Va, to: &mut [u8]) -> bool {
+        self.kernel.read_mapped(at, to)
+    }
+
+    fn write_mapped(&self, at: Va, from: &[u8]) -> bool {
+        self.kernel.write_mapped(at, from)
+    }
+
     fn most_mappings(&self) -> u64 {
         self.kernel.most_mappings()
     }

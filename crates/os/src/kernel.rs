@@ -347,6 +347,13 @@ pub trait Kernel: Send + Sync + 'static {
     /// the memory behind it broken. Changes no byte.
     fn is_accessible(&self, range: VaRange, write: bool) -> bool;
 
+    /// Reads what the program has at `at`, where pages are there. False if not all of it could be read. Never waits for a page:
+    /// to be called in a section, of what the table says is mapped.
+    fn read_mapped(&self, at: Va, to: &mut [u8]) -> bool;
+
+    /// Writes to where the program may write without a fault; otherwise as [`read_mapped`](Kernel::read_mapped).
+    fn write_mapped(&self, at: Va, from: &[u8]) -> bool;
+
     /// How many mappings this process may have.
     fn most_mappings(&self) -> u64;
 

@@ -129,7 +129,8 @@ impl Space {
     ///
     /// # Errors
     /// [`Error::TooManyPinned`] beyond the limit; [`Error::Lost`] if a page cannot be had back; [`Error::BadRange`] if
-    /// one is not managed by this space. Nothing is kept then.
+    /// one is not managed by this space; [`Error::Kernel`] if one cannot be taken from where it is in place on a device.
+    /// Nothing is kept then.
     pub fn make_resident(&self, start: *const u8, len: usize, how: Use) -> Result<Resident, Error> {
         let engine = self.engine();
         let bad = |why| Error::BadRange { what: format!("{len} bytes at {start:p}"), why };
@@ -182,14 +183,20 @@ impl Space {
             HoldError::Lost(vpn, pfn) => self.lost(vpn, pfn),
             HoldError::Foreign(_) => bad("part of it is not managed by this space"),
             HoldError::TooMany(_) => bad("a page of it is kept resident too many times"),
-            HoldError::Stays(_) => {
-                bad("a page of it is in place on a device, and could not be migrated out of there")
+            HoldError::Stays(vpn, why) => {
+                let page = self.engine().addresses(PageRange::new(vpn, Pages(1)));
+                Error::Kernel { what: format!("migrate {page} out of where it is in place on a device"), why }
             }
         }
     }
 }
 
 impl Adopted {
+    /// The space it is managed by.
+    pub fn space(&self) -> &Space {
+        &self.space
+    }
+
     /// The addresses managed.
     pub fn range(&self) -> std::ops::Range<usize> {
         self.range.start.0 as usize..self.range.end.0 as usize

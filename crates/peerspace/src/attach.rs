@@ -29,7 +29,12 @@ impl Space {
     /// # Errors
     /// [`Error::Device`] when the device cannot be used; [`Error::Kernel`] when there is no memory for its tables.
     pub fn attach(&self, device: impl Device + 'static) -> Result<DeviceId, Error> {
-        Ok(DeviceId(without_signals(|| self.engine().attach(own(device)))?))
+        let id = DeviceId(without_signals(|| self.engine().attach(own(device)))?);
+        if let Err(e) = self.connect(id) {
+            let _ = self.detach(id);
+            return Err(e);
+        }
+        Ok(id)
     }
 
     /// Takes a device away, and drops it (rule Z3): room for what it holds is reserved on the other devices and in free RAM,
@@ -41,13 +46,23 @@ impl Space {
     /// [`Error::Device`] when its pages are in use without pause. The device is in use as before then.
     pub fn detach(&self, device: DeviceId) -> Result<(), Error> {
         let engine = self.engine();
+        // What it runs gets nothing more from here on.
+        let connected = self.ports().cut(device);
+        let mmu = self.mmu_of(device).ok();
         let detached = without_signals(|| engine.detach(device.0));
+        if detached.is_err() && connected {
+            // It could translate everything before.
+            let _ = self.ports().connect(engine, device);
+        }
         let name = || {
             let mut all = engine.tiers.iter();
             all.find(|t| t.id == device.0).map_or_else(String::new, |t| t.info.name.clone())
         };
         match detached {
             Ok(device) => {
+                if let Some(mmu) = mmu {
+                    self.forget_hints(mmu);
+                }
                 drop(device);
                 Ok(())
             }
@@ -70,6 +85,19 @@ impl Space {
                 Err(Error::Kernel { what: "map a buffer".into(), why: peerspace_os::Trouble::NoMemory })
             }
         }
+    }
+
+    /// Gives a device that runs code its way to the space.
+    pub(crate) fn connect(&self, id: DeviceId) -> Result<(), Error> {
+        self.ports().connect(self.engine(), id).map_err(|region| {
+            let engine = self.engine();
+            let name = engine.tiers.by_id(id.0).map_or(String::new(), |tier| tier.info.name.clone());
+            let range = engine.addresses(region);
+            Error::Device {
+                name,
+                why: format!("its MMU cannot translate the region at {range}, or has something else there"),
+            }
+        })
     }
 
     /// The devices of the space, in the order in which they are tried.

@@ -63,11 +63,14 @@ pub(crate) fn come_to_rest(engine: &Real, held: &Held) {
         engine.settle_changes();
         engine.contexts.freeze();
         // What a change has moved is not yet where the table says: the child would never hear of it.
-        if !engine.kernel.is_changing() {
+        if !engine.kernel.is_changing() && !is_launching(engine) {
             break;
         }
         engine.contexts.thaw();
+        std::thread::yield_now();
     }
+    // Devices go on in the parent alone: what they map they would change under the child. Nobody can map anything now.
+    engine.recall_all();
     // A frame that lies ready would be shared by both, and worth nothing to either.
     while engine.release_ready() {}
     engine.tiers.before_fork();
@@ -79,7 +82,7 @@ pub(crate) fn go_on(engine: &Real, held: &Held) {
     engine.inplace.is_left_behind();
     engine.contexts.thaw();
     engine.reopen_shared_memory();
-    engine.inplace.give_up_turn(&engine.kernel.park());
+    engine.give_up_turn();
     held.let_go(engine);
 }
 
@@ -99,6 +102,17 @@ pub(crate) fn new_life(engine: &Real, by_signal: bool) -> Result<(), OsError> {
     Ok(())
 }
 
+/// Whether a device works on pages that it relies on.
+fn is_launching(engine: &Real) -> bool {
+    #[cfg(feature = "devices")]
+    return engine.launches.any();
+    #[cfg(not(feature = "devices"))]
+    {
+        let _ = engine;
+        false
+    }
+}
+
 fn is_in_place(engine: &Real, vpn: Vpn) -> bool {
     let state = engine.table.look(vpn).map(|(entry, _)| entry.state());
     matches!(state, Some(State::Coherent { .. }))
@@ -116,16 +130,30 @@ fn regions(engine: &Real) -> impl Iterator<Item = VaRange> + '_ {
 /// The engine of a space, and what it takes to set it going in a child.
 pub(crate) struct Forks {
     engine: Shared<Real>,
+    #[cfg(feature = "devices")]
+    ports: std::sync::Arc<crate::ports::Ports>,
     handlers: usize,
     held: Held,
 }
 
 impl Forks {
-    pub(crate) fn new(engine: Shared<Real>, handlers: usize) -> Forks {
-        Forks { engine, handlers, held: Held::new() }
+    pub(crate) fn new(
+        engine: Shared<Real>,
+        #[cfg(feature = "devices")] ports: std::sync::Arc<crate::ports::Ports>,
+        handlers: usize,
+    ) -> Forks {
+        Forks {
+            engine,
+            #[cfg(feature = "devices")]
+            ports,
+            handlers,
+            held: Held::new(),
+        }
     }
 
     fn set_up_child(&self) -> Result<(), OsError> {
+        #[cfg(feature = "devices")]
+        self.ports.renew();
         let engine = &self.engine;
         let bootstrap = engine.kernel.delivery() == Delivery::Messages;
         new_life(engine, bootstrap)?;

@@ -1,7 +1,11 @@
 //! Huge folios as far as users have a say: hints, and collapse on request (rules H3, H4).
 
+#[cfg(feature = "devices")]
+use crate::attach::DeviceId;
 use crate::engine::collapse::NoCollapse;
 use crate::error::Error;
+#[cfg(feature = "devices")]
+use crate::peers::Node;
 use crate::space::Space;
 use peerspace_core::addr::{BLOCK_PAGES, PageRange, VaRange};
 use peerspace_core::regions::Attributes;
@@ -25,16 +29,46 @@ pub enum Hint {
     Sparse,
     /// Small pages, and huge folios only where [`collapse`](crate::Region::collapse) makes them.
     OnRequest,
+    /// Read far more often than written: devices that read it get copies, all of which go when anybody writes (rule G8).
+    /// False takes it back. Leaves other hints as they are.
+    #[cfg(feature = "devices")]
+    ReadMostly(bool),
+    /// Where the data had best be: devices that can access it there do, and that device's own faults bring it there. `None`
+    /// takes it back. Leaves other hints as they are.
+    #[cfg(feature = "devices")]
+    Prefer(Option<Node>),
+    /// This device accesses the memory of the host in place instead of having it moved (rule G8); a device that cannot moves it
+    /// as before. False takes it back. Leaves other hints as they are.
+    #[cfg(feature = "devices")]
+    AccessedBy(DeviceId, bool),
 }
 
 impl Hint {
-    fn attributes(self) -> Attributes {
-        match self {
-            Hint::Normal => Attributes::default(),
-            Hint::Dense => Attributes::HUGE,
-            Hint::Sparse => Attributes::NO_HUGE,
-            Hint::OnRequest => Attributes::ON_REQUEST,
-        }
+    /// What it changes about a region's attributes.
+    fn change(self, space: &Space) -> Result<impl Fn(Attributes) -> Attributes, Error> {
+        let any = Attributes::HUGE.with(Attributes::NO_HUGE).with(Attributes::ON_REQUEST);
+        #[cfg(feature = "devices")]
+        let (place, mmu) = match self {
+            Hint::Prefer(node) => (node.map(|node| space.place_of(node)).transpose()?, None),
+            Hint::AccessedBy(id, _) => (None, Some(space.mmu_of(id)?)),
+            _ => (None, None),
+        };
+        #[cfg(not(feature = "devices"))]
+        let _ = space;
+        Ok(move |old: Attributes| match self {
+            Hint::Normal => old.without(any),
+            Hint::Dense => old.without(any).with(Attributes::HUGE),
+            Hint::Sparse => old.without(any).with(Attributes::NO_HUGE),
+            Hint::OnRequest => old.without(any).with(Attributes::ON_REQUEST),
+            #[cfg(feature = "devices")]
+            Hint::ReadMostly(true) => old.with(Attributes::READ_MOSTLY),
+            #[cfg(feature = "devices")]
+            Hint::ReadMostly(false) => old.without(Attributes::READ_MOSTLY),
+            #[cfg(feature = "devices")]
+            Hint::Prefer(_) => old.with_preferred(place),
+            #[cfg(feature = "devices")]
+            Hint::AccessedBy(_, yes) => mmu.map_or(old, |mmu| old.with_accessed_by(mmu, yes)),
+        })
     }
 }
 
@@ -42,8 +76,7 @@ impl Space {
     /// Says how managed memory is going to be used.
     pub(crate) fn advise(&self, range: VaRange, hint: Hint) -> Result<(), Error> {
         let engine = self.engine();
-        let any = Attributes::HUGE.with(Attributes::NO_HUGE).with(Attributes::ON_REQUEST);
-        let change = |old: Attributes| old.without(any).with(hint.attributes());
+        let change = hint.change(self)?;
         without_signals(|| engine.advise(engine.geometry.pages_inside(range), change)).map_err(|_| Error::BadRange {
             what: format!("{hint:?} for {range}"),
             why: "the space has as many regions as it can have",

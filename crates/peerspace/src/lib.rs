@@ -30,6 +30,9 @@
 //! | [`Pool`] | an allocator over a region, for vectors and maps |
 //! | [`Heap`] | a global allocator: the large allocations of a whole program |
 //! | [`Space::adopt`] | memory the program got elsewhere |
+//! | [`device::mmu`] | devices that run code, and use the program's own pointers |
+//! | [`Space::prefetch`], [`Node`], [`Hint`] | where data should be, said ahead of its use |
+//! | [`Space::launch`] | work on devices that cannot fault |
 //! | [`Region::migrate_to`] | memory sent to a device, and used in place there |
 //! | [`Persistent`] | regions that are found by name after a restart |
 //! | [`Space::make_resident`] | memory that is handed to the kernel or to hardware |
@@ -99,9 +102,15 @@ mod fork;
 mod heap;
 mod huge;
 #[cfg(feature = "devices")]
+mod launch;
+#[cfg(feature = "devices")]
 mod migrate;
 #[cfg(feature = "devices")]
+mod peers;
+#[cfg(feature = "devices")]
 mod persistent;
+#[cfg(feature = "devices")]
+mod ports;
 #[cfg(feature = "process")]
 pub mod process;
 mod region;
@@ -119,12 +128,16 @@ pub use attach::DeviceId;
 pub use error::Error;
 pub use heap::{Heap, Pool};
 pub use huge::Hint;
+#[cfg(feature = "devices")]
+pub use launch::{Launch, LaunchError, LaunchReport, Piece};
+#[cfg(feature = "devices")]
+pub use peers::{Node, Prefetch};
 pub use peerspace_os::linux::signal::forward as forward_sigbus;
 pub use peerspace_os::linux::thread::unmanaged;
 #[cfg(feature = "devices")]
 pub use persistent::Persistent;
 pub use region::Region;
-pub use report::{DeviceStatistics, FaultStatistics, Statistics, ThpStatistics};
+pub use report::{DeviceStatistics, FaultStatistics, MmuStatistics, Statistics, ThpStatistics};
 pub use size::{Size, SizeError};
 pub use space::{Builder, Faults, Space};
 #[cfg(feature = "devices")]

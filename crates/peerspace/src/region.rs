@@ -41,8 +41,10 @@ impl Region {
         let len = len.ok_or_else(|| bad("it is larger than the address space"))?;
         // Without signals: a handler of the program that touched managed memory now could wait for this thread.
         let made = without_signals(|| {
+            let mut places = places(engine.reach(), len, block);
             let map = || {
-                engine.kernel.map_memory(len).map(|memory| {
+                // Wherever the kernel likes, first.
+                engine.kernel.map_memory_near(places.next().unwrap_or(Va(0)), len).map(|memory| {
                     let range = memory.range();
                     (memory, range)
                 })
@@ -54,6 +56,10 @@ impl Region {
             engine.make_region(attributes, map, unmap)
         });
         let (memory, range) = made.map_err(|e| match e {
+            MakeError::Unreachable(last) => Error::BadRange {
+                what: format!("a region of {bytes} bytes, at {last} or at any other place that was tried"),
+                why: "not all devices of the space can translate these addresses, or have them free",
+            },
             MakeError::Kernel(why) => Error::Kernel { what: format!("map a region of {bytes} bytes"), why },
             MakeError::Table(range, e) => Error::BadRange {
                 what: format!("a region of {bytes} bytes at {range}: {e:?}"),
@@ -117,7 +123,8 @@ impl Region {
     ///
     /// # Errors
     /// [`Error::Lost`] if one of the pages cannot be had back from its device: `to` then has the bytes before that
-    /// page. [`Error::BadRange`] if the bytes do not lie inside the region.
+    /// page. [`Error::Kernel`] likewise, if one can neither be used where it is in place on a device nor taken from there.
+    /// [`Error::BadRange`] if the bytes do not lie inside the region.
     pub fn try_read(&self, at: usize, to: &mut [u8]) -> Result<(), Error> {
         let bytes = self.bytes();
         held_in_pieces(&self.space, self.range, at, to.len(), Access::Read, |from| {
@@ -132,7 +139,8 @@ impl Region {
     /// # Errors
     /// [`Error::Lost`] if one of the pages, of which other bytes may be needed, cannot be had back from its device:
     /// what comes before that page is written. To write over all of a page that is lost,
-    /// [`discard`](Region::discard) it first. [`Error::BadRange`] if the bytes do not lie inside the region.
+    /// [`discard`](Region::discard) it first. [`Error::Kernel`] likewise, as for [`try_read`](Region::try_read).
+    /// [`Error::BadRange`] if the bytes do not lie inside the region.
     pub fn try_write(&mut self, at: usize, from: &[u8]) -> Result<(), Error> {
         let Region { memory, range, space } = self;
         let bytes = memory.as_mut().expect("a region has memory until it is dropped").bytes_mut();
@@ -230,6 +238,17 @@ impl Region {
         discarded.map_err(|why| Error::Kernel { what: format!("discard {range}"), why })?;
         lost()
     }
+}
+
+/// Where to look for room for a region of `len` bytes, when all devices can translate the addresses `reach` alone.
+fn places(reach: Range<u64>, len: u64, block: u64) -> impl Iterator<Item = Va> {
+    const TRIES: u64 = 48;
+    // Kernels give out the top of what a process can have by themselves.
+    let reach = reach.start.max(1 << 28)..reach.end.min(1 << 46);
+    let room = reach.end.saturating_sub(reach.start).saturating_sub(len);
+    let step = (room / TRIES).next_multiple_of(block);
+    let at = move |i| Va((reach.end - len).saturating_sub(i * step) / block * block);
+    std::iter::once(Va(0)).chain((0..if room == 0 { 0 } else { TRIES }).map(at))
 }
 
 /// The addresses of a part of the region at `all`.

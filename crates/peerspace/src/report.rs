@@ -68,6 +68,9 @@ pub struct Statistics {
     /// Transfers that devices failed, other than for want of space. Most cost nothing but time: a failed load is
     /// tried again, a page that could not be stored stays in RAM.
     pub device_errors: u64,
+    /// Pages that went to and fro between devices and the CPU so often that they were left where they were for a while (rule
+    /// G8). A page that does so again counts again.
+    pub truces: u64,
     /// The devices, in the order in which they are tried.
     pub devices: Vec<DeviceStatistics>,
 }
@@ -152,6 +155,26 @@ pub struct DeviceStatistics {
     pub own_metadata_bytes: u64,
     /// Bytes of it that the CPU maps in place (rule Z5).
     pub in_place_bytes: u64,
+    /// What its MMU has been told, of a device that runs code.
+    pub mmu: Option<MmuStatistics>,
+}
+
+/// What the faults of a device that runs code came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct MmuStatistics {
+    /// Faults of the device.
+    pub faults: u64,
+    /// Pages that moved to the device.
+    pub moved: u64,
+    /// Pages of which it got copies.
+    pub replicated: u64,
+    /// Times that memory of the host was mapped in place.
+    pub remote: u64,
+    /// Times that translations were taken away.
+    pub recalls: u64,
+    /// Pages evicted from it for want of room.
+    pub evicted: u64,
 }
 
 impl Statistics {
@@ -209,6 +232,10 @@ impl Statistics {
             waits_for_changes: s.changes,
             poisoned: s.poisoned,
             #[cfg(not(feature = "devices"))]
+            truces: 0,
+            #[cfg(feature = "devices")]
+            truces: engine.places.truces(),
+            #[cfg(not(feature = "devices"))]
             device_errors: 0,
             #[cfg(not(feature = "devices"))]
             devices: Vec::new(),
@@ -240,6 +267,7 @@ impl Statistics {
                         metadata_bytes: host,
                         own_metadata_bytes: own,
                         in_place_bytes: pages(t.pages_in_place()),
+                        mmu: t.mmu_statistics(),
                     }
                 })
                 .collect(),

@@ -180,6 +180,8 @@ pub struct Space {
 /// The engine with everything that serves it. Dropped, it ends all of that.
 struct Service {
     engine: Shared<Real>,
+    #[cfg(feature = "devices")]
+    ports: Arc<crate::ports::Ports>,
     _forks: Option<fork::Registration<Forks>>,
     registration: Option<Registration<Real>>,
     threads: Vec<JoinHandle<()>>,
@@ -199,6 +201,8 @@ pub(crate) fn start_threads<K: Kernel>(
     if engine.has_huge() {
         loops.push(("peerspace-collapse", Engine::serve_collapse));
     }
+    #[cfg(feature = "devices")]
+    loops.push(("peerspace-send", Engine::serve_prefetch));
     match delivery {
         Delivery::Signal => loops.push(("peerspace-changes", Engine::serve_changes)),
         Delivery::Messages => {
@@ -238,7 +242,15 @@ impl Space {
     }
 
     fn start(engine: Shared<Real>, handlers: usize) -> Result<Space, Error> {
-        let mut service = Service { engine, _forks: None, registration: None, threads: Vec::new(), pid: getpid() };
+        let mut service = Service {
+            engine,
+            #[cfg(feature = "devices")]
+            ports: Arc::default(),
+            _forks: None,
+            registration: None,
+            threads: Vec::new(),
+            pid: getpid(),
+        };
         if service.engine.kernel.delivery() == Delivery::Signal {
             let e = |_| Error::Thread("SIGBUS cannot be handled, or there are too many spaces".into());
             service.registration = Some(register(service.engine.clone()).map_err(e)?);
@@ -246,9 +258,19 @@ impl Space {
         // On failure the service is dropped, which ends the threads that run already.
         service.threads = start_threads(&service.engine, service.engine.kernel.delivery(), handlers)
             .map_err(|e| Error::Thread(e.to_string()))?;
-        let forks = fork::register(Shared::new(Forks::new(service.engine.clone(), handlers)));
+        let forks = fork::register(Shared::new(Forks::new(
+            service.engine.clone(),
+            #[cfg(feature = "devices")]
+            service.ports.clone(),
+            handlers,
+        )));
         service._forks = Some(forks.map_err(|_| Error::Thread("there are too many spaces".into()))?);
-        Ok(Space { service: Arc::new(service) })
+        let space = Space { service: Arc::new(service) };
+        #[cfg(feature = "devices")]
+        for id in space.devices() {
+            space.connect(id)?;
+        }
+        Ok(space)
     }
 
     /// How faults reach this space: never [`Faults::Auto`].
@@ -286,6 +308,11 @@ impl Space {
         self.engine().check();
     }
 
+    #[cfg(feature = "devices")]
+    pub(crate) fn ports(&self) -> &crate::ports::Ports {
+        &self.service.ports
+    }
+
     pub(crate) fn engine(&self) -> &Shared<Real> {
         &self.service.engine
     }
@@ -293,7 +320,11 @@ impl Space {
 
 impl Drop for Service {
     fn drop(&mut self) {
+        #[cfg(feature = "devices")]
+        self.ports.cut_all();
         self.engine.service.stop(&self.engine.kernel.park());
+        #[cfg(feature = "devices")]
+        self.engine.prefetches.stop(&self.engine.kernel.park());
         for thread in self.threads.drain(..) {
             if self.pid == getpid() {
                 // A thread that panicked has said so.

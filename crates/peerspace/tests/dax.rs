@@ -4,39 +4,11 @@
 mod common;
 
 use common::*;
-use peerspace::device::dax::Dax;
+use peerspace::device::dax::{Dax, DaxError};
 use peerspace::device::soft::Soft;
-use peerspace::{DeviceId, Error, Faults, Region, Space, Use};
+use peerspace::{Error, Faults, Region, Use};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-
-const BLOCK: usize = 2 * MIB;
-
-fn mib(n: usize) -> u64 {
-    (n * MIB) as u64
-}
-
-/// A space over 64 MiB of plain memory, with a coherent device beside it.
-fn with_dax(faults: Faults, host: usize, dax: Dax) -> (Space, DeviceId) {
-    let space = space(faults, host, Soft::new(mib(64)).unwrap());
-    let far = space.attach(dax).unwrap();
-    (space, far)
-}
-
-fn filled(space: &Space, bytes: usize) -> Region {
-    let mut region = space.region(bytes as u64).unwrap();
-    fill(region.typed_mut());
-    region
-}
-
-fn is_filled(region: &Region) -> bool {
-    let pages = region.typed::<u64>().chunks_exact(words_per_page());
-    pages.enumerate().all(|(i, page)| page.iter().all(|w| *w == word(i)))
-}
-
-fn in_place(space: &Space, which: usize) -> usize {
-    space.statistics().devices[which].in_place_bytes as usize
-}
 
 /// Mappings that the region is made of.
 fn mappings(region: &Region) -> usize {
@@ -376,6 +348,37 @@ fn z5_huge_pages_of_the_kernel_are_a_device() {
             println!("not tried: {e}");
         }
     }
+}
+
+/// In a directory, the memory is a file that nobody else finds, and each device has its own.
+#[test]
+fn z5_a_file_without_a_name_is_a_device() {
+    let directory = tempfile::tempdir().unwrap();
+    let open = || Dax::open(directory.path(), Some(mib(16))).unwrap();
+    let (space, far) = with_dax(Faults::Signal, 16 * MIB, open());
+    let other = space.attach(open()).unwrap();
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    let region = filled(&space, 4 * BLOCK);
+    region.migrate_to(0..2 * BLOCK, far).unwrap();
+    region.migrate_to(2 * BLOCK..4 * BLOCK, other).unwrap();
+    assert_eq!((in_place(&space, 1), in_place(&space, 2)), (2 * BLOCK, 2 * BLOCK));
+    assert!(is_filled(&region));
+    space.check();
+}
+
+/// An option that could do nothing is refused, and nothing is made.
+#[test]
+fn huge_pages_cannot_be_chosen_for_what_has_a_path() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("far");
+    let options = || Dax::options().size(mib(8)).huge();
+    for bad in [options().open(&path), options().persistent(&path), options().open(directory.path())] {
+        let e = bad.unwrap_err();
+        assert!(matches!(e, DaxError::HugePath { .. }), "{e:?}");
+        let said = e.to_string();
+        assert!(said.contains(directory.path().to_str().unwrap()) && said.contains("hugetlbfs"), "{said}");
+    }
+    assert!(!path.exists());
 }
 
 /// Sizes that cannot be are refused at once, with what could be, and nothing is left behind.

@@ -14,12 +14,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-const BLOCK: usize = 2 * MIB;
-
-fn mib(n: usize) -> u64 {
-    (n * MIB) as u64
-}
-
 fn store() -> (tempfile::TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store");

@@ -7,7 +7,7 @@ use peerspace::device::dax::Dax;
 use peerspace::device::soft::Soft;
 use peerspace::device::{Descriptor, Device, DeviceError, DevicePages, Load, SharedMemory, Store};
 use peerspace::device::{NamedError, NamedRegion, NamedRegions};
-use peerspace::{DeviceId, Error, Faults, Region, Space};
+use peerspace::{Error, Faults, Use};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -15,24 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
-
-const BLOCK: usize = 2 * MIB;
-
-fn mib(n: usize) -> u64 {
-    (n * MIB) as u64
-}
-
-fn with_dax(faults: Faults, host: usize, dax: Dax) -> (Space, DeviceId) {
-    let space = space(faults, host, Soft::new(mib(64)).unwrap());
-    let far = space.attach(dax).unwrap();
-    (space, far)
-}
-
-fn filled(space: &Space, bytes: usize) -> Region {
-    let mut region = space.region(bytes as u64).unwrap();
-    fill(region.typed_mut());
-    region
-}
 
 /// What is held of RAM for a copy is let go of, also where memory in place follows it.
 #[test]
@@ -170,6 +152,72 @@ impl NamedRegions for Liar {
     }
 }
 
+/// A liar who has not all that he needs, or takes more than he may.
+struct Lacking {
+    liar: Liar,
+    shared: bool,
+    named: bool,
+    takes_evicted: bool,
+}
+
+impl Device for Lacking {
+    fn describe(&self) -> Descriptor {
+        let what = self.liar.describe();
+        if self.takes_evicted { what.takes_evicted() } else { what }
+    }
+
+    fn store(&self, batch: &mut [Store<'_>]) {
+        self.liar.store(batch);
+    }
+
+    fn load(&self, batch: &mut [Load<'_>]) {
+        self.liar.load(batch);
+    }
+
+    fn freed(&self, pages: DevicePages) {
+        self.liar.freed(pages);
+    }
+
+    fn shared(&self, at: u64) -> Option<SharedMemory<'_>> {
+        self.shared.then(|| self.liar.shared(at))?
+    }
+
+    fn named(&self) -> Option<&dyn NamedRegions> {
+        self.named.then(|| self.liar.named())?
+    }
+}
+
+/// A device must have what its kind needs, and is refused by name, with what it lacks, before anything is done with it.
+#[test]
+fn z11_a_device_that_lacks_what_its_kind_needs_is_refused() {
+    let space = space(Faults::Signal, 8 * MIB, Soft::new(mib(32)).unwrap());
+    let attach = |persistent, shared, named, takes_evicted| {
+        space.attach(Lacking { liar: Liar { persistent, ..Liar::new() }, shared, named, takes_evicted })
+    };
+    for (refused, what) in [
+        (attach(false, false, false, false), "Device::shared"),
+        (attach(true, false, true, false), "Device::shared"),
+        (attach(true, true, false, false), "Device::named"),
+        (attach(true, true, true, true), "cannot take what leaves RAM"),
+    ] {
+        let e = refused.unwrap_err();
+        assert!(matches!(&e, Error::Device { name, .. } if name == "liar"), "{e:?}");
+        assert!(e.to_string().contains(what), "{what}: {e}");
+        assert_eq!(space.devices().len(), 1);
+    }
+    // A device of ours that was made so is no different.
+    let directory = tempfile::tempdir().unwrap();
+    let store = Dax::options().size(mib(8)).takes_evicted().persistent(directory.path().join("store")).unwrap();
+    let e = space.attach(store).unwrap_err();
+    assert!(e.to_string().contains("cannot take what leaves RAM"), "{e}");
+    // With what they need they are devices.
+    for (persistent, takes_evicted) in [(false, false), (false, true), (true, false)] {
+        let id = attach(persistent, true, persistent, takes_evicted).unwrap();
+        space.detach(id).unwrap();
+    }
+    space.check();
+}
+
 /// Where the kernel refuses to map what a device shows, the memory stays where it was, and nobody meets a hole.
 #[test]
 fn z5_what_cannot_be_mapped_leaves_no_hole() {
@@ -181,7 +229,7 @@ fn z5_what_cannot_be_mapped_leaves_no_hole() {
         let region = filled(&space, 2 * BLOCK);
         let refused = region.migrate_to(0..2 * BLOCK, far).unwrap_err();
         assert!(refused.to_string().contains("in place"), "{refused}");
-        assert_eq!(space.statistics().devices[1].in_place_bytes as usize, BLOCK, "the first was no lie");
+        assert_eq!(in_place(&space, 1), BLOCK, "the first was no lie");
         for (i, page) in region.typed::<u64>().chunks_exact(words_per_page()).enumerate() {
             assert!(page.iter().all(|w| *w == word(i)), "page {i}");
         }
@@ -274,6 +322,36 @@ fn in_child(child: impl FnOnce() -> bool) {
     // SAFETY: waits for the child made above.
     assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
     assert_eq!(status, 0, "the child failed");
+}
+
+/// What cannot be migrated out for a pin stays in place, whole; and who asked is told why.
+#[test]
+fn z5_a_pin_that_cannot_migrate_out_says_why() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    for faults in [Faults::Signal, Faults::Threads] {
+        let (space, far) = with_dax(faults, 16 * MIB, Dax::memory(mib(16)).unwrap());
+        let region = filled(&space, 2 * BLOCK);
+        // In a process of its own, which is left no room for another mapping.
+        in_child(|| {
+            region.migrate_to(0..2 * BLOCK, far).unwrap();
+            let at = &raw const region.bytes()[BLOCK + 5 * page()];
+            let usual = getrlimit(Resource::As);
+            setrlimit(Resource::As, Rlimit { current: Some(1 << 20), ..usual }).unwrap();
+            let refused = space.make_resident(at, 1, Use::Read).map(drop);
+            setrlimit(Resource::As, usual).unwrap();
+            let Err(refused) = refused else { panic!("it had no room to come home") };
+            assert!(matches!(refused, Error::Kernel { .. }), "{refused:?}");
+            let said = refused.to_string();
+            assert!(said.contains(&format!("{:x}", at as usize)), "where: {said}");
+            assert!(said.contains("in place") && said.contains("out of memory"), "what and why: {said}");
+            assert_eq!(in_place(&space, 1), 2 * BLOCK, "it stays");
+            // With room, it is no different from others.
+            drop(space.make_resident(at, 1, Use::Read).unwrap());
+            assert_eq!(in_place(&space, 1), BLOCK);
+            is_filled(&region)
+        });
+        space.check();
+    }
 }
 
 /// A device that is the parent's is never the child's, whatever the child does.
@@ -390,15 +468,11 @@ fn everything_at_once(faults: Faults) {
     let (space, far) = with_dax(faults, 16 * MIB, Dax::memory(mib(32)).unwrap());
     let store = space.attach(Dax::persistent(directory.path().join("store"), Some(mib(32))).unwrap()).unwrap();
     let kept = filled(&space, 4 * BLOCK);
-    let is_filled = |region: &Region| {
-        let mut pages = region.typed::<u64>().chunks_exact(words_per_page()).enumerate();
-        pages.all(|(i, page)| page.iter().all(|w| *w == word(i)))
-    };
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let mut threads = vec![];
         for t in 0..2usize {
-            let (space, stop, is_filled) = (&space, &stop, &is_filled);
+            let (space, stop) = (&space, &stop);
             threads.push(scope.spawn(move || {
                 let mut i = t;
                 while !stop.load(SeqCst) {

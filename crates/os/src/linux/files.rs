@@ -3,14 +3,14 @@
 //! A program may close descriptors it never opened (`closefrom`, `close_range`); losing a userfaultfd that way would
 //! turn every missing page into zeros. Each descriptor of ours is therefore entered here ([`OurFd`]), so that
 //! interposed calls can spare it, and so that a thread with a descriptor table of its own ([`isolate`]) keeps ours
-//! and drops everybody else's.
+//! and drops everybody else's. Files that nobody else can find are made here too ([`unnamed`]).
 
 use super::lock;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use std::fmt::Write;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 const MOST: usize = 1024;
 /// Numbers of our descriptors; -1 is a free place.
@@ -318,9 +318,56 @@ unsafe fn raw_close_range(first: u32, last: u32) -> libc::c_long {
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) }
 }
 
+/// A new file in `directory` that nobody else can find, and that ends with its last descriptor. Opened with `flags`. By
+/// system calls alone.
+///
+/// # Errors
+/// The errno of openat or unlinkat; EEXIST where all names that were tried are taken.
+pub fn unnamed(directory: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let mode = Mode::RUSR | Mode::WUSR;
+    match rustix::fs::openat(directory, c".", flags | OFlags::TMPFILE, mode) {
+        // The ways in which file systems and kernels say that they cannot do this.
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL | Errno::NOSYS) => {}
+        other => return other,
+    }
+    make_and_unlink(directory, flags, mode)
+}
+
+fn make_and_unlink(directory: BorrowedFd<'_>, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let pid = rustix::process::getpid().as_raw_nonzero();
+    for _ in 0..1000 {
+        let mut name = ShortPath::new();
+        let _ = write!(name, ".peerspace-{pid}-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        match rustix::fs::openat(directory, name.as_c_str(), flags | OFlags::CREATE | OFlags::EXCL, mode) {
+            Err(Errno::EXIST) => continue,
+            Err(e) => return Err(e),
+            Ok(file) => {
+                rustix::fs::unlinkat(directory, name.as_c_str(), AtFlags::empty())?;
+                return Ok(file);
+            }
+        }
+    }
+    Err(Errno::EXIST)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_without_a_name_are_made_without_tmpfile_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = rustix::fs::open(dir.path(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        for file in [
+            make_and_unlink(directory.as_fd(), flags, Mode::RUSR | Mode::WUSR).unwrap(),
+            unnamed(directory.as_fd(), flags).unwrap(),
+        ] {
+            assert_eq!(rustix::fs::fstat(&file).unwrap().st_nlink, 0);
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        }
+    }
 
     #[test]
     fn a_child_takes_what_was_carried_to_a_table_that_is_not_ours() {

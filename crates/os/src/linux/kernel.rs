@@ -236,6 +236,27 @@ impl Linux {
         Ok(Memory::new(self.map(len)?))
     }
 
+    /// The same, at `near` if that is free; 0 for anywhere.
+    ///
+    /// # Errors
+    /// As for [`Kernel::map`].
+    pub fn map_memory_near(&self, near: Va, len: u64) -> Result<Memory, Trouble> {
+        Ok(Memory::new(self.map_near(near, len)?))
+    }
+
+    fn map_near(&self, near: Va, len: u64) -> Result<VaRange, Trouble> {
+        let mapping =
+            Mapping::near(near.0 as usize, len as usize, self.geometry.block_bytes(), true).map_err(trouble)?;
+        let r = mapping.range();
+        // SAFETY: advice without effect on content. Huge pages appear by our moves alone, not by the kernel's
+        // own faults, since every missing page of a registered range is ours to fill.
+        let _ = unsafe { mapping.advise(0, r.len() as usize, Advice::LinuxHugepage) };
+        self.register(r)?;
+        // The mapping is the program's from here on, not one of ours that must not be managed.
+        super::map::unclaim(r);
+        Ok(mapping.leak())
+    }
+
     /// Maps memory of devices, piece after piece of so many bytes, at a block boundary, to be used as bytes. Nothing faults in
     /// it.
     ///
@@ -335,6 +356,21 @@ pub(super) fn read_self(at: u64, out: &mut [u8]) -> Result<usize, Errno> {
     }
 }
 
+/// Writes bytes to our own memory as the kernel does: an error, not a signal, where that is not possible.
+fn write_self(at: u64, from: &[u8]) -> Result<usize, Errno> {
+    let local = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
+    let remote = libc::iovec { iov_base: at as *mut _, iov_len: from.len() };
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: the local vector is only read; the kernel checks the remote one. What is written is memory of the program that
+    // it shares with devices, which write there as other threads of the program would.
+    let n = unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) };
+    if n < 0 {
+        Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::FAULT))
+    } else {
+        Ok(n as usize)
+    }
+}
+
 /// A file of no bytes that stays so: access to a mapping of it raises SIGBUS.
 fn nothing_at_all() -> Result<OwnedFd, Errno> {
     let file = memfd_create(c"peerspace-lost", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
@@ -382,15 +418,7 @@ impl Kernel for Linux {
     }
 
     fn map(&self, len: u64) -> Result<VaRange, Trouble> {
-        let mapping = Mapping::new(len as usize, self.geometry.block_bytes(), true).map_err(trouble)?;
-        let r = mapping.range();
-        // SAFETY: advice without effect on content. Huge pages appear by our moves alone, not by the kernel's
-        // own faults, since every missing page of a registered range is ours to fill.
-        let _ = unsafe { mapping.advise(0, r.len() as usize, Advice::LinuxHugepage) };
-        self.register(r)?;
-        // The mapping is the program's from here on, not one of ours that must not be managed.
-        super::map::unclaim(r);
-        Ok(mapping.leak())
+        self.map_near(Va(0), len)
     }
 
     fn unmap(&self, range: VaRange) -> Result<(), Trouble> {
@@ -571,6 +599,14 @@ impl Kernel for Linux {
 
     fn is_accessible(&self, range: VaRange, write: bool) -> bool {
         super::inplace::is_accessible(range, write)
+    }
+
+    fn read_mapped(&self, at: Va, to: &mut [u8]) -> bool {
+        read_self(at.0, to) == Ok(to.len())
+    }
+
+    fn write_mapped(&self, at: Va, from: &[u8]) -> bool {
+        write_self(at.0, from) == Ok(from.len())
     }
 
     fn most_mappings(&self) -> u64 {

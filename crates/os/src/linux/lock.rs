@@ -3,11 +3,14 @@
 //! Such a lock is shared by all descriptors that were duplicated or inherited from one another, and ends when the
 //! last of them is closed, by whatever death of a process. That makes it the one way to learn whether another
 //! process still uses a file. Unlike `flock`, a change of such a lock either happens or leaves the old one in
-//! place, and a question can be asked without changing anything.
+//! place, and a question can be asked without changing anything. A file can be kept by one for a process that has yet to
+//! open it ([`Reserved`]).
 
 use super::keeping_errno;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 /// The bytes that stand for the file. The one behind them, far from any content, stands for its [reservation](reserve).
 const FILE: libc::off_t = 1 << 62;
@@ -76,11 +79,54 @@ pub fn is_shared(file: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
 }
 
+/// A file that is [reserved](reserve) while this lives, for a process that is to open it. One that was made for it and came to
+/// no use is removed at the end.
+#[derive(Debug)]
+pub struct Reserved {
+    path: PathBuf,
+    file: OwnedFd,
+    fresh: bool,
+}
+
+impl Reserved {
+    /// Reserves the file at `path`, which was opened on trial and closed again. `fresh`: it was made for that, and is emptied.
+    /// `locked` says what the answer of [`reserve`] means, and `refused` what it means that the system did not do something
+    /// else.
+    ///
+    /// # Errors
+    /// What `locked` or `refused` says.
+    pub fn new<E>(
+        path: &Path,
+        fresh: bool,
+        locked: impl FnOnce(Result<(), Errno>) -> Result<(), E>,
+        refused: impl Fn(&'static str, Errno) -> E,
+    ) -> Result<Reserved, E> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(|e| refused("open", e))?;
+        locked(reserve(file.as_fd()))?;
+        // On trial it was given its length.
+        let emptied = if fresh { rustix::fs::ftruncate(&file, 0) } else { Ok(()) };
+        let reserved = Reserved { path: path.to_path_buf(), file, fresh };
+        emptied.map_err(|e| refused("empty", e))?;
+        Ok(reserved)
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let unused = || rustix::fs::fstat(&self.file).is_ok_and(|s| s.st_size == 0);
+        // Whoever still has it open is one that was started here and lives on.
+        if self.fresh && unused() && is_shared(self.file.as_fd()) == Ok(false) {
+            // Nothing can be done if it cannot be removed.
+            let _ = rustix::fs::unlink(&self.path);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, open};
-    use std::os::fd::{AsFd, OwnedFd};
+    use rustix::fs::{MemfdFlags, memfd_create, open};
 
     /// Another description of the same file.
     fn again(file: &OwnedFd) -> OwnedFd {
@@ -122,5 +168,45 @@ mod tests {
         exclude(b.as_fd()).unwrap();
         drop(a);
         reserve(b.as_fd()).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_kept_is_removed_if_it_came_to_no_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kept");
+        let keep = |fresh| Reserved::new(&path, fresh, |lock| lock, |_, e| e);
+        let use_it = || open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        std::fs::write(&path, "on trial").unwrap();
+        let kept = keep(true).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+        assert!(matches!(keep(false), Err(Errno::AGAIN | Errno::ACCESS)), "it is kept for one");
+        drop(kept);
+        assert!(!path.exists());
+        // Somebody has it open, though it is empty; somebody has written; it was there before.
+        let kept = keep(true).unwrap();
+        let user = use_it();
+        exclude(user.as_fd()).unwrap();
+        drop(kept);
+        assert!(path.exists());
+        drop(user);
+        let kept = keep(true).unwrap();
+        std::fs::write(&path, "used").unwrap();
+        drop(kept);
+        assert!(path.exists());
+        drop(keep(false).unwrap());
+        assert_eq!(std::fs::read(&path).unwrap(), b"used");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_kept_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kept");
+        let other = |path| Reserved::new(path, true, |lock| lock.map_err(|e| ("lock", e)), |what, e| (what, e));
+        let kept = other(&path).unwrap();
+        std::fs::write(&path, "another's").unwrap();
+        assert!(matches!(other(&path), Err(("lock", _))));
+        assert_eq!(std::fs::read(&path).unwrap(), b"another's");
+        drop(kept);
+        assert_eq!(other(&dir.path().join("none/kept")).unwrap_err(), ("open", Errno::NOENT));
     }
 }

@@ -31,14 +31,22 @@ impl Mapping {
     /// # Errors
     /// The errno of mmap.
     pub fn new(len: usize, align: usize, usable: bool) -> Result<Mapping, Errno> {
+        Self::near(0, len, align, usable)
+    }
+
+    /// The same, at the address `near` if that is free; wherever else if not.
+    ///
+    /// # Errors
+    /// The errno of mmap.
+    pub fn near(near: usize, len: usize, align: usize, usable: bool) -> Result<Mapping, Errno> {
         let prot = if usable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::empty() };
         let page = rustix::param::page_size();
         let len = len.next_multiple_of(page);
         let slack = align.saturating_sub(page);
         let total = len.checked_add(slack).ok_or(Errno::NOMEM)?;
-        // SAFETY: a new mapping at an address the kernel chooses.
+        // SAFETY: a new mapping at an address the kernel chooses: what is there already it leaves alone.
         let at = unsafe {
-            rustix::mm::mmap_anonymous(std::ptr::null_mut(), total, prot, MapFlags::PRIVATE | MapFlags::NORESERVE)?
+            rustix::mm::mmap_anonymous(near as *mut c_void, total, prot, MapFlags::PRIVATE | MapFlags::NORESERVE)?
         };
         let start = (at as usize).next_multiple_of(align);
         let (front, back) = (start - at as usize, at as usize + total - (start + len));

@@ -417,6 +417,14 @@ impl Kernel for Sim {
         self.foreign(range).iter().all(|vpn| self.step().access(vpn, write, |_| ()).is_ok())
     }
 
+    fn read_mapped(&self, at: Va, to: &mut [u8]) -> bool {
+        self.by_page(at, to.len()).all(|(va, range)| self.read(va, &mut to[range]).is_ok())
+    }
+
+    fn write_mapped(&self, at: Va, from: &[u8]) -> bool {
+        self.by_page(at, from.len()).all(|(va, range)| self.write(va, &from[range]).is_ok())
+    }
+
     fn most_mappings(&self) -> u64 {
         1 << 16
     }

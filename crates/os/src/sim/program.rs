@@ -33,6 +33,17 @@ impl Sim {
         self.step().access(self.geometry.vpn(va), true, |page| page[at..at + bytes.len()].copy_from_slice(bytes))
     }
 
+    /// The parts of `len` bytes from `at` on that lie in one page each.
+    pub(super) fn by_page(&self, at: Va, len: usize) -> impl Iterator<Item = (Va, std::ops::Range<usize>)> {
+        let page = self.geometry.page_bytes();
+        let first = page - at.0 as usize % page;
+        let starts = std::iter::once(0).chain((first..len).step_by(page));
+        starts.map(move |from| {
+            let end = if from == 0 { first.min(len) } else { len.min(from + page) };
+            (Va(at.0 + from as u64), from..end)
+        })
+    }
+
     fn offset(&self, va: Va, len: usize) -> usize {
         let at = (va.0 % self.geometry.page_bytes() as u64) as usize;
         assert!(at + len <= self.geometry.page_bytes(), "an access is to one page");

@@ -352,6 +352,15 @@ pub trait Device: Send + Sync {
         None
     }
 
+    /// Makes pages zero, without a transfer.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] where the device cannot: zeros are stored then. Others when it failed.
+    fn clear(&self, pages: DevicePages) -> Result<(), DeviceError> {
+        let _ = pages;
+        Err(DeviceError::Unsupported)
+    }
+
     /// Copies bytes from `peer`'s memory to this device's own, without the host (rule G6); sets each result. The peer may be this
     /// device. No page of it is mapped for writing meanwhile.
     fn copy_from(&self, peer: &dyn Device, batch: &mut [PeerCopy]) {

@@ -243,15 +243,7 @@ impl<K: Kernel> Engine<K> {
         entry.set(State::Empty);
         match (state, from_standby) {
             (State::Device { pfn, .. }, _) => self.tiers.free(pfn, Order::BASE),
-            (_, Some(frame)) => {
-                let backing = self.memmap.backing(frame);
-                let slot = self.memmap.slot(frame);
-                if let Some(slot) = slot {
-                    self.ring.vacate(slot);
-                }
-                self.free_frame(frame, slot.is_none());
-                self.free_backing(backing, Order::BASE);
-            }
+            (_, Some(frame)) => self.free_standby(frame),
             _ => unreachable!("only pages that are away are made native"),
         }
         Ok(())

@@ -157,6 +157,8 @@ impl<K: Kernel> Engine<K> {
             while at < piece.end {
                 // Not covered: nothing of ours in this block.
                 let Ok(entry) = self.table.lock(at) else { break };
+                // Devices hear of it before the memory can be used again (G5).
+                let entry = self.recall(entry);
                 if !entry.is_whole() {
                     at = at + 1;
                     each(entry);
@@ -213,7 +215,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Empties an entry, and frees whatever it owned.
-    fn drop_content(&self, entry: Entry<'_, K>) {
+    fn drop_content(&self, mut entry: Entry<'_, K>) {
         let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
         match entry.state() {
             State::Empty => {}
@@ -239,15 +241,8 @@ impl<K: Kernel> Engine<K> {
                 self.free_backing(backing, order);
             }
             State::Standby { pfn, .. } if order == Order::BASE => {
-                let frame = self.memmap.page(pfn);
-                let backing = self.memmap.backing(frame);
-                let slot = self.memmap.slot(frame);
-                if let Some(slot) = slot {
-                    self.ring.vacate(slot);
-                }
-                entry.commit(State::Empty);
-                self.free_frame(frame, slot.is_none());
-                self.free_backing(backing, order);
+                entry.set(State::Empty);
+                self.free_standby(self.memmap.page(pfn));
             }
             State::Standby { pfn, .. } => {
                 let frame = self.memmap.block(pfn);
@@ -255,6 +250,9 @@ impl<K: Kernel> Engine<K> {
                 entry.commit(State::Empty);
                 self.free_backing(backing, order);
                 self.blocks.give_ready(frame);
+            }
+            State::Shared { .. } | State::Zero { .. } | State::Mapped { .. } => {
+                unreachable!("what devices map was recalled")
             }
             State::Leaf(_) => unreachable!("a lock is never on a leaf"),
         }

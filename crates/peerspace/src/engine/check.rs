@@ -86,14 +86,22 @@ impl<K: Kernel> Engine<K> {
                         census.in_place += n;
                         census.device_pages += n;
                     }
-                    State::Host { pfn, writable, dirt } => {
+                    State::Zero { .. } => {}
+                    State::Mapped { pfn, .. } => {
+                        self.check_device_page(pfn, range, &who);
+                        own(pfn.pfn(), n, who);
+                        census.on_devices += n;
+                        census.device_pages += n;
+                    }
+                    State::Host { pfn, writable, dirt } | State::Shared { pfn, writable, dirt, .. } => {
+                        census.device_pages += self.check_replicas(&entry, &who, &mut own);
                         let frame = self.frame_of(pfn, whole);
                         assert_eq!(self.memmap.vpn(frame), range.start, "{who}: the reverse map is wrong");
                         let head = self.memmap.head(frame);
                         let list = self.memmap.list(head);
                         assert!(matches!(list, ListId::Small | ListId::Main), "{who}: mapped, but on list {list:?}");
-                        let contrary = if writable { Dirt::Clean } else { Dirt::Dirty };
-                        assert_ne!(dirt, contrary, "{who}: writable is {writable}");
+                        // What is protected may be dirty: for copies on devices.
+                        assert!(!writable || dirt != Dirt::Clean, "{who}: clean, and writable");
                         self.check_backing(frame, dirt, range, &who, &mut own, &mut census);
                         if head != frame {
                             assert_eq!(self.memmap.list(frame), ListId::None, "{who}: a tail on a list of its own");
@@ -159,6 +167,22 @@ impl<K: Kernel> Engine<K> {
         // The owner's reference beside those (H6).
         let refcount = 1 + mappings + counts.pins;
         assert_eq!(counts, Counts { refcount, entire, pages, mappings, ..counts }, "{who}: {folio:?}");
+    }
+
+    /// Copies on devices are those of what is shared and read-only. Returns how many pages of devices they are.
+    fn check_replicas(&self, entry: &super::Entry<'_, K>, who: &str, own: &mut impl FnMut(Pfn, u64, String)) -> u64 {
+        let n = entry.range().pages().0;
+        let mut pages = 0;
+        for tier in self.tiers.iter() {
+            let (Some(mmu), Some(page)) = (tier.mmu_id(), tier.replica(entry.range().start)) else { continue };
+            let State::Shared { writable: false, sharers, .. } = entry.state() else {
+                panic!("{who}: {:?}, with a copy on {}", entry.state(), tier.info.name)
+            };
+            assert!(sharers.has(mmu), "{who}: {} has a copy, and does not share it", tier.info.name);
+            own(tier.range.base + page, n, format!("copy of {who} on {}", tier.info.name));
+            pages += n;
+        }
+        pages
     }
 
     fn check_backing(

@@ -36,7 +36,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Has `step` go through `piece`, with room in the staging of small pages each time.
-    fn walk(
+    pub(super) fn walk(
         &self,
         piece: PageRange,
         work: &mut Working<'_>,
@@ -58,7 +58,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Sets the block that begins `rest` aside, or some of its pages. Returns how many pages went, and where to go on.
-    fn set_some_aside(&self, rest: PageRange, work: &mut Working<'_>) -> (u64, Vpn) {
+    pub(super) fn set_some_aside(&self, rest: PageRange, work: &mut Working<'_>) -> (u64, Vpn) {
         let mut pages: ArrayVec<(Entry<'_, K>, Frame), VICTIMS> = ArrayVec::new();
         let mut at = rest.start;
         while at < rest.end && !pages.is_full() {
@@ -67,6 +67,7 @@ impl<K: Kernel> Engine<K> {
                 at = at + 1;
                 break;
             };
+            let entry = if let State::Shared { .. } = entry.state() { self.recall(entry) } else { entry };
             if entry.is_whole() {
                 debug_assert!(pages.is_empty(), "a block is whole or split as long as one of its entries is locked");
                 return (self.set_block_aside(entry, rest, work), rest.end);

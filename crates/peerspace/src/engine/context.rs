@@ -16,6 +16,8 @@ use std::ops::{Deref, DerefMut};
 pub(crate) struct Context {
     /// 1 while its holder is in a section of the [gate](crate::engine::gate).
     pub(crate) section: AtomicU32,
+    /// Odd while its holder accesses memory of the host for a device: see [`mmus`](crate::engine::mmus).
+    pub(crate) remote: AtomicU32,
     pub(crate) counters: Counters,
     pub(crate) latency: Histogram,
     /// 1 while somebody works here, or is about to find out that nobody may.
@@ -58,6 +60,7 @@ impl Contexts {
         for _ in 0..=n {
             all.push(Slot(Padded(Context {
                 section: AtomicU32::new(0),
+                remote: AtomicU32::new(0),
                 counters: Counters::default(),
                 latency: Histogram::default(),
                 taken: AtomicU32::new(0),
@@ -135,6 +138,7 @@ impl Contexts {
         for slot in &self.all {
             slot.as_ref().taken.store(0, Ordering::Relaxed);
             slot.as_ref().section.store(0, Ordering::Relaxed);
+            slot.as_ref().remote.store(0, Ordering::Relaxed);
         }
     }
 

@@ -14,8 +14,9 @@
 
 use super::context::Working;
 use super::fault::{Outcome, Patience};
-use super::inplace::{PlaceError, Turn};
+use super::inplace::PlaceError;
 use super::tiers::WriteBack;
+use super::turn::Turn;
 use super::{Engine, EngineError, Entry};
 use crate::device::{Device, MemoryType};
 use peerspace_core::addr::{Access, DevicePfn, Order, Pages, Vpn};
@@ -52,7 +53,7 @@ pub(crate) enum DetachError {
 
 /// What became of a folio.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Moved {
+pub(super) enum Moved {
     /// It is not on the device any more.
     Yes,
     /// It was not what its descriptor said, or somebody worked with it.
@@ -185,8 +186,18 @@ impl<K: Kernel> Engine<K> {
     fn move_off(&self, range: PfnRange, page: u64, vpn: Vpn, buffer: &mut Buffer, work: &mut Working<'_>) -> Moved {
         let pfn = DevicePfn::new(range.base + page);
         let Ok(entry) = self.table.lock(vpn) else { return Moved::No };
+        if let State::Mapped { held: true, .. } = entry.state() {
+            return Moved::No;
+        }
+        let copy = matches!(entry.state(), State::Shared { .. });
+        let entry = self.recall(entry);
         match entry.state() {
             State::Device { pfn: at, .. } if at == pfn => self.move_to_another(entry, buffer, work),
+            // Its copy has gone with the translation; unless this was what the frame came from.
+            State::Host { .. } if copy => {
+                let _ = self.forget_copy_if(entry, pfn, work);
+                Moved::Yes
+            }
             _ => self.forget_copy_if(entry, pfn, work),
         }
     }
@@ -199,7 +210,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Has the frame of `entry` go on without a copy if that is at `pfn`.
-    fn forget_copy_if(&self, mut entry: Entry<'_, K>, pfn: DevicePfn, work: &Working<'_>) -> Moved {
+    pub(super) fn forget_copy_if(&self, mut entry: Entry<'_, K>, pfn: DevicePfn, work: &Working<'_>) -> Moved {
         match entry.state() {
             State::Host { pfn: frame, writable, .. } => {
                 let frame = self.frame_of(frame, entry.is_whole());

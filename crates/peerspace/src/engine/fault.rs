@@ -79,6 +79,8 @@ pub(crate) enum Hold {
     Changing,
     /// It takes a wait, and there is no patience for one.
     Busy,
+    /// A launch of a device relies on it: wait, however long that takes.
+    Held,
     /// The kernel refused, with no change of mappings to explain it: mostly for want of memory.
     Refused,
 }
@@ -163,7 +165,16 @@ impl<K: Kernel> Engine<K> {
                     self.wait_for_changes();
                     work = self.contexts.take();
                 }
-                Err(Hold::Busy | Hold::Refused) if patience == Patience::Never => break Err(Pause::Busy),
+                Err(Hold::Busy | Hold::Refused | Hold::Held) if patience == Patience::Never => {
+                    break Err(Pause::Busy);
+                }
+                Err(Hold::Held) => {
+                    // Without the context, which others need to go on.
+                    drop(work);
+                    crate::sync::sleep(REFUSED_PAUSE);
+                    work = self.contexts.take();
+                    continue;
+                }
                 Err(Hold::Refused) if refused.get_or_insert_with(Instant::now).elapsed() >= REFUSED => {
                     self.tell_refused(va);
                     break Ok(Outcome::Refused);
@@ -204,6 +215,10 @@ impl<K: Kernel> Engine<K> {
             return Ok(Outcome::Resolved);
         }
         let (seen, whole) = self.table.look(fault.vpn).ok_or(Hold::Again)?;
+        // What a device had in one piece comes home so.
+        if let (State::Mapped { .. }, true) = (seen.state(), whole) {
+            fault.level = fault.level.max(plan::HUGE_LEVEL);
+        }
         let grain = plan::grain(GrainFacts {
             level: fault.level,
             whole,
@@ -225,7 +240,13 @@ impl<K: Kernel> Engine<K> {
         if self.region(fault.vpn) != Some(region) || entry.is_whole() != whole {
             return Err(Hold::Again);
         }
+        let entry = match plan::on_fault(entry.state(), fault.access) {
+            FaultPlan::Recall(on) => self.recall_for_cpu(on, entry),
+            _ => entry,
+        };
         match plan::on_fault(entry.state(), fault.access) {
+            FaultPlan::Recall(_) => unreachable!("devices map nothing of it any more"),
+            FaultPlan::Wait(_) => Err(Hold::Held),
             FaultPlan::Poison(_) => self.poisoned(entry, fault, work),
             FaultPlan::Present => self.present(entry, fault, work),
             FaultPlan::InPlace(pfn) => self.fault_in_place(pfn, entry, fault, work.context()),
@@ -261,7 +282,7 @@ impl<K: Kernel> Engine<K> {
         ration: &mut Ration,
     ) -> Result<(), Hold> {
         match plan::on_fault(state, fault.access) {
-            FaultPlan::Fill | FaultPlan::Load(_) if whole && grain == Grain::Block => {
+            FaultPlan::Fill | FaultPlan::Load(_) | FaultPlan::Recall(_) if whole && grain == Grain::Block => {
                 if ration.block.is_none() {
                     ration.block = self.take_block(work, fault.patience)?;
                     ration.no_block = ration.block.is_none();
@@ -272,13 +293,17 @@ impl<K: Kernel> Engine<K> {
                 }
             }
             FaultPlan::TakeBack if whole => {}
-            FaultPlan::Fill | FaultPlan::Load(_) | FaultPlan::TakeBack => {
+            FaultPlan::Fill | FaultPlan::Load(_) | FaultPlan::TakeBack | FaultPlan::Recall(_) => {
                 if ration.pages == 0 {
                     self.charge(1, work, fault.patience)?;
                     ration.pages = 1;
                 }
             }
-            FaultPlan::Present | FaultPlan::InPlace(_) | FaultPlan::Upgrade | FaultPlan::Poison(_) => {}
+            FaultPlan::Present
+            | FaultPlan::InPlace(_)
+            | FaultPlan::Upgrade
+            | FaultPlan::Wait(_)
+            | FaultPlan::Poison(_) => {}
         }
         Ok(())
     }
@@ -404,6 +429,7 @@ impl<K: Kernel> Engine<K> {
         if !open || self.kernel.is_changing() {
             return Err(Hold::Changing);
         }
+        let entry = self.recall(entry);
         // No change is pending, so the page was discarded by a call whose message has been acted on: between
         // the message and the discarding itself, this page had come back.
         if entry.is_whole() {

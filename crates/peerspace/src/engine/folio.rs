@@ -10,7 +10,7 @@
 
 use super::Engine;
 use super::stats::{Counters, count};
-use peerspace_core::addr::{BLOCK_PAGES, Vpn};
+use peerspace_core::addr::{BLOCK_PAGES, Order, Vpn};
 use peerspace_core::entry::{Entry as Word, State};
 use peerspace_core::folio::SplitBusy;
 use peerspace_core::memmap::Frame;
@@ -81,6 +81,17 @@ impl<K: Kernel> Engine<K> {
         self.put_frame(frame);
     }
 
+    /// Frees the frame of a small page that was on standby, where the page was staged, and a device's copy of it. The page's
+    /// entry is locked, and says something else already.
+    pub(super) fn free_standby(&self, frame: Frame) {
+        let (backing, slot) = (self.memmap.backing(frame), self.memmap.slot(frame));
+        if let Some(slot) = slot {
+            self.ring.vacate(slot);
+        }
+        self.free_frame(frame, slot.is_none());
+        self.free_backing(backing, Order::BASE);
+    }
+
     /// Takes a reference for a look at what may be freed at any moment (H10).
     pub(crate) fn get_frame(&self, frame: Frame) -> bool {
         self.memmap.folio(frame).get_unless_zero()
@@ -124,7 +135,7 @@ impl<K: Kernel> Engine<K> {
 
     fn split_locked(&self, page: &dyn Fn(usize) -> Word) -> Result<(), NoSplit> {
         let head_of = |i: usize| match page(i).state() {
-            State::Host { pfn, .. } => {
+            State::Host { pfn, .. } | State::Shared { pfn, .. } => {
                 let part = self.memmap.page(pfn);
                 Some(self.memmap.head(part)).filter(|head| *head != part)
             }

@@ -12,7 +12,7 @@ use peerspace_core::folio::TooManyPins;
 use peerspace_core::memmap::{Arrival, Frame};
 use peerspace_core::plan::CLUSTER;
 use peerspace_core::regions::Attributes;
-use peerspace_os::{Kernel, Wake};
+use peerspace_os::{Kernel, Trouble, Wake};
 
 /// A page cannot be held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,8 +23,8 @@ pub(crate) enum HoldError {
     Foreign(Vpn),
     /// As many users rely on it as can be counted.
     TooMany(Vpn),
-    /// It is in place on a device, and cannot be migrated out of there.
-    Stays(Vpn),
+    /// It is in place on a device, and cannot be migrated out of there, for this reason.
+    Stays(Vpn, Trouble),
 }
 
 /// The folios of a range, one after the other: which of them was pinned last.
@@ -73,7 +73,7 @@ impl<K: Kernel> Engine<K> {
             let Ok(entry) = self.table.lock(vpn) else { return Err(HoldError::Foreign(vpn)) };
             match entry.state() {
                 // What is mapped takes no fault, unless the table does not know yet of something that the program has done.
-                State::Host { writable, .. }
+                State::Host { writable, .. } | State::Shared { writable, .. }
                     if (writable || access == Access::Read) && (faulted || self.gate.turn_if_open().is_some()) =>
                 {
                     self.pin_mapped(&entry, walk).map_err(|TooManyPins| HoldError::TooMany(vpn))?;
@@ -88,7 +88,7 @@ impl<K: Kernel> Engine<K> {
                 // A pin for long migrates it out (rule Z5).
                 State::Coherent { pfn } => {
                     drop((entry, work));
-                    self.leave_place(pfn, vpn).ok_or(HoldError::Stays(vpn))?;
+                    self.leave_place(pfn, vpn).map_err(|why| HoldError::Stays(vpn, why))?;
                     continue;
                 }
                 // A native page: it is there, but the table knows nothing of it yet.
@@ -108,7 +108,7 @@ impl<K: Kernel> Engine<K> {
 
     /// The folio that the locked `entry` maps, and whether it is a huge one.
     fn folio_at(&self, entry: &Entry<'_, K>) -> Option<(Frame, bool)> {
-        let State::Host { pfn, .. } = entry.state() else { return None };
+        let (State::Host { pfn, .. } | State::Shared { pfn, .. }) = entry.state() else { return None };
         let frame = if entry.is_whole() { self.memmap.block(pfn) } else { self.memmap.head(self.memmap.page(pfn)) };
         Some((frame, self.memmap.is_block(frame)))
     }
@@ -153,7 +153,7 @@ impl<K: Kernel> Engine<K> {
             if let (State::Coherent { pfn }, true) = (entry.state(), held.is_empty()) {
                 return self.hold_in_place(pfn, &entry, pages, access == Access::Write);
             }
-            let State::Host { writable, .. } = entry.state() else { break };
+            let (State::Host { writable, .. } | State::Shared { writable, .. }) = entry.state() else { break };
             let allowed = writable || access == Access::Read;
             // A whole block alone.
             if !allowed || entry.is_whole() && !held.is_empty() || self.pin_mapped(&entry, &mut walk).is_err() {
@@ -172,6 +172,11 @@ impl<K: Kernel> Engine<K> {
     /// Takes the page at `vpn` into the table where it is, if it is a native one.
     pub(crate) fn track(&self, vpn: Vpn) {
         let _work = self.contexts.take();
+        self.track_here(vpn);
+    }
+
+    /// The same, by somebody who has a context.
+    pub(super) fn track_here(&self, vpn: Vpn) {
         while let Ok(entry) = self.table.lock(vpn)
             && entry.state() == State::Empty
             && self.kernel.is_present(self.geometry.va(vpn)).unwrap_or(false)

@@ -15,7 +15,8 @@
 //! news. Whoever calls has the entry of the block locked, and a receiver that acts on somebody else's change may want that
 //! entry. So the one who changes says so first, in a section, when nobody acts on anything ([`InPlace::begin`]); and a receiver
 //! that finds such a change under way receives until it is over, before it acts on anything else ([`InPlace::is_ours`],
-//! `Engine::apply`). Only one thread changes at a time; it has the *turn*, which forks and walks of everything take as well.
+//! `Engine::apply`). Only one thread changes at a time; it has the [*turn*](super::turn), which forks and walks of
+//! everything take as well.
 //!
 //! Nothing but regions of the space's own is used so. The program does not unmap these, so nobody else's mapping can have
 //! come to be where memory is put in place; of adopted memory the kernel would not say.
@@ -24,12 +25,13 @@ use super::context::{Context, Working};
 use super::detach::DetachError;
 use super::fault::{Fault, Hold, Outcome};
 use super::tier::unwinding;
+use super::turn::Turn;
 use super::{Engine, Entry};
 use crate::device::MemoryType;
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{Access, BLOCK_PAGES, DevicePfn, Order, PageRange, Pages, VaRange, Vpn};
 use peerspace_core::entry::State;
-use peerspace_core::sync::{AtomicBool, AtomicU64, Latch, Ordering, Ordering::Relaxed, Park};
+use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering, Ordering::Relaxed};
 use peerspace_os::own::Buffer;
 use peerspace_os::{Kernel, Message, Trouble};
 
@@ -42,7 +44,6 @@ const RUN: usize = 16;
 /// What is being put in place or taken away.
 #[derive(Debug)]
 pub(crate) struct InPlace {
-    turn: Latch,
     /// The addresses whose mappings are just changing; zeros when none are.
     start: AtomicU64,
     end: AtomicU64,
@@ -60,31 +61,11 @@ pub(crate) struct InPlace {
     left_behind: AtomicBool,
 }
 
-/// The right to put memory in place and to take it away.
-pub(crate) struct Turn<'a, P: Park> {
-    inplace: &'a InPlace,
-    park: P,
-}
-
-impl<P: Park> Turn<'_, P> {
-    /// Keeps it until somebody [gives it up](InPlace::give_up_turn).
-    pub(crate) fn keep(self) {
-        std::mem::forget(self);
-    }
-}
-
-impl<P: Park> Drop for Turn<'_, P> {
-    fn drop(&mut self) {
-        self.inplace.turn.unlock(&self.park);
-    }
-}
-
 impl InPlace {
     /// Nothing is in place. The process may have `mappings` mappings.
     pub(crate) fn new(mappings: u64) -> InPlace {
         InPlace {
             most_runs: mappings / SHARE,
-            turn: Latch::new(),
             start: AtomicU64::new(0),
             end: AtomicU64::new(0),
             from: AtomicU64::new(0),
@@ -95,20 +76,8 @@ impl InPlace {
         }
     }
 
-    /// Waits for the turn. Not for threads that receive messages, nor with a context or an entry in hand.
-    pub(crate) fn turn<P: Park>(&self, park: P) -> Turn<'_, P> {
-        self.turn.lock(&park);
-        Turn { inplace: self, park }
-    }
-
-    /// Gives up a turn that was [kept](Turn::keep).
-    pub(crate) fn give_up_turn(&self, park: &impl Park) {
-        self.turn.unlock(park);
-    }
-
-    /// In a forked child, at rest: the thread that forked had the turn.
+    /// In a forked child, at rest: whoever copied something does not exist.
     pub(crate) fn renew(&self) {
-        self.turn.reset();
         self.holds.store(0, Relaxed);
     }
 
@@ -187,12 +156,19 @@ pub(crate) enum PlaceError {
     Busy,
 }
 
-impl<K: Kernel> Engine<K> {
-    /// The [turn](InPlace::turn).
-    pub(crate) fn take_turn(&self) -> Turn<'_, K::Park> {
-        self.inplace.turn(self.kernel.park())
+/// What the kernel would say of it, for those who know no more than that.
+impl From<PlaceError> for Trouble {
+    fn from(e: PlaceError) -> Trouble {
+        match e {
+            PlaceError::Kernel(trouble) => trouble,
+            PlaceError::TooManyPieces(_) => Trouble::NoMemory,
+            PlaceError::NoMemory => Trouble::Unsuitable,
+            PlaceError::Busy => Trouble::Busy,
+        }
     }
+}
 
+impl<K: Kernel> Engine<K> {
     /// Says that the mappings of `run`, entries that follow each other, change, unless somebody else's change is being acted
     /// on. The caller has the turn.
     fn begin_change(&self, run: &[Entry<'_, K>], work: &Working<'_>) -> bool {
@@ -370,10 +346,10 @@ impl<K: Kernel> Engine<K> {
         debug_assert!(before > 0, "more is let go of than was held");
     }
 
-    /// Takes away what is in place at `vpn`, for a pin. `None` if that cannot be done.
-    pub(super) fn leave_place(&self, _: DevicePfn, vpn: Vpn) -> Option<()> {
+    /// Takes away what is in place at `vpn`, for a pin.
+    pub(super) fn leave_place(&self, _: DevicePfn, vpn: Vpn) -> Result<(), Trouble> {
         let turn = self.take_turn();
-        self.take_from_place(vpn, &turn).ok()
+        Ok(self.take_from_place(vpn, &turn)?)
     }
 
     /// Before memory of the space's own is unmapped that nobody refers to any more: gives up what is in place of `pages`.
@@ -417,10 +393,7 @@ impl<K: Kernel> Engine<K> {
             }
             if piece.pages().0 == BLOCK_PAGES {
                 let turn = self.take_turn();
-                self.take_from_place(piece.start, &turn).map_err(|e| match e {
-                    PlaceError::Kernel(trouble) => trouble,
-                    _ => Trouble::Busy,
-                })?;
+                self.take_from_place(piece.start, &turn)?;
             } else if self.zero_in_place(piece)? {
                 if from < piece.start {
                     rest(PageRange { start: from, end: piece.start })?;

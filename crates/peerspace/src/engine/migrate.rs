@@ -1,4 +1,4 @@
-//! Migration that somebody asks for: of blocks to a device, and home again (rules Z5, G6, G8).
+//! Migration that somebody asks for: of blocks to a device, and home again (rules Z5, G8).
 //!
 //! A block goes as a whole. What of it is mapped is unmapped to staging first; then all of its entries are locked, its bytes
 //! gathered from wherever they are, and written to a block of the device. A coherent device's memory is put in its place after
@@ -106,6 +106,7 @@ impl<K: Kernel> Engine<K> {
                     Err(e) => return Err(MigrateError::Place(e)),
                 },
                 Attempt::Unmap => {
+                    self.recall_pages(PageRange::block(block));
                     drop(work);
                     self.take_from_place(start, &turn).map_err(MigrateError::Place)?;
                     self.set_aside(PageRange::block(block));
@@ -154,7 +155,11 @@ impl<K: Kernel> Engine<K> {
         let state = entry.state();
         match state {
             State::Device { pfn, .. } if tier.range.contains(pfn.pfn()) => return Ok(Attempt::There(entry)),
-            State::Host { .. } | State::Coherent { .. } => return Ok(Attempt::Unmap),
+            State::Host { .. }
+            | State::Coherent { .. }
+            | State::Shared { .. }
+            | State::Zero { .. }
+            | State::Mapped { .. } => return Ok(Attempt::Unmap),
             State::Poisoned { pfn } => return Err(MigrateError::Lost(start, pfn)),
             State::Leaf(_) => unreachable!("a lock is never on a leaf"),
             State::Empty | State::Standby { .. } | State::Device { .. } => {}
@@ -227,7 +232,7 @@ impl<K: Kernel> Engine<K> {
 
     /// Reads the pages of a block in these states, which are locked. False when one is mapped.
     fn gather(&self, start: Vpn, states: &[State], bytes: &mut [u8]) -> Result<bool, MigrateError> {
-        if states.iter().any(|s| matches!(s, State::Host { .. } | State::Coherent { .. })) {
+        if states.iter().any(|s| matches!(s, State::Host { .. } | State::Coherent { .. }) || s.is_on_mmus()) {
             return Ok(false);
         }
         for ((state, page), vpn) in
@@ -243,7 +248,12 @@ impl<K: Kernel> Engine<K> {
                     self.tiers.load(pfn, page).map_err(|_| MigrateError::Lost(Vpn(vpn), pfn))?;
                 }
                 State::Poisoned { pfn } => return Err(MigrateError::Lost(Vpn(vpn), pfn)),
-                State::Host { .. } | State::Coherent { .. } | State::Leaf(_) => unreachable!("looked at above"),
+                State::Host { .. }
+                | State::Coherent { .. }
+                | State::Shared { .. }
+                | State::Zero { .. }
+                | State::Mapped { .. }
+                | State::Leaf(_) => unreachable!("looked at above"),
             }
         }
         Ok(true)
@@ -252,15 +262,7 @@ impl<K: Kernel> Engine<K> {
     /// Frees what a page in this state, which is not mapped, was kept in.
     fn give_up_page(&self, state: State) {
         match state {
-            State::Standby { pfn, .. } => {
-                let frame = self.memmap.page(pfn);
-                let (backing, slot) = (self.memmap.backing(frame), self.memmap.slot(frame));
-                if let Some(slot) = slot {
-                    self.ring.vacate(slot);
-                }
-                self.free_frame(frame, slot.is_none());
-                self.free_backing(backing, Order::BASE);
-            }
+            State::Standby { pfn, .. } => self.free_standby(self.memmap.page(pfn)),
             State::Device { pfn, .. } => self.tiers.free(pfn, Order::BASE),
             _ => {}
         }

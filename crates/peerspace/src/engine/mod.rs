@@ -22,6 +22,7 @@
 //! | [`serve`] | the loops of the engine's own threads |
 //! | [`folio`] | folios given back, split, and queued to be split |
 //! | [`gate`] | keeps all of it apart from changes of mappings |
+//! | [`turn`] | one at a time puts memory in place, forks, or detaches |
 //! | [`budget`], [`context`], [`stats`] | accounts, places to work at, counters |
 //! | [`check`] | the invariants, executable |
 //!
@@ -31,7 +32,7 @@
 //! its device page, its staging slot and its mapping. Locks are taken in this order, and none is held while
 //! waiting for an earlier one:
 //!
-//! 0. the [turn](inplace), by who puts memory of devices in place or takes it away, forks, or detaches,
+//! 0. the [turn], by who puts memory of devices in place or takes it away, forks, or detaches,
 //! 1. a [context](context) and the [budget] (neither is a lock on data),
 //! 2. table entries, ascending; reclaim, which comes from the frame to the entry, only ever tries,
 //! 3. a [section](gate) (short, nothing waits in it),
@@ -51,7 +52,11 @@ pub(crate) mod collapse;
 pub(crate) mod compact;
 pub(crate) mod context;
 #[cfg(feature = "devices")]
+pub(crate) mod copy;
+#[cfg(feature = "devices")]
 pub(crate) mod detach;
+#[cfg(feature = "devices")]
+pub(crate) mod device_fault;
 pub(crate) mod evict;
 pub(crate) mod fault;
 pub(crate) mod folio;
@@ -65,13 +70,23 @@ pub(crate) mod inplace;
 #[cfg(not(feature = "devices"))]
 #[path = "no_inplace.rs"]
 pub(crate) mod inplace;
+#[cfg(feature = "devices")]
+pub(crate) mod launch;
 pub(crate) mod lost;
 #[cfg(feature = "devices")]
+pub(crate) mod make_room;
+#[cfg(feature = "devices")]
 pub(crate) mod migrate;
+#[cfg_attr(not(feature = "devices"), path = "no_mmus.rs")]
+pub(crate) mod mmus;
 #[cfg(feature = "devices")]
 pub(crate) mod named;
 pub(crate) mod own;
 pub(crate) mod pages;
+#[cfg(feature = "devices")]
+pub(crate) mod place;
+#[cfg(feature = "devices")]
+pub(crate) mod prefetch;
 pub(crate) mod reclaim;
 pub(crate) mod serve;
 #[cfg(all(test, feature = "devices"))]
@@ -82,6 +97,9 @@ pub(crate) mod stats;
 pub(crate) mod tier;
 #[cfg_attr(not(feature = "devices"), path = "no_tiers.rs")]
 pub(crate) mod tiers;
+#[cfg(feature = "devices")]
+pub(crate) mod to_device;
+pub(crate) mod turn;
 
 use crate::sync::Mutex;
 use budget::Budget;
@@ -94,7 +112,7 @@ use peerspace_core::plan::CLUSTER;
 use peerspace_core::reclaim::{Incoming, Policy};
 use peerspace_core::regions::{Attributes, RegionError, RegionInfo, Regions};
 use peerspace_core::stream::Streams;
-use peerspace_core::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use peerspace_core::sync::{AtomicBool, AtomicU32, AtomicU64, Latch, Ordering::Relaxed};
 use peerspace_core::table::{Locked, Table, TableMemory};
 use peerspace_os::own::{Box, Vec};
 use peerspace_os::{Kernel, Trouble};
@@ -120,6 +138,14 @@ pub(crate) struct Engine<K: Kernel> {
     pub(crate) budget: Budget,
     pub(crate) tiers: Tiers<K::Words>,
     pub(crate) inplace: inplace::InPlace,
+    /// See [`turn`].
+    turn: Latch,
+    #[cfg(feature = "devices")]
+    pub(crate) places: place::Places,
+    #[cfg(feature = "devices")]
+    pub(crate) prefetches: prefetch::Prefetches,
+    #[cfg(feature = "devices")]
+    pub(crate) launches: launch::Launches,
     pub(crate) ring: Ring<K::Words>,
     pub(crate) blocks: Blocks,
     pub(crate) policy: Mutex<Box<dyn Policy<K::Words>>>,
@@ -227,6 +253,13 @@ impl<K: Kernel> Engine<K> {
             budget: Budget::new(config.limit),
             tiers,
             inplace: inplace::InPlace::new(kernel.most_mappings()),
+            #[cfg(feature = "devices")]
+            places: place::Places::new(),
+            #[cfg(feature = "devices")]
+            prefetches: prefetch::Prefetches::new(),
+            #[cfg(feature = "devices")]
+            launches: launch::Launches::new(),
+            turn: Latch::new(),
             ring: Ring::new(geometry, slots_at, (slots / SEGMENT as u64) as u32, words(slots as usize)?),
             blocks: Blocks::new(geometry, staging.start, blocks as u32),
             policy: Mutex::new(config.policy),
@@ -404,9 +437,16 @@ impl<K: Kernel> Engine<K> {
         self.epoch.fetch_add(1, Relaxed);
         self.gate.renew();
         self.service.renew();
+        #[cfg(feature = "devices")]
+        {
+            self.prefetches.renew();
+            self.launches.renew();
+        }
         self.contexts.renew();
         self.tiers.renew();
         self.inplace.renew();
+        // The thread that forked had it.
+        self.turn.reset();
         for slot in self.contexts.all() {
             slot.as_ref().counters.reset();
             slot.as_ref().latency.reset();

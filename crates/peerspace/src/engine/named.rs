@@ -71,6 +71,7 @@ impl<K: Kernel> Engine<K> {
                 give_up(claimed);
                 return Err(match e {
                     MakeError::Kernel(trouble) => NamedError::Kernel(trouble),
+                    MakeError::Unreachable(_) => NamedError::Kernel(peerspace_os::Trouble::Unsuitable),
                     MakeError::Table(range, e) => NamedError::Table(range, e),
                 });
             }

@@ -3,47 +3,21 @@
 
 use super::context::Context;
 use super::fault::{Fault, Hold, Outcome};
+use super::turn::Turn;
 use super::{Engine, Entry};
 use peerspace_core::addr::{DevicePfn, PageRange, Vpn};
-use peerspace_core::sync::{Latch, Park};
 use peerspace_os::{Kernel, Message, Trouble};
 
 /// What is being put in place or taken away: nothing.
 #[derive(Debug)]
-pub(crate) struct InPlace {
-    turn: Latch,
-}
-
-/// The right to put memory in place: what forks and walks of everything exclude each other by.
-pub(crate) struct Turn<'a, P: Park> {
-    inplace: &'a InPlace,
-    park: P,
-}
-
-impl<P: Park> Turn<'_, P> {
-    pub(crate) fn keep(self) {
-        std::mem::forget(self);
-    }
-}
-
-impl<P: Park> Drop for Turn<'_, P> {
-    fn drop(&mut self) {
-        self.inplace.turn.unlock(&self.park);
-    }
-}
+pub(crate) struct InPlace;
 
 impl InPlace {
     pub(crate) fn new(_: u64) -> InPlace {
-        InPlace { turn: Latch::new() }
+        InPlace
     }
 
-    pub(crate) fn give_up_turn(&self, park: &impl Park) {
-        self.turn.unlock(park);
-    }
-
-    pub(crate) fn renew(&self) {
-        self.turn.reset();
-    }
+    pub(crate) fn renew(&self) {}
 
     pub(crate) fn is_left_behind(&self) -> bool {
         false
@@ -61,12 +35,6 @@ impl InPlace {
 }
 
 impl<K: Kernel> Engine<K> {
-    pub(crate) fn take_turn(&self) -> Turn<'_, K::Park> {
-        let park = self.kernel.park();
-        self.inplace.turn.lock(&park);
-        Turn { inplace: &self.inplace, park }
-    }
-
     pub(super) fn fault_in_place(
         &self,
         pfn: DevicePfn,
@@ -99,7 +67,7 @@ impl<K: Kernel> Engine<K> {
         pfn.of_no_device()
     }
 
-    pub(super) fn leave_place(&self, pfn: DevicePfn, _: Vpn) -> Option<()> {
+    pub(super) fn leave_place(&self, pfn: DevicePfn, _: Vpn) -> Result<(), Trouble> {
         pfn.of_no_device()
     }
 

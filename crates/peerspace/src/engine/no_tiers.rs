@@ -114,6 +114,14 @@ impl TierRef {
         match self.nothing {}
     }
 
+    pub(crate) fn mmu_id(&self) -> Option<peerspace_core::sharers::MmuId> {
+        match self.nothing {}
+    }
+
+    pub(crate) fn replica(&self, _: Vpn) -> Option<u64> {
+        match self.nothing {}
+    }
+
     pub(crate) fn vpn(&self, _: u64) -> Option<Vpn> {
         match self.nothing {}
     }

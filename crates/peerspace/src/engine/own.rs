@@ -8,9 +8,13 @@
 //! alone.
 
 use super::{AddError, Engine};
+use arrayvec::ArrayVec;
 use peerspace_core::addr::{PageRange, VaRange};
 use peerspace_core::regions::Attributes;
 use peerspace_os::{Kernel, Trouble};
+
+/// Places that are tried for a region.
+const PLACES: usize = 64;
 
 /// Why a region was not made.
 #[derive(Debug)]
@@ -19,10 +23,14 @@ pub(crate) enum MakeError {
     Kernel(Trouble),
     /// The space has no room for it.
     Table(VaRange, AddError),
+    /// There is no place that all devices can translate (rule G13).
+    Unreachable(VaRange),
 }
 
 impl<K: Kernel> Engine<K> {
-    /// Makes a region of what `map` maps, registered and without content. `unmap` undoes that, without messages.
+    /// Makes a region of what `map` maps, registered and without content. `unmap` undoes that, without messages. Where a device
+    /// has something else at the place, or cannot translate it, `map` is asked again, for another (rule G13); what it mapped
+    /// before stays mapped until then, so that the kernel does not offer it twice.
     ///
     /// The caller has no context. Not for threads that receive messages.
     pub(crate) fn make_region<M>(
@@ -31,15 +39,27 @@ impl<K: Kernel> Engine<K> {
         mut map: impl FnMut() -> Result<(M, VaRange), Trouble>,
         mut unmap: impl FnMut(M),
     ) -> Result<(M, VaRange), MakeError> {
-        loop {
+        let mut refused: ArrayVec<M, PLACES> = ArrayVec::new();
+        let made = loop {
             self.settle_changes();
             let _work = self.contexts.take();
             let changes = self.region_changes.lock();
-            let (memory, range) = map().map_err(MakeError::Kernel)?;
+            let (memory, range) = match map() {
+                Ok(mapped) => mapped,
+                Err(why) => break Err(MakeError::Kernel(why)),
+            };
             // The place may be one that the program has just unmapped: news of that must not hit the new region.
             if self.settled().is_none() {
                 drop(changes);
                 unmap(memory);
+                continue;
+            }
+            if !self.reserve_on_devices(range) {
+                if let Err(memory) = refused.try_push(memory) {
+                    drop(changes);
+                    unmap(memory.element());
+                    break Err(MakeError::Unreachable(range));
+                }
                 continue;
             }
             let pages = self.geometry.pages_inside(range);
@@ -47,10 +67,14 @@ impl<K: Kernel> Engine<K> {
             if let Err(e) = added {
                 drop(changes);
                 unmap(memory);
-                return Err(MakeError::Table(range, e));
+                self.release_on_devices(range);
+                break Err(MakeError::Table(range, e));
             }
-            return Ok((memory, range));
-        }
+            break Ok((memory, range));
+        };
+        let _work = self.contexts.take();
+        refused.into_iter().for_each(unmap);
+        made
     }
 
     /// Gives up a region of our own that nobody refers to any more. `unmap` unmaps pieces of it from its start on,
@@ -87,5 +111,6 @@ impl<K: Kernel> Engine<K> {
             end_of(unmapped, pages.end);
         }
         self.release_table(pages);
+        self.release_on_devices(range);
     }
 }

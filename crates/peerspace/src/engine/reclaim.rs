@@ -350,16 +350,20 @@ impl<K: Kernel> Engine<K> {
                 Err(_) => count(&work.counters.folio_splits_failed),
             }
         }
+        // What devices share of it they do no more.
         let unmapped = match block {
-            Some((entry, frame)) => self.unmap_block(entry, frame, work),
-            None => self.unmap_pages(pages, work, background),
+            Some((entry, frame)) => self.unmap_block(self.recall(entry), frame, work),
+            None => {
+                let pages = pages.into_iter().map(|(entry, frame)| (self.recall(entry), frame)).collect();
+                self.unmap_pages(pages, work, background)
+            }
         };
         (unmapped, spread.is_some())
     }
 
     /// Whether `entry` maps `frame`, and it may go.
     pub(super) fn can_go(&self, entry: &Entry<'_, K>, frame: Frame) -> bool {
-        matches!(entry.state(), State::Host { pfn, .. } if pfn == self.memmap.pfn(frame))
+        matches!(entry.state(), State::Host { pfn, .. } | State::Shared { pfn, .. } if pfn == self.memmap.pfn(frame))
             && entry.is_whole() == self.memmap.is_block(frame)
             && self.memmap.pins(frame) == 0
             && self.region(entry.vpn()).is_some_and(|r| !r.attributes.has(Attributes::KEPT))

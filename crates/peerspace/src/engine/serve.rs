@@ -161,7 +161,7 @@ impl Service {
 }
 
 /// Rings a bell: the word is 1 while its thread works or is about to. No system call unless it sleeps.
-fn ring(bell: &AtomicU64, park: &impl Park) {
+pub(super) fn ring(bell: &AtomicU64, park: &impl Park) {
     // Release: what was asked for is seen by whoever answers.
     if bell.load(Ordering::Relaxed) == 0 && bell.swap(1, Ordering::Release) == 0 {
         park.wake(bell);

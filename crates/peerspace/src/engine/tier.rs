@@ -7,12 +7,14 @@
 //! Locks: the allocator and the descriptors have one together, held for a few dozen instructions and never across a call of
 //! the device.
 
+use super::mmus::MmuState;
 use crate::device::{Descriptor, Device, DeviceError, DevicePages, DeviceWords, Load, OwnMetadata, Store};
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{DevicePfn, Geometry, Order, Pages, Pfn, Va, Vpn};
 use peerspace_core::buddy::Buddy;
 use peerspace_core::devmap::{DeviceMap, InUse};
+use peerspace_core::inverted::Inverted;
 use peerspace_core::pagemap::PfnRange;
 use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use peerspace_core::words::Words;
@@ -34,6 +36,8 @@ pub(crate) struct Tier<W> {
     pub(crate) id: u64,
     pub(crate) info: Descriptor,
     pub(crate) range: PfnRange,
+    /// How it translates addresses, if it runs code.
+    pub(crate) mmu: Option<MmuState>,
     room: Mutex<Room<W>>,
     /// Pages freed so far; and the count at which the device last said it was full, plus one.
     freed: AtomicU64,
@@ -69,6 +73,8 @@ impl DeviceWords for OwnWords {
 struct Room<W> {
     buddy: Buddy<W>,
     map: DeviceMap<W, OwnWords>,
+    /// Copies of what is on the host too, of a device with an MMU.
+    replicas: Option<Inverted<W>>,
     /// Pages that could not be stored to: free, but the last to be tried again. A few bad ones would otherwise be
     /// what is always tried first.
     aside: ArrayVec<(u64, Order), BATCH>,
@@ -132,7 +138,7 @@ impl<W: Words> Tier<W> {
         info: Descriptor,
         range: PfnRange,
         geometry: Geometry,
-        own: Option<OwnMetadata>,
+        (own, mmu): (Option<OwnMetadata>, Option<MmuState>),
         mut words: impl FnMut(usize) -> Result<W, E>,
     ) -> Result<Tier<W>, (Box<dyn Device>, E)> {
         let books = || -> Result<Room<W>, E> {
@@ -142,7 +148,9 @@ impl<W: Words> Tier<W> {
             let host = if own.is_some() { 0 } else { host };
             let own = own.map(|own| (own.altmap, OwnWords(own.words)));
             let map = DeviceMap::new(info.pages, page, [words(host)?, words(upper)?], own);
-            Ok(Room { buddy, map, aside: ArrayVec::new(), reserved: 0, closed: false })
+            let n = Inverted::<W>::words_for(info.pages.0);
+            let replicas = mmu.is_some().then(|| Ok(Inverted::new(words(n)?, words(n)?))).transpose()?;
+            Ok(Room { buddy, map, replicas, aside: ArrayVec::new(), reserved: 0, closed: false })
         };
         let room = match books() {
             Ok(room) => room,
@@ -153,6 +161,7 @@ impl<W: Words> Tier<W> {
             id,
             info,
             range,
+            mmu,
             room: Mutex::new(room),
             freed: AtomicU64::new(0),
             full: AtomicU64::new(0),
@@ -235,14 +244,40 @@ impl<W: Words> Tier<W> {
                 taken(i, page);
             }
         }
+        self.note_use(&room);
+    }
+
+    /// Pages have been taken of `room`.
+    fn note_use(&self, room: &Room<W>) {
         self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
+    }
+
+    /// Takes a page for the data of `vpn`.
+    pub(crate) fn take_page(&self, vpn: Vpn) -> Option<u64> {
+        let mut room = self.room.lock();
+        let page = room.alloc(Order::BASE, vpn, false);
+        self.note_use(&room);
+        page
+    }
+
+    /// Whether a folio of `order` is free.
+    pub(crate) fn has_folio(&self, order: Order) -> bool {
+        let mut room = self.room.lock();
+        if room.closed || room.available().0 < order.pages().0 + room.reserved {
+            return false;
+        }
+        let page = room.buddy.alloc(order);
+        if let Some(page) = page {
+            room.buddy.free(page, order);
+        }
+        page.is_some() || room.aside.iter().any(|(_, o)| *o == order)
     }
 
     /// Takes a block for the data of `vpn`, at `near` if that is free.
     pub(crate) fn take_block(&self, near: Option<u64>, vpn: Vpn) -> Option<u64> {
         let mut room = self.room.lock();
         let page = room.alloc_near(near, Order::BLOCK, vpn, false);
-        self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
+        self.note_use(&room);
         page
     }
 
@@ -256,7 +291,7 @@ impl<W: Words> Tier<W> {
             room.buddy.free(page, Order::BLOCK);
             return false;
         }
-        self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
+        self.note_use(&room);
         true
     }
 
@@ -268,6 +303,30 @@ impl<W: Words> Tier<W> {
     /// The page of the program whose data `page` holds, as far as can be said without its entry locked.
     pub(crate) fn vpn(&self, page: u64) -> Option<Vpn> {
         self.room.lock().map.vpn(page)
+    }
+
+    /// `page`, which was taken for `vpn`, holds a copy of what is on the host too.
+    pub(crate) fn add_replica(&self, vpn: Vpn, page: u64) {
+        if let Some(replicas) = &mut self.room.lock().replicas {
+            replicas.insert(vpn, page);
+        }
+    }
+
+    /// The page that holds a copy of `vpn`, which is on the host too; of a block the first.
+    pub(crate) fn replica(&self, vpn: Vpn) -> Option<u64> {
+        let room = self.room.lock();
+        room.replicas.as_ref()?.find(vpn, |page| room.map.vpn(page))
+    }
+
+    /// Frees the copy of `vpn`, if there is one.
+    pub(crate) fn drop_replica(&self, vpn: Vpn, order: Order) {
+        let page = {
+            let Room { replicas, map, .. } = &mut *self.room.lock();
+            replicas.as_mut().and_then(|r| r.remove(vpn, |page| map.vpn(page)))
+        };
+        if let Some(page) = page {
+            self.free(page, order);
+        }
     }
 
     /// The first folio in use at `from` or behind it.

@@ -3,6 +3,7 @@
 //! Devices come and go while the space is in use (rules Z1 to Z3). Whoever works with one has a reference to it, which keeps
 //! it there; a page in use keeps it there as well, so that its owner can always have one.
 
+use super::mmus::MmuState;
 use super::tier::{Tier, answer, unwinding};
 use crate::device::{Descriptor, Device, MemoryType, Store};
 use crate::sync::Mutex;
@@ -10,6 +11,7 @@ use arrayvec::ArrayVec;
 use peerspace_core::addr::{DevicePfn, Geometry, Order, Pfn, Vpn};
 use peerspace_core::buddy::Buddy;
 use peerspace_core::pagemap::{MAX_RANGES, Pagemaps};
+use peerspace_core::sharers::{MAX_MMUS, MmuId};
 use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use peerspace_core::words::Words;
 use peerspace_os::own::{Box, Own, Vec};
@@ -31,6 +33,8 @@ pub(crate) struct Tiers<W> {
     first: Pfn,
     /// The slots in use, in the order in which their devices are tried: the number of the slot plus one.
     order: [AtomicU64; MAX_RANGES],
+    /// The slots of devices with an MMU, by the number of that: the number of the slot plus one.
+    mmus: [AtomicU64; MAX_MMUS as usize],
     /// Guards what devices there are.
     changes: Mutex<()>,
     /// Devices there have been.
@@ -61,6 +65,7 @@ impl<W: Words> Tiers<W> {
             geometry,
             first,
             order: std::array::from_fn(|_| AtomicU64::new(0)),
+            mmus: std::array::from_fn(|_| AtomicU64::new(0)),
             changes: Mutex::new(()),
             ids: AtomicU64::new(0),
             full: AtomicBool::new(false),
@@ -81,19 +86,34 @@ impl<W: Words> Tiers<W> {
             .ok_or_else(|| TierError::Refused(format!("number {}", id + 1), "it panicked in `describe`".into()))?;
         let refused = |why: String| TierError::Refused(info.name.clone(), why);
         let own = unwinding(|| device.altmap()).ok_or_else(|| refused("it panicked in `altmap`".into()))?;
+        let mmu = unwinding(|| device.mmu().map(|mmu| mmu.describe()));
+        let mmu = mmu.ok_or_else(|| refused("it panicked in `mmu` or `Mmu::describe`".into()))?;
         lacks(&*device, &info).map_or(Ok(()), |what| Err(refused(what.into())))?;
         let most = Buddy::<W>::MAX_PAGES;
         if info.pages.0 > most {
             return Err(refused(format!("it has {} pages; up to {most} can be managed", info.pages.0)));
         }
         let _changes = self.changes.lock();
+        let mmu = match mmu {
+            None => None,
+            Some(info) => {
+                let free = self.mmus.iter().position(|m| m.load(Relaxed) == 0);
+                let why =
+                    || refused(format!("there are {MAX_MMUS} devices with an MMU already, as many as there can be"));
+                Some(MmuState::new(MmuId(free.ok_or_else(why)? as u8), info))
+            }
+        };
+        let number = mmu.as_ref().map(|mmu| mmu.id);
         let range = self.maps.place(self.first, info.pages).map_err(|e| refused(e.to_string()))?;
         let i = self.maps.register(range).map_err(|e| refused(e.to_string()))?;
-        let tier = Tier::new(id, device, info, range, self.geometry, own, words).map_err(|(_, e)| {
+        let tier = Tier::new(id, device, info, range, self.geometry, (own, mmu), words).map_err(|(_, e)| {
             self.maps.unregister(i);
             TierError::Memory(e)
         })?;
         assert!(self.slots[i].put(Box::new_in(tier, Own)).is_ok(), "a range without a device has a slot without one");
+        if let Some(MmuId(n)) = number {
+            self.mmus[n as usize].store(i as u64 + 1, peerspace_core::sync::Ordering::Release);
+        }
         let free = self.order.iter().find(|o| o.load(Relaxed) == 0).expect("as many places as slots");
         free.store(i as u64 + 1, peerspace_core::sync::Ordering::Release);
         self.full.store(false, Relaxed);
@@ -109,6 +129,14 @@ impl<W: Words> Tiers<W> {
     /// The device of this number, if it is there and not being taken away.
     pub(crate) fn by_id(&self, id: u64) -> Option<TierRef<'_, W>> {
         self.slots[self.slot(id)?].get(super::cpu()).ok().filter(|tier| tier.id == id)
+    }
+
+    /// The device with this MMU, also while it is being taken away.
+    pub(crate) fn by_mmu(&self, mmu: MmuId) -> Option<TierRef<'_, W>> {
+        let i = self.mmus[mmu.0 as usize].load(peerspace_core::sync::Ordering::Acquire).checked_sub(1)? as usize;
+        let tier = self.slots[i].get_as_owner(super::cpu()).ok()?;
+        // Another one may have come to be there since.
+        tier.mmu.as_ref().is_some_and(|state| state.id == mmu).then_some(tier)
     }
 
     /// Begins to take device `id` away: nobody gets a reference to it any more, except who owns a page of it, and no page of
@@ -135,6 +163,9 @@ impl<W: Words> Tiers<W> {
         let i = self.maps.find(base.pfn())?;
         let tier = self.slots[i].take().ok()?;
         debug_assert_eq!(tier.used().0, 0, "pages of a device that is taken away are in use");
+        if let Some(state) = &tier.mmu {
+            self.mmus[state.id.0 as usize].store(0, Relaxed);
+        }
         self.maps.unregister(i);
         let at = self.order.iter().position(|o| o.load(Relaxed) == i as u64 + 1).expect("it has a place");
         for (to, from) in self.order[at..].iter().zip(&self.order[at + 1..]) {

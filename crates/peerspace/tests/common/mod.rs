@@ -2,7 +2,7 @@
 #![allow(dead_code)] // each test uses its part
 
 use peerspace::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store};
-use peerspace::{Faults, Space};
+use peerspace::{Faults, Region, Space};
 use std::collections::HashMap;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -10,6 +10,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 pub(crate) const MIB: usize = 1 << 20;
+/// Bytes of a block.
+pub(crate) const BLOCK: usize = 2 * MIB;
+
+pub(crate) fn mib(n: usize) -> u64 {
+    (n * MIB) as u64
+}
 
 pub(crate) fn page() -> usize {
     rustix::param::page_size()
@@ -246,6 +252,23 @@ pub(crate) fn space(faults: Faults, host: usize, device: impl Device + 'static) 
     Space::builder().host(host as u64).device(device).faults(faults).build().expect("a space")
 }
 
+/// A space over 64 MiB of plain memory, with memory that the CPU addresses in place beside it.
+#[cfg(all(feature = "dax", feature = "soft"))]
+pub(crate) fn with_dax(
+    faults: Faults,
+    host: usize,
+    dax: peerspace::device::dax::Dax,
+) -> (Space, peerspace::DeviceId) {
+    let space = space(faults, host, peerspace::device::soft::Soft::new(mib(64)).unwrap());
+    let far = space.attach(dax).unwrap();
+    (space, far)
+}
+
+/// Bytes that the CPU maps in place of a device.
+pub(crate) fn in_place(space: &Space, which: usize) -> usize {
+    space.statistics().devices[which].in_place_bytes as usize
+}
+
 /// What page `i` begins with, and is full of.
 pub(crate) fn word(i: usize) -> u64 {
     (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) << 8 | (i as u64 & 0xff)
@@ -260,6 +283,19 @@ pub(crate) fn fill(words: &mut [u64]) {
     for (i, p) in words.chunks_exact_mut(words_per_page()).enumerate() {
         p.fill(word(i));
     }
+}
+
+/// A region of `bytes` bytes that is filled so.
+pub(crate) fn filled(space: &Space, bytes: usize) -> Region {
+    let mut region = space.region(bytes as u64).unwrap();
+    fill(region.typed_mut());
+    region
+}
+
+/// Whether all of it is as it was filled.
+pub(crate) fn is_filled(region: &Region) -> bool {
+    let pages = region.typed::<u64>().chunks_exact(words_per_page());
+    pages.enumerate().all(|(i, page)| page.iter().all(|w| *w == word(i)))
 }
 
 /// Makes what is mapped leave, by using as much of another region.

@@ -118,6 +118,15 @@ pub enum DaxError {
         /// Bytes asked for.
         bytes: u64,
     },
+    /// Huge pages were asked for, and what has a path has the pages of its file system.
+    #[error(
+        "huge pages cannot be chosen for {}: its file system decides that. Leave Options::huge out; for huge pages of the \
+         kernel's pool, name a path on hugetlbfs", .path.display()
+    )]
+    HugePath {
+        /// What was to be opened.
+        path: PathBuf,
+    },
     /// Another process uses it, or this one does already.
     #[error("{} is in use, by another process or by another device of this one", .path.display())]
     InUse {

@@ -108,7 +108,8 @@ impl Options {
         Options { takes_evicted: true, ..self }
     }
 
-    /// Memory of huge pages from the kernel's pool (`vm.nr_hugepages`).
+    /// Memory of huge pages from the kernel's pool (`vm.nr_hugepages`): for [`memory`](Options::memory) alone. What has a path
+    /// has the pages of its file system.
     pub fn huge(self) -> Options {
         Options { huge: true, ..self }
     }
@@ -120,7 +121,7 @@ impl Options {
     pub fn memory(self) -> Result<Dax, DaxError> {
         let bytes = self.size.ok_or_else(|| DaxError::NoSize { path: "memory".into() })?;
         let opened = open::memory(bytes, self.altmap, self.huge)?;
-        Dax::new(opened, self, "dax")
+        Dax::new(opened, self)
     }
 
     /// A coherent device of the memory at `path`.
@@ -128,8 +129,10 @@ impl Options {
     /// # Errors
     /// [`DaxError`]; what is there is as it was.
     pub fn open(self, path: impl AsRef<Path>) -> Result<Dax, DaxError> {
-        let opened = open::path(path.as_ref(), self.size, self.altmap, false, self.reserved)?;
-        Dax::new(opened, self, "dax")
+        let path = path.as_ref();
+        self.fit(path)?;
+        let opened = open::path(path, self.size, self.altmap, false, self.reserved)?;
+        Dax::new(opened, self)
     }
 
     /// A persistent device of the memory at `path`.
@@ -138,12 +141,18 @@ impl Options {
     /// [`DaxError`]; what is there is as it was.
     pub fn persistent(self, path: impl AsRef<Path>) -> Result<Dax, DaxError> {
         let path = path.as_ref();
+        self.fit(path)?;
         let opened = open::path(path, self.size, self.altmap, true, self.reserved)?;
         let flush = opened.flush;
-        let mut dax = Dax::new(opened, self, "dax")?;
+        let mut dax = Dax::new(opened, self)?;
         let names = |e| DaxError::Names { path: path.into(), why: e };
         dax.persistence = Some(Persistence::open(dax.memory.clone(), dax.layout, flush).map_err(names)?);
         Ok(dax)
+    }
+
+    /// Whether all that was chosen can be had of what is at `path`.
+    fn fit(&self, path: &Path) -> Result<(), DaxError> {
+        if self.huge { Err(DaxError::HugePath { path: path.into() }) } else { Ok(()) }
     }
 }
 
@@ -182,11 +191,11 @@ impl Dax {
         Options::default()
     }
 
-    fn new(opened: Opened, options: Options, name: &str) -> Result<Dax, DaxError> {
+    fn new(opened: Opened, options: Options) -> Result<Dax, DaxError> {
         let Opened { memory, kind, layout, .. } = opened;
         let name = match &kind {
-            Kind::Named(path) | Kind::Node(path) => format!("{name}:{}", path.display()),
-            Kind::Memory | Kind::Unnamed => name.into(),
+            Kind::Named(path) | Kind::Node(path) => format!("dax:{}", path.display()),
+            Kind::Memory | Kind::Unnamed => "dax".into(),
         };
         let altmap = match layout.altmap {
             Some(_) => Some(Shared::new(SharedMapping::new(memory.fd(), 0, layout.data as usize).map_err(|e| {

@@ -10,11 +10,11 @@ use peerspace_core::addr::{Geometry, Pages, Pfn};
 use peerspace_core::buddy::Buddy;
 use peerspace_core::devmap::altmap_pages;
 use peerspace_core::sync::AtomicU64;
-use peerspace_os::linux::lock;
 use peerspace_os::linux::shared::{Flush, SharedFile};
+use peerspace_os::linux::{files, lock};
 use rustix::fs::{
     AtFlags, CWD, FallocateFlags, FileType, MemfdFlags, Mode, OFlags, SealFlags, Stat, fallocate, fcntl_add_seals,
-    fstat, fstatfs, ftruncate, memfd_create, open, openat, statat, unlinkat,
+    fstat, fstatfs, ftruncate, memfd_create, open, statat,
 };
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
@@ -168,11 +168,7 @@ fn place(path: &Path, may_be_directory: bool) -> Result<Place, DaxError> {
         Some(FileType::Directory) => {
             let directory = open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
             let directory = directory.map_err(|e| refused("open", path, e))?;
-            let name = format!(".peerspace-dax-{}-{:?}", std::process::id(), std::time::Instant::now());
-            let name = name.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '.', "");
-            let made = openat(&directory, &*name, flags | OFlags::CREATE | OFlags::EXCL, mode);
-            let file = made.map_err(|e| refused("make a file in", path, e))?;
-            unlinkat(&directory, &*name, AtFlags::empty()).map_err(|e| refused("unlink a file in", path, e))?;
+            let file = files::unnamed(directory.as_fd(), flags).map_err(|e| refused("make a file in", path, e))?;
             Ok(finish(file, Kind::Unnamed, true))
         }
         Some(FileType::RegularFile) => {

@@ -10,14 +10,12 @@ use super::error::{FileError, refused};
 use super::layout::{HEADER, Layout, expected, header, least_bytes, recognise};
 use crate::device::ForkSide;
 use crate::sync::Mutex;
-use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
-use peerspace_os::linux::files::{self, ForChild, OurFd, ShortPath};
+use peerspace_os::linux::files::{self, ForChild, OurFd};
 use peerspace_os::linux::lock;
 use peerspace_os::own::Buffer;
-use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags};
+use rustix::fs::{CWD, FallocateFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
-use std::fmt::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -72,7 +70,7 @@ impl Site {
 
     /// Another file, without a name and of full length. By system calls alone.
     pub(super) fn another(&self) -> Result<OurFd, Errno> {
-        let file = unnamed(self.directory.as_fd(), self.flags())?;
+        let file = files::unnamed(self.directory.as_fd(), self.flags())?;
         rustix::fs::ftruncate(&file, self.bytes)?;
         OurFd::new(file)
     }
@@ -95,35 +93,6 @@ impl Site {
             let _ = directory.arrive().and_then(|d| self.directory.replace(d));
         }
     }
-}
-
-/// A new file in `directory` that nobody else can find, and that ends with its last descriptor.
-fn unnamed(directory: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, Errno> {
-    let mode = Mode::RUSR | Mode::WUSR;
-    match rustix::fs::openat(directory, c".", flags | OFlags::TMPFILE, mode) {
-        // The ways in which file systems and kernels say that they cannot do this.
-        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL | Errno::NOSYS) => {}
-        other => return other,
-    }
-    make_and_unlink(directory, flags, mode)
-}
-
-fn make_and_unlink(directory: BorrowedFd<'_>, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let pid = rustix::process::getpid().as_raw_nonzero();
-    for _ in 0..1000 {
-        let mut name = ShortPath::new();
-        let _ = write!(name, ".peerspace-{pid}-{}", NEXT.fetch_add(1, Relaxed));
-        match rustix::fs::openat(directory, name.as_c_str(), flags | OFlags::CREATE | OFlags::EXCL, mode) {
-            Err(Errno::EXIST) => continue,
-            Err(e) => return Err(e),
-            Ok(file) => {
-                rustix::fs::unlinkat(directory, name.as_c_str(), AtFlags::empty())?;
-                return Ok(file);
-            }
-        }
-    }
-    Err(Errno::EXIST)
 }
 
 /// A file made under a name, to be removed again unless all goes well.
@@ -210,8 +179,8 @@ fn open_directory(path: &Path) -> Result<OwnedFd, FileError> {
 fn in_directory(path: &Path, size: Option<u64>) -> Result<Opened, FileError> {
     let directory = open_directory(path)?;
     let bytes = bytes_for(path, size, 0)?;
-    let file =
-        unnamed(directory.as_fd(), OFlags::RDWR | OFlags::CLOEXEC).map_err(|e| refused("make a file in", path, e))?;
+    let file = files::unnamed(directory.as_fd(), OFlags::RDWR | OFlags::CLOEXEC)
+        .map_err(|e| refused("make a file in", path, e))?;
     prepare(path, file, directory, bytes, size.is_none(), false)
 }
 
@@ -378,16 +347,6 @@ fn reads_quickly(file: &OwnedFd, page: &mut [u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn files_without_a_name_are_made_without_tmpfile_too() {
-        let dir = tempfile::tempdir().unwrap();
-        let directory = open_directory(dir.path()).unwrap();
-        let flags = OFlags::RDWR | OFlags::CLOEXEC;
-        let file = make_and_unlink(directory.as_fd(), flags, Mode::RUSR | Mode::WUSR).unwrap();
-        assert_eq!(rustix::fs::fstat(&file).unwrap().st_nlink, 0);
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-    }
 
     #[test]
     fn a_file_opened_again_has_its_own_locks() {

@@ -5,19 +5,15 @@
 
 use super::error::{FileError, refused};
 use super::open::{self, Claim};
-use peerspace_os::linux::lock;
-use rustix::fs::{Mode, OFlags};
+use peerspace_os::linux::lock::Reserved;
 use rustix::io::Errno;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// A file that nobody but [`File::open_reserved`](super::File::open_reserved) can open while this lives. A file that
 /// was made for it and came to no use is removed at the end.
 #[derive(Debug)]
 pub struct Reservation {
-    path: PathBuf,
-    file: OwnedFd,
-    fresh: bool,
+    _kept: Reserved,
 }
 
 impl Reservation {
@@ -33,25 +29,8 @@ impl Reservation {
             return Ok(None);
         }
         drop(opened);
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(|e| refused("open", path, e))?;
-        open::claimed(path, lock::reserve(file.as_fd()))?;
-        // As it was found out whether the file can be used, it was given its length.
-        let emptied = if fresh { rustix::fs::ftruncate(&file, 0) } else { Ok(()) };
-        let reservation = Reservation { path: path.to_path_buf(), file, fresh };
-        emptied.map_err(|e| refused("empty", path, e))?;
-        Ok(Some(reservation))
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        let unused = || rustix::fs::fstat(&self.file).is_ok_and(|s| s.st_size == 0);
-        // Whoever still has it open is one that was started here and lives on.
-        if self.fresh && unused() && lock::is_shared(self.file.as_fd()) == Ok(false) {
-            // Nothing can be done if it cannot be removed.
-            let _ = rustix::fs::unlink(&self.path);
-        }
+        let kept = Reserved::new(path, fresh, |lock| open::claimed(path, lock), |what, e| refused(what, path, e))?;
+        Ok(Some(Reservation { _kept: kept }))
     }
 }
 

@@ -28,7 +28,7 @@ impl Holds {
         match engine.hold_pages(pages, access) {
             Ok(()) => self.all.push(Hold { pages, kept: true }),
             // A page is lost, or the kernel was made to refuse.
-            Err(HoldError::Lost(..) | HoldError::Foreign(_) | HoldError::Stays(_)) => {}
+            Err(HoldError::Lost(..) | HoldError::Foreign(_) | HoldError::Stays(..)) => {}
             Err(e @ HoldError::TooMany(_)) => panic!("{e:?}"),
         }
     }

@@ -208,7 +208,7 @@ impl World {
             engine.tiers.before_fork();
             fork();
             engine.contexts.thaw();
-            engine.inplace.give_up_turn(&engine.kernel.park());
+            engine.give_up_turn();
         }
         engine.reopen_shared_memory();
     }

@@ -75,6 +75,29 @@ fn rig(can: Capabilities) -> (Arc<Rig>, Shelf) {
     (Arc::new(Rig::new(can, [shelf.clone()], false)), shelf)
 }
 
+/// Starts two threads that read and write `pages` pages each, of their own: each page begins with what `first` says, and with
+/// its number and the round after each of the `rounds` rounds.
+fn writers(
+    rig: &Arc<Rig>,
+    region: VaRange,
+    pages: usize,
+    rounds: u64,
+    first: fn(usize) -> u64,
+) -> [thread::JoinHandle<()>; 2] {
+    [0, 1].map(|who| {
+        let rig = rig.clone();
+        thread::spawn(move || {
+            for round in 1..=rounds {
+                for n in who * pages..(who + 1) * pages {
+                    let was = if round == 1 { first(n) } else { (round - 1) << 8 | n as u64 };
+                    assert_eq!(word(&rig, page(region, n)), Ok(was), "page {n} in round {round}");
+                    put(&rig, page(region, n), round << 8 | n as u64);
+                }
+            }
+        })
+    })
+}
+
 /// Two threads write and read pages of their own and read each other's, while a third unmaps and evicts.
 fn faults_and_reclaim(can: Capabilities, failing: bool) {
     const PAGES: usize = 3;
@@ -410,19 +433,7 @@ fn devices_are_exchanged() {
         put(&rig, page(region, n), n as u64);
     }
     rig.reclaim(60);
-    let writers: Vec<_> = (0..2)
-        .map(|who| {
-            let rig = rig.clone();
-            thread::spawn(move || {
-                for round in 1..3u64 {
-                    for n in who * PAGES..(who + 1) * PAGES {
-                        assert_eq!(word(&rig, page(region, n)), Ok((round - 1) << 8 | n as u64), "page {n}");
-                        put(&rig, page(region, n), round << 8 | n as u64);
-                    }
-                }
-            })
-        })
-        .collect();
+    let writers = writers(&rig, region, PAGES, 2, |n| n as u64);
     let reclaimer = {
         let rig = rig.clone();
         thread::spawn(move || {
@@ -468,20 +479,7 @@ fn memory_moves_in_place() {
     let region = rig.region(1);
     let block = rig.engine.geometry.vpn(region.start).block();
     let receiver = Receiver::start(&rig);
-    let writers: Vec<_> = (0..2)
-        .map(|who| {
-            let rig = rig.clone();
-            thread::spawn(move || {
-                for round in 1..4u64 {
-                    for n in who * PAGES..(who + 1) * PAGES {
-                        let was = if round == 1 { 0 } else { (round - 1) << 8 | n as u64 };
-                        assert_eq!(word(&rig, page(region, n)), Ok(was), "page {n} in round {round}");
-                        put(&rig, page(region, n), round << 8 | n as u64);
-                    }
-                }
-            })
-        })
-        .collect();
+    let writers = writers(&rig, region, PAGES, 3, |_| 0);
     let program = {
         let rig = rig.clone();
         thread::spawn(move || {

@@ -1,0 +1,401 @@
+//! The life of a device's fault (rule G4): the same table, the same states, the same locks as the CPU's.
+//!
+//! ```text
+//!  port -> which region? -> how should it get there? (place) -> lock the entry -> look again -> step (core::coherence)
+//!       -> recall, protect, unmap, move, copy: whatever the step says -> ... -> enter the translation, commit
+//! ```
+//!
+//! Steps that need no other lock follow each other while the entry is locked; the others (a CPU mapping that goes, a page
+//! that comes home, room that has to be made) are done without it, and then everything is looked at again. A huge folio moves
+//! and is mapped as one; where the device has no room for one, its pages go their own ways (rule H2).
+
+use super::context::Working;
+use super::fault::{Outcome, Patience};
+use super::make_room::Room;
+use super::mmus::MmuState;
+use super::tier::Tier;
+use super::to_device::Stay;
+use super::{Engine, Entry};
+use crate::device::mmu::DeviceAccess;
+use crate::device::port::FaultError;
+use peerspace_core::addr::{Access, Order, PageRange, Pages, Va, Vpn};
+use peerspace_core::coherence::{Request, Step, Wish, on_device_fault};
+use peerspace_core::entry::State;
+use peerspace_core::plan::CLUSTER;
+use peerspace_core::regions::{Attributes, RegionInfo};
+use peerspace_core::sharers::MmuId;
+use peerspace_core::stream::Direction;
+use peerspace_core::sync::Ordering::Relaxed;
+use peerspace_os::{Kernel, Protect, Wake};
+use std::time::{Duration, Instant};
+
+/// Faults in a row of one device on one page that it has already, before that is given up.
+const FRUITLESS: u64 = 10_000;
+/// How long a fault goes on trying where the kernel or other threads are in the way.
+const PATIENCE: Duration = if cfg!(shuttle) { Duration::from_secs(1 << 30) } else { Duration::from_secs(10) };
+/// Between two tries, after the first few.
+const PAUSE: Duration = Duration::from_micros(50);
+const AT_ONCE: u32 = 16;
+
+/// What a fault is about.
+struct Wanted<'a, W> {
+    vpn: Vpn,
+    access: DeviceAccess,
+    region: RegionInfo,
+    tier: &'a Tier<W>,
+    mmu: &'a MmuState,
+    wish: Wish,
+    most: Pages,
+}
+
+/// What comes after an attempt.
+enum Next {
+    /// The device has it: so many pages from the one that was asked for on.
+    Done(Pages),
+    /// Look again.
+    Again,
+    /// Look again, after whoever is in the way had time.
+    Pause,
+    /// A launch holds it, for however long.
+    Held,
+    /// Have it mapped on the CPU first.
+    Home(Access),
+    /// Take it from its place on a coherent device first.
+    Leave(peerspace_core::addr::DevicePfn),
+    /// Make room on the device for a folio of this order first.
+    Room(Order),
+    /// The mappings of the program are changing: wait for that.
+    Changing,
+    Fail(FaultError),
+}
+
+impl<K: Kernel> Engine<K> {
+    /// Resolves a fault of the device with `mmu`. `here`: by moving the page to the device, whatever else would be chosen.
+    pub(crate) fn device_fault(
+        &self,
+        mmu: MmuId,
+        va: Va,
+        access: DeviceAccess,
+        here: bool,
+    ) -> Result<(), FaultError> {
+        let vpn = self.geometry.vpn(va);
+        let (level, done) = {
+            let _work = self.contexts.take();
+            let tier = self.tiers.by_mmu(mmu).ok_or(FaultError::Cut)?;
+            let state = tier.mmu.as_ref().ok_or(FaultError::Cut)?;
+            state.counters.faults.fetch_add(1, Relaxed);
+            state.streams.arrive(vpn)
+        };
+        let most = match level {
+            0 => Pages(1),
+            1 => Pages(4),
+            _ => CLUSTER,
+        };
+        let got = self.bring_to_device(mmu, vpn, access, (here, most))?;
+        // More of a stream: each page as if it had faulted, as long as that takes no waiting.
+        let mut next = vpn + got.0;
+        if level > 0 && got.0 == 1 && done == Direction::Up {
+            let end = Vpn((vpn + most.0).0.min(PageRange::block(vpn.block()).end.0));
+            while next < end && self.region(next).is_some() {
+                match self.bring_to_device(mmu, next, access, (here, Pages(end - next))) {
+                    Ok(pages) => next = next + pages.0,
+                    Err(_) => break,
+                }
+            }
+        }
+        let _work = self.contexts.take();
+        if let Some(tier) = self.tiers.by_mmu(mmu)
+            && let Some(state) = &tier.mmu
+        {
+            state.streams.expect(next, Direction::Up, level.saturating_add(1));
+        }
+        Ok(())
+    }
+
+    /// Has the device with `mmu` map the page at `vpn`, for `access`. Returns how many pages from there on it has now. `most`: so
+    /// many are going to be asked for, this one included; `here`: by moving it there, whatever else would be chosen.
+    pub(crate) fn bring_to_device(
+        &self,
+        mmu: MmuId,
+        vpn: Vpn,
+        access: DeviceAccess,
+        (here, most): (bool, Pages),
+    ) -> Result<Pages, FaultError> {
+        let va = self.geometry.va(vpn);
+        let mut started: Option<Instant> = None;
+        let mut tries = 0;
+        let (mut stays, mut waited) = (false, false);
+        loop {
+            let next = {
+                let mut work = self.contexts.take();
+                let tier = self.tiers.by_mmu(mmu).filter(|tier| !tier.has_failed()).ok_or(FaultError::Cut)?;
+                self.attempt_for_device(&tier, vpn, access, (here, most), (&mut stays, &mut waited), &mut work)
+            };
+            match next {
+                Next::Done(pages) => return Ok(pages),
+                Next::Fail(e) => return Err(e),
+                Next::Again => {}
+                Next::Held => {
+                    crate::sync::sleep(PAUSE);
+                    continue;
+                }
+                Next::Pause if tries < AT_ONCE => crate::sync::yield_now(),
+                Next::Pause => crate::sync::sleep(PAUSE),
+                Next::Changing => self.wait_for_changes(),
+                Next::Home(access) => match self.fault(va, access, Wake::Yes, Patience::Waits) {
+                    Ok(Outcome::Foreign) => return Err(FaultError::NotManaged(va.0)),
+                    // It is asked for again, and found to be lost.
+                    Ok(Outcome::Resolved | Outcome::Poisoned | Outcome::Refused) | Err(_) => {}
+                },
+                Next::Leave(pfn) => {
+                    if self.leave_place(pfn, vpn).is_err() {
+                        return Err(FaultError::NotManaged(va.0));
+                    }
+                }
+                Next::Room(order) => match self.make_room(mmu, order) {
+                    Room::Made => {}
+                    Room::Busy => crate::sync::sleep(PAUSE),
+                    Room::None if order == Order::BASE => return Err(FaultError::NoRoom(va.0)),
+                    // In small pages then.
+                    Room::None => self.split_for_device(vpn),
+                },
+            }
+            tries += 1;
+            if tries > AT_ONCE && started.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
+                return Err(FaultError::NoHeadway(va.0));
+            }
+        }
+    }
+
+    /// The block of `vpn` goes on in small pages: there is no room for it in one piece.
+    fn split_for_device(&self, vpn: Vpn) {
+        let work = self.contexts.take();
+        if let Ok(entry) = self.table.lock(vpn)
+            && entry.is_whole()
+        {
+            let entry = self.recall(entry);
+            self.split_whole(entry, &work.counters);
+        }
+    }
+
+    fn attempt_for_device(
+        &self,
+        tier: &Tier<K::Words>,
+        vpn: Vpn,
+        access: DeviceAccess,
+        (here, most): (bool, Pages),
+        (stays, waited): (&mut bool, &mut bool),
+        work: &mut Working<'_>,
+    ) -> Next {
+        let va = self.geometry.va(vpn);
+        let Some(mmu) = &tier.mmu else { return Next::Fail(FaultError::Cut) };
+        if !mmu.info.addresses.contains(&va.0) {
+            return Next::Fail(FaultError::OutOfReach(va.0));
+        }
+        let Some(region) = self.region(vpn) else {
+            // It may have grown in place, or its news be on the way: the CPU's fault finds out.
+            if std::mem::replace(waited, true) {
+                return Next::Fail(FaultError::NotManaged(va.0));
+            }
+            return Next::Home(Access::Read);
+        };
+        let gone = Attributes::LEAVING.with(Attributes::KEPT);
+        if region.attributes.without(gone) != region.attributes {
+            return Next::Fail(FaultError::NotManaged(va.0));
+        }
+        let Some((_, whole)) = self.table.look(vpn) else { return Next::Again };
+        let first = if whole { vpn.block_start() } else { vpn };
+        let choice = self.choose(region, first, mmu, access);
+        let mut wish = if here && access.writes() { Wish::Migrate } else { choice.wish };
+        if let Some(wait) = choice.wait.filter(|_| !here) {
+            // It goes to and fro, and cannot be accessed where it is: it stays there for a while at least.
+            crate::sync::sleep(wait);
+        }
+        if *stays {
+            if !mmu.info.remote {
+                return Next::Fail(FaultError::Device(va.0, crate::device::DeviceError::Unsupported));
+            }
+            wish = Wish::Remote;
+        }
+        let wanted = Wanted { vpn, access, region, tier, mmu, wish, most };
+        self.step_for_device(wanted, stays, work)
+    }
+
+    /// Locks the entry, and does what can be done with it locked.
+    fn step_for_device(&self, wanted: Wanted<'_, K::Words>, stays: &mut bool, work: &mut Working<'_>) -> Next {
+        let Wanted { vpn, access, region, tier, mmu, wish, most } = wanted;
+        let va = self.geometry.va(vpn);
+        let Ok(mut entry) = self.table.lock(vpn) else { return Next::Again };
+        if self.region(vpn) != Some(region) {
+            return Next::Again;
+        }
+        if entry.is_whole() && !self.block_inside(region, vpn) && entry.state() == State::Empty {
+            entry.split_evenly();
+            return Next::Again;
+        }
+        let adopted = region.attributes.has(Attributes::ADOPTED);
+        if adopted && access.writes() {
+            // The program may have made it read-only.
+            match self.kernel.mapping_at(va) {
+                Ok(Some(_)) => {}
+                Ok(None) => return Next::Fail(FaultError::ReadOnly(va.0)),
+                Err(_) => return Next::Pause,
+            }
+        }
+        if adopted && entry.state() == State::Empty && self.is_native(&entry, vpn) {
+            let range = entry.range().intersect(region.range);
+            drop(entry);
+            return self.take_native_for(vpn, range, wish, work);
+        }
+        let request = Request {
+            mmu: mmu.id,
+            write: access == DeviceAccess::Write,
+            atomic: access == DeviceAccess::Atomic,
+            wish,
+            zero_page: mmu.info.zero_page,
+            protects: self.kernel.capabilities().write_protect,
+        };
+        loop {
+            match on_device_fault(entry.state(), request, |pfn| tier.range.contains(pfn.pfn())) {
+                Step::Enter(state, grant) => return self.enter_for_device(entry, state, grant, tier, mmu, vpn),
+                Step::Recall => entry = self.recall(entry),
+                Step::Protect => {
+                    let State::Host { pfn, dirt, .. } = entry.state() else { unreachable!("it is mapped") };
+                    let Some(_section) = self.gate.enter(work.context()) else { return Next::Changing };
+                    if self.kernel.protect(self.addresses(entry.range()), Protect::Yes, Wake::No).is_err() {
+                        return Next::Pause;
+                    }
+                    entry.set(State::Host { pfn, writable: false, dirt });
+                }
+                Step::Unmap => {
+                    let State::Host { pfn, .. } = entry.state() else { unreachable!("it is mapped") };
+                    if self.is_relied_on(&entry, pfn) {
+                        // What is pinned stays on the host (rule Z8); the device can use it there.
+                        *stays = true;
+                        return if mmu.info.remote { Next::Again } else { Next::Pause };
+                    }
+                    let near =
+                        PageRange::new(vpn, most).intersect(PageRange::block(vpn.block())).intersect(region.range);
+                    let rest = if entry.is_whole() { entry.range() } else { near };
+                    drop(entry);
+                    return if self.walk(rest, work, |rest, work| self.set_some_aside(rest, work)) > 0 {
+                        Next::Again
+                    } else {
+                        Next::Pause
+                    };
+                }
+                Step::Home(access) => return Next::Home(access),
+                Step::Move => {
+                    let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
+                    match self.move_here(&mut entry, tier, work) {
+                        Ok(()) => {
+                            self.places.moved(entry.vpn(), Some(mmu.id));
+                            mmu.counters.moved.fetch_add(order.pages().0, Relaxed);
+                        }
+                        Err(stay) => return self.stayed(stay, entry, order, work),
+                    }
+                }
+                Step::Replicate(sharers) => {
+                    let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
+                    match self.copy_here(&mut entry, sharers, tier, work) {
+                        Ok(grant) => {
+                            mmu.counters.replicated.fetch_add(order.pages().0, Relaxed);
+                            let state = entry.state();
+                            return self.enter_for_device(entry, state, grant, tier, mmu, vpn);
+                        }
+                        Err(stay) => return self.stayed(stay, entry, order, work),
+                    }
+                }
+                Step::Leave => {
+                    let State::Coherent { pfn } = entry.state() else { unreachable!("it is in place") };
+                    return match self.is_persistent(vpn) {
+                        true => Next::Fail(FaultError::NotManaged(va.0)),
+                        false => Next::Leave(pfn),
+                    };
+                }
+                Step::Wait => return Next::Held,
+                Step::Lost(pfn) => {
+                    let name = self.tiers.find(pfn).map_or("a device that is gone".into(), |t| t.info.name.clone());
+                    return Next::Fail(FaultError::Lost(va.0, format!("device {name} could not give it back")));
+                }
+            }
+        }
+    }
+
+    /// Commits `state`, and has the device enter the translation.
+    fn enter_for_device(
+        &self,
+        mut entry: Entry<'_, K>,
+        state: State,
+        grant: peerspace_core::coherence::Grant,
+        tier: &Tier<K::Words>,
+        mmu: &MmuState,
+        vpn: Vpn,
+    ) -> Next {
+        let va = self.geometry.va(vpn);
+        let already = entry.state() == state;
+        entry.set(state);
+        let mapping = self.target_of(tier, &entry, grant);
+        if mapping.to == crate::device::mmu::Target::Host {
+            mmu.counters.remote.fetch_add(1, Relaxed);
+        }
+        if let Err(e) = tier.enter(&[mapping]) {
+            // The data is where it was; nobody has it mapped but who had before, if that can be said.
+            drop(self.recall(entry));
+            return Next::Fail(FaultError::Device(va.0, e));
+        }
+        let got = Pages(entry.range().end - vpn);
+        drop(entry);
+        if mmu.note_fault(vpn, already) > FRUITLESS {
+            return Next::Fail(FaultError::NoHeadway(va.0));
+        }
+        Next::Done(got)
+    }
+
+    /// The data did not come to the device.
+    fn stayed(&self, stay: Stay, entry: Entry<'_, K>, order: Order, work: &mut Working<'_>) -> Next {
+        let va = self.geometry.va(entry.vpn());
+        match stay {
+            Stay::NoRoom => Next::Room(order),
+            Stay::Changing => Next::Changing,
+            Stay::Unreadable(_) if order == Order::BLOCK => {
+                // In pages: exactly those are lost that cannot be read (rule Z9).
+                self.split_whole(entry, &work.counters);
+                Next::Again
+            }
+            Stay::Unreadable(e) => {
+                self.lose(entry, e, work.context());
+                Next::Again
+            }
+            Stay::Failed(e) => Next::Fail(FaultError::Device(va.0, e)),
+        }
+    }
+
+    /// Whether somebody relies on the folio of `entry`, which is mapped, staying where it is.
+    fn is_relied_on(&self, entry: &Entry<'_, K>, pfn: peerspace_core::addr::Pfn) -> bool {
+        let frame = self.frame_of(pfn, entry.is_whole());
+        self.memmap.pins(self.memmap.head(frame)) > 0
+    }
+
+    /// Whether the kernel has populated a page of adopted memory of which the table knows nothing.
+    fn is_native(&self, entry: &Entry<'_, K>, vpn: Vpn) -> bool {
+        match entry.is_whole() {
+            true => self.has_native(entry.range()),
+            false => self.kernel.is_present(self.geometry.va(vpn)).unwrap_or(true),
+        }
+    }
+
+    /// Takes native pages into the table: to standby if they are to move.
+    fn take_native_for(&self, vpn: Vpn, range: PageRange, wish: Wish, work: &mut Working<'_>) -> Next {
+        let known = || !matches!(self.table.look(vpn), Some((e, _)) if e.state() == State::Empty);
+        if wish == Wish::Migrate {
+            let near = PageRange::new(vpn, CLUSTER).intersect(PageRange::block(vpn.block()));
+            let rest = if range.pages() > CLUSTER { range } else { near };
+            if self.take_native_from(rest, work).0 > 0 && known() {
+                return Next::Again;
+            }
+        }
+        self.track_here(vpn);
+        if known() { Next::Again } else { Next::Pause }
+    }
+}

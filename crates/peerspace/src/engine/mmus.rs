@@ -1,0 +1,382 @@
+//! The MMUs of a space's devices: what each maps is taken away here, and nowhere else (rules G2, G5).
+//!
+//! *Recall* takes all devices' translations of an entry away while it is locked, and returns when none of them makes an access by
+//! them any more. It cannot fail: a device that does not let go before its deadline is quarantined. Then its accesses to the
+//! host's memory, which all go through its port, are refused; what it alone holds is lost.
+//!
+//! # Accesses of devices to the host's memory
+//!
+//! They are made by [`Engine::remote_access`], with a context, in a section of the gate (so that no change of mappings is under
+//! way) and only where the table says, unlocked, that the device may. Whoever recalls has set the entry's lock bit before, and
+//! then waits for the accesses that began before he looked ([`Engine::drain_remote`]):
+//!
+//! ```text
+//!  access:  remote += 1 (odd); fence; look: locked or not shared? -> leave       recall:  lock; fence; for each context:
+//!           copy; remote += 1 (even)                                                      odd? -> wait until it changes
+//! ```
+//!
+//! Either the access sees the lock bit, or the recall sees the access.
+
+use super::context::Context;
+use super::tier::{Tier, unwinding};
+use super::{Engine, Entry};
+use crate::device::mmu::{Mapping, Mmu, MmuDescriptor, Progress, Target};
+use crate::device::port::FaultError;
+use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Va, VaRange, Vpn};
+use peerspace_core::coherence;
+use peerspace_core::entry::State;
+use peerspace_core::plan::OnDevices;
+use peerspace_core::sharers::{MmuId, Sharers};
+use peerspace_core::stream::Streams;
+use peerspace_core::sync::{AtomicU64, Ordering, Ordering::Relaxed, fence};
+use peerspace_core::words::Words;
+use peerspace_os::Kernel;
+use std::time::Instant;
+
+/// What the space knows of a device's MMU.
+pub(crate) struct MmuState {
+    pub(crate) id: MmuId,
+    pub(crate) info: MmuDescriptor,
+    /// Streams of its faults.
+    pub(crate) streams: Streams,
+    /// Where the search for cold pages goes on.
+    pub(crate) hand: AtomicU64,
+    /// The page of the last fault, and how often in a row it faulted although it was mapped already.
+    last: AtomicU64,
+    fruitless: AtomicU64,
+    pub(crate) counters: MmuCounters,
+}
+
+/// What a device's faults came to.
+#[derive(Debug, Default)]
+pub(crate) struct MmuCounters {
+    pub(crate) faults: AtomicU64,
+    /// Pages that moved to the device.
+    pub(crate) moved: AtomicU64,
+    /// Pages of which it got copies.
+    pub(crate) replicated: AtomicU64,
+    /// Faults that mapped memory of the host in place.
+    pub(crate) remote: AtomicU64,
+    /// Translations taken away.
+    pub(crate) recalls: AtomicU64,
+    /// Pages evicted from the device.
+    pub(crate) evicted: AtomicU64,
+}
+
+impl MmuState {
+    pub(crate) fn new(id: MmuId, info: MmuDescriptor) -> MmuState {
+        MmuState {
+            id,
+            info,
+            streams: Streams::new(),
+            hand: AtomicU64::new(0),
+            last: AtomicU64::new(u64::MAX),
+            fruitless: AtomicU64::new(0),
+            counters: MmuCounters::default(),
+        }
+    }
+
+    /// Notes a fault at `vpn`; `already`: it had what it asks for. How many of the kind there were in a row.
+    pub(crate) fn note_fault(&self, vpn: Vpn, already: bool) -> u64 {
+        if !already || self.last.swap(vpn.0, Relaxed) != vpn.0 {
+            self.fruitless.store(0, Relaxed);
+            return 0;
+        }
+        self.fruitless.fetch_add(1, Relaxed) + 1
+    }
+}
+
+impl<W: Words> Tier<W> {
+    /// What its faults came to, if it runs code.
+    pub(crate) fn mmu_statistics(&self) -> Option<crate::report::MmuStatistics> {
+        let counters = &self.mmu.as_ref()?.counters;
+        let n = |counter: &AtomicU64| counter.load(Relaxed);
+        Some(crate::report::MmuStatistics {
+            faults: n(&counters.faults),
+            moved: n(&counters.moved),
+            replicated: n(&counters.replicated),
+            remote: n(&counters.remote),
+            recalls: n(&counters.recalls),
+            evicted: n(&counters.evicted),
+        })
+    }
+
+    /// The number of its MMU, if it runs code.
+    pub(crate) fn mmu_id(&self) -> Option<MmuId> {
+        self.mmu.as_ref().map(|mmu| mmu.id)
+    }
+
+    /// Its MMU, if it runs code and has not failed.
+    fn live_mmu(&self) -> Option<(&MmuState, &dyn Mmu)> {
+        let state = self.mmu.as_ref().filter(|_| !self.has_failed())?;
+        Some((state, unwinding(|| self.device().mmu()).flatten()?))
+    }
+
+    /// Gives the device its port.
+    pub(crate) fn give_port(&self, port: crate::device::port::Port) {
+        if let Some((_, mmu)) = self.live_mmu()
+            && unwinding(|| mmu.attached(port)).is_none()
+        {
+            self.quarantine("it panicked when it was given its port");
+        }
+    }
+
+    /// Enters translations.
+    pub(crate) fn enter(&self, batch: &[Mapping]) -> Result<(), crate::device::DeviceError> {
+        use crate::device::DeviceError;
+        let (_, mmu) = self.live_mmu().ok_or(DeviceError::Gone)?;
+        let done = unwinding(|| mmu.map(batch)).unwrap_or(Err(DeviceError::Panicked));
+        if done == Err(DeviceError::Gone) {
+            self.fail();
+        }
+        done
+    }
+
+    /// Takes translations away. When this returns the device uses them no more, or is cut off.
+    pub(crate) fn unmap(&self, range: VaRange) {
+        let Some((state, mmu)) = self.live_mmu() else { return };
+        state.counters.recalls.fetch_add(1, Relaxed);
+        let begun = unwinding(|| mmu.unmap(range.start.0..range.end.0));
+        let why = match begun {
+            Some(Ok(Progress::Done)) => return,
+            Some(Ok(Progress::Pending(pending))) => match self.await_fence(mmu, pending, state.info.deadline) {
+                Ok(()) => return,
+                Err(why) => why,
+            },
+            Some(Err(e)) => e.to_string(),
+            None => "its own code panicked".into(),
+        };
+        self.quarantine(&format!("it did not let go of {range}: {why}"));
+    }
+
+    fn await_fence(&self, mmu: &dyn Mmu, pending: u64, deadline: std::time::Duration) -> Result<(), String> {
+        let begin = Instant::now();
+        loop {
+            match unwinding(|| mmu.is_done(pending)) {
+                Some(Ok(true)) => return Ok(()),
+                Some(Ok(false)) if begin.elapsed() < deadline => crate::sync::yield_now(),
+                Some(Ok(false)) => return Err(format!("it was given {deadline:?}")),
+                Some(Err(e)) => return Err(e.to_string()),
+                None => return Err("its own code panicked".into()),
+            }
+        }
+    }
+
+    /// The device has not kept its promises: it is cut off (rule G5), and what it alone holds is lost.
+    pub(crate) fn quarantine(&self, why: &str) {
+        crate::tell::warning(format_args!("device {} is quarantined: {why}", self.info.name));
+        self.fail();
+    }
+
+    /// Whether any page of `range` was used by the device since it was last asked.
+    pub(crate) fn take_accessed(&self, range: VaRange) -> bool {
+        let Some((_, mmu)) = self.live_mmu() else { return false };
+        unwinding(|| mmu.take_accessed(range.start.0..range.end.0)).unwrap_or(false)
+    }
+
+    /// Whether the device can do with a region at `range` (rule G13).
+    pub(crate) fn reserve_addresses(&self, range: VaRange) -> bool {
+        let Some((state, mmu)) = self.live_mmu() else { return true };
+        let reach = &state.info.addresses;
+        reach.start <= range.start.0
+            && range.end.0 <= reach.end
+            && unwinding(|| mmu.reserve(range.start.0..range.end.0)).unwrap_or(false)
+    }
+
+    /// Undoes [`reserve_addresses`](Tier::reserve_addresses).
+    pub(crate) fn release_addresses(&self, range: VaRange) {
+        if let Some((_, mmu)) = self.live_mmu() {
+            let _ = unwinding(|| mmu.release(range.start.0..range.end.0));
+        }
+    }
+}
+
+impl<K: Kernel> Engine<K> {
+    /// Takes all translations of devices for the pages of `entry` away, and what copies of them there are.
+    pub(crate) fn recall<'t>(&'t self, mut entry: Entry<'t, K>) -> Entry<'t, K> {
+        let state = entry.state();
+        let (pages, range) = (entry.range(), self.addresses(entry.range()));
+        let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
+        match state {
+            State::Shared { sharers, .. } | State::Zero { sharers } => {
+                self.each_sharer(sharers, |tier| tier.unmap(range));
+                if let State::Shared { .. } = state {
+                    self.drain_remote();
+                    self.each_sharer(sharers, |tier| tier.drop_replica(pages.start, order));
+                }
+            }
+            State::Mapped { pfn, .. } => self.tiers.of(pfn).unmap(range),
+            _ => return entry,
+        }
+        let now = coherence::recalled(state, || self.stamp()).expect("devices map it");
+        entry.set(now);
+        entry
+    }
+
+    /// [Recalls](Engine::recall) what the CPU wants.
+    pub(crate) fn recall_for_cpu<'t>(&'t self, on: OnDevices, entry: Entry<'t, K>) -> Entry<'t, K> {
+        if let OnDevices::Alone(_) = on {
+            self.places.moved(entry.vpn(), None);
+        }
+        self.recall(entry)
+    }
+
+    fn each_sharer(&self, sharers: Sharers, mut each: impl FnMut(&Tier<K::Words>)) {
+        for mmu in sharers.iter() {
+            if let Some(tier) = self.tiers.by_mmu(mmu) {
+                each(&tier);
+            }
+        }
+    }
+
+    /// [Recalls](Engine::recall) whatever devices map of `pages`.
+    pub(crate) fn recall_pages(&self, pages: PageRange) {
+        let mut at = pages.start;
+        while at < pages.end {
+            let Some((seen, whole)) = self.table.look(at) else {
+                at = Vpn(at.block_start().0 + BLOCK_PAGES);
+                continue;
+            };
+            if seen.state().is_on_mmus()
+                && let Ok(entry) = self.table.lock(at)
+            {
+                drop(self.recall(entry));
+                continue;
+            }
+            at = if whole { Vpn(at.block_start().0 + BLOCK_PAGES) } else { at + 1 };
+        }
+    }
+
+    /// Recalls everything, of all regions: before a fork.
+    pub(crate) fn recall_all(&self) {
+        if self.tiers.iter().any(|tier| tier.mmu.is_some()) {
+            self.regions.iter().for_each(|region| self.recall_pages(region.range));
+        }
+    }
+
+    /// Waits until the accesses of devices to the host's memory are over that were under way. The caller has locked the entry
+    /// that it is about.
+    fn drain_remote(&self) {
+        // Pairs with the fence in remote_access.
+        fence(Ordering::SeqCst);
+        for slot in self.contexts.all() {
+            let remote = &slot.as_ref().remote;
+            let seen = remote.load(Ordering::Acquire);
+            while seen % 2 == 1 && remote.load(Ordering::Acquire) == seen {
+                crate::sync::yield_now();
+            }
+        }
+    }
+
+    /// An access of the device with `mmu` to memory of the host that is mapped for it, of `len` bytes at `va`, all in one page.
+    /// `access` makes it; false if it could not.
+    pub(crate) fn remote_access(
+        &self,
+        mmu: MmuId,
+        va: Va,
+        len: usize,
+        write: bool,
+        access: impl FnOnce() -> bool,
+    ) -> Result<(), FaultError> {
+        let vpn = self.geometry.vpn(va);
+        if len == 0 || self.geometry.vpn(Va(va.0 + len as u64 - 1)) != vpn {
+            return Err(FaultError::NotMapped(va.0));
+        }
+        let work = self.contexts.take();
+        let context = work.context();
+        let Some(_section) = self.gate.enter(context) else {
+            drop(work);
+            self.wait_for_changes();
+            return Err(FaultError::NotMapped(va.0));
+        };
+        let _remote = Remote::begin(context);
+        match self.tiers.by_mmu(mmu) {
+            Some(tier) if !tier.has_failed() => {}
+            _ => return Err(FaultError::Cut),
+        }
+        let allowed = match self.table.look(vpn) {
+            Some((entry, _)) if !self.table.is_locked(vpn) => match entry.state() {
+                State::Shared { sharers, writable, .. } => sharers.has(mmu) && (writable || !write),
+                _ => false,
+            },
+            _ => false,
+        };
+        // Even so, memory that the program owns may just have been unmapped.
+        if allowed && access() { Ok(()) } else { Err(FaultError::NotMapped(va.0)) }
+    }
+
+    /// Where what `grant` gives is, for the device of `tier`.
+    pub(crate) fn target_of(&self, tier: &Tier<K::Words>, entry: &Entry<'_, K>, grant: coherence::Grant) -> Mapping {
+        use coherence::Grant;
+        let range = self.addresses(entry.range());
+        let (to, writable) = match (grant, entry.state()) {
+            (Grant::Own, State::Mapped { pfn, .. }) => (Target::Own(pfn - tier.range.base), true),
+            (Grant::Copy, State::Shared { pfn, dirt, .. }) => {
+                let own = tier.replica(entry.vpn()).or_else(|| self.clean_backing(tier, entry, pfn, dirt));
+                (own.map_or(Target::Host, Target::Own), false)
+            }
+            (Grant::Frame { writable }, State::Shared { .. }) => (Target::Host, writable),
+            (Grant::Zeros, State::Zero { .. }) => (Target::Zero, false),
+            (grant, state) => unreachable!("{grant:?} in {state:?}"),
+        };
+        Mapping { va: range.start.0, bytes: range.len(), to, writable }
+    }
+
+    /// The page of `tier` that holds the same as the frame of `entry` for certain, because it came from there.
+    pub(crate) fn clean_backing(
+        &self,
+        tier: &Tier<K::Words>,
+        entry: &Entry<'_, K>,
+        pfn: peerspace_core::addr::Pfn,
+        dirt: peerspace_core::entry::Dirt,
+    ) -> Option<u64> {
+        use peerspace_core::entry::Dirt;
+        use peerspace_core::memmap::Backing;
+        let frame = self.frame_of(pfn, entry.is_whole());
+        let sure = dirt == Dirt::Clean && self.memmap.epoch(frame) == self.life();
+        match self.memmap.backing(frame) {
+            Backing::Page(at) if sure && tier.range.contains(at.pfn()) => Some(at - tier.range.base),
+            _ => None,
+        }
+    }
+
+    /// Whether every device can do with a region at `range`; keeps it free there if so (rule G13).
+    pub(crate) fn reserve_on_devices(&self, range: VaRange) -> bool {
+        let all: Vec<_> = self.tiers.iter().collect();
+        let taken = all.iter().take_while(|tier| tier.reserve_addresses(range)).count();
+        if taken < all.len() {
+            all[..taken].iter().for_each(|tier| tier.release_addresses(range));
+        }
+        taken == all.len()
+    }
+
+    /// The addresses that all devices can translate.
+    pub(crate) fn reach(&self) -> std::ops::Range<u64> {
+        let all = self.tiers.iter().filter_map(|tier| tier.mmu.as_ref().map(|mmu| mmu.info.addresses.clone()));
+        all.fold(0..u64::MAX, |a, b| a.start.max(b.start)..a.end.min(b.end))
+    }
+
+    /// Undoes [`reserve_on_devices`](Engine::reserve_on_devices).
+    pub(crate) fn release_on_devices(&self, range: VaRange) {
+        self.tiers.iter().for_each(|tier| tier.release_addresses(range));
+    }
+}
+
+/// An access to the host's memory under way.
+struct Remote<'a>(&'a Context);
+
+impl<'a> Remote<'a> {
+    fn begin(context: &'a Context) -> Remote<'a> {
+        context.remote.fetch_add(1, Ordering::Relaxed);
+        // Pairs with the fence in drain_remote.
+        fence(Ordering::SeqCst);
+        Remote(context)
+    }
+}
+
+impl Drop for Remote<'_> {
+    fn drop(&mut self) {
+        // Release: what was read and written is over for whoever waits for it.
+        self.0.remote.fetch_add(1, Ordering::Release);
+    }
+}

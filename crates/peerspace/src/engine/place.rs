@@ -1,0 +1,124 @@
+//! Where a page should be when a device wants it: what mode, hints and the page's own history say (rules G8, G9).
+//!
+//! A hint decides where there is one. Without one the device's mode does, but for pages that go to and fro
+//! ([`wars`](peerspace_core::wars)): these stay where they are for a while, and whoever can accesses them there. A page that a
+//! device accesses on the host so often that it had better be on the device goes there
+//! ([`Engine::note_remote`]).
+
+use super::Engine;
+use super::mmus::MmuState;
+use crate::device::mmu::{DeviceAccess, Mode};
+use peerspace_core::addr::{Va, Vpn};
+use peerspace_core::coherence::Wish;
+use peerspace_core::regions::{Attributes, Place, RegionInfo};
+use peerspace_core::sharers::MmuId;
+use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
+use peerspace_core::wars::Wars;
+use peerspace_os::Kernel;
+use std::time::{Duration, Instant};
+
+/// Ticks of the clock of [`Wars`].
+const TICK: Duration = Duration::from_micros(100);
+/// So many accesses to a page on the host make it worth moving, unless somebody said otherwise.
+const HOT: u32 = 256;
+
+/// What the space knows of where pages go.
+#[derive(Debug)]
+pub(crate) struct Places {
+    wars: Wars,
+    born: Instant,
+    truces: AtomicU64,
+}
+
+impl Places {
+    pub(crate) fn new() -> Places {
+        Places { wars: Wars::new(), born: Instant::now(), truces: AtomicU64::new(0) }
+    }
+
+    fn now(&self) -> u64 {
+        (self.born.elapsed().as_nanos() / TICK.as_nanos()) as u64
+    }
+
+    /// The page (or block) at `vpn` goes to a device, or home.
+    pub(crate) fn moved(&self, vpn: Vpn, to: Option<MmuId>) {
+        if self.wars.moved(vpn, to.map_or(0, |mmu| mmu.0 + 1), self.now()) {
+            self.truces.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// How long the page (or block) at `vpn` is to stay where it is.
+    pub(crate) fn truce(&self, vpn: Vpn) -> Option<Duration> {
+        match self.wars.truce(vpn, self.now()) {
+            0 => None,
+            ticks => Some(TICK * ticks as u32),
+        }
+    }
+
+    /// How many truces there have been.
+    pub(crate) fn truces(&self) -> u64 {
+        self.truces.load(Relaxed)
+    }
+}
+
+/// How a device is to get at a page, and how long it is to wait first.
+pub(crate) struct Choice {
+    pub(crate) wish: Wish,
+    pub(crate) wait: Option<Duration>,
+}
+
+impl<K: Kernel> Engine<K> {
+    /// How the device with `mmu` is to get at the page (or block) that begins at `vpn`, for `access`.
+    pub(crate) fn choose(&self, region: RegionInfo, vpn: Vpn, mmu: &MmuState, access: DeviceAccess) -> Choice {
+        let now = |wish| Choice { wish, wait: None };
+        let hints = region.attributes;
+        let far = mmu.info.remote;
+        if access == DeviceAccess::Atomic {
+            return now(Wish::Migrate);
+        }
+        if far && hints.accessed_by(mmu.id) {
+            return now(Wish::Remote);
+        }
+        if hints.has(Attributes::READ_MOSTLY) {
+            return now(Wish::Replicate);
+        }
+        match hints.preferred() {
+            Some(Place::Host) if far => return now(Wish::Remote),
+            Some(Place::Mmu(id)) if id == mmu.id => return now(Wish::Migrate),
+            _ => {}
+        }
+        let wish = match mmu.info.mode {
+            Mode::Share if far => return now(Wish::Remote),
+            Mode::Replicate if access == DeviceAccess::Read => Wish::Replicate,
+            Mode::Share | Mode::Exclusive | Mode::Replicate => Wish::Migrate,
+        };
+        match self.places.truce(vpn) {
+            None => now(wish),
+            Some(_) if far => now(Wish::Remote),
+            wait => Choice { wish, wait },
+        }
+    }
+
+    /// The device with `mmu` has accessed the page at `va` on the host so many times of late. Where that is often, and nobody
+    /// has said that it is to stay there, it moves to the device.
+    pub(crate) fn note_remote(&self, mmu: MmuId, va: Va, accesses: u32) {
+        if accesses < HOT {
+            return;
+        }
+        let vpn = self.geometry.vpn(va);
+        let moves = {
+            let _work = self.contexts.take();
+            let (Some(region), Some(tier)) = (self.region(vpn), self.tiers.by_mmu(mmu)) else { return };
+            let Some(state) = &tier.mmu else { return };
+            let hints = region.attributes;
+            let stays = hints.accessed_by(mmu)
+                || hints.preferred() == Some(Place::Host)
+                || hints.has(Attributes::READ_MOSTLY);
+            let start = self.table.look(vpn).map_or(vpn, |(_, whole)| if whole { vpn.block_start() } else { vpn });
+            state.info.mode != Mode::Share && !stays && self.places.truce(start).is_none()
+        };
+        if moves {
+            // Whether it does is found out at the next access.
+            let _ = self.device_fault(mmu, va, DeviceAccess::Write, true);
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! The ports of a space's devices: made when a device with an MMU joins, cut when it goes or the space does.
+//!
+//! A port refers to the engine, and the engine owns the device that has the port; so the reference is one that can be taken away
+//! ([`Slot`]). Whoever cuts a port waits until nothing goes through it any more.
+
+use crate::attach::DeviceId;
+use crate::device::mmu::DeviceAccess;
+use crate::device::port::{FaultError, Port, PortOps};
+use crate::engine;
+use crate::space::Real;
+use peerspace_core::addr::{PageRange, Va};
+use peerspace_core::sharers::MmuId;
+use peerspace_os::Kernel;
+use peerspace_os::linux::signal::without_signals;
+use peerspace_os::own::Shared;
+use peerspace_os::slot::{Slot, SlotRef};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A device's way to the engine.
+struct Link {
+    engine: Slot<Shared<Real>>,
+    mmu: MmuId,
+}
+
+impl Link {
+    fn engine(&self) -> Result<SlotRef<'_, Shared<Real>>, FaultError> {
+        self.engine.get(engine::cpu()).map_err(|_| FaultError::Cut)
+    }
+
+    fn cut(&self) {
+        // Refused when it was cut before.
+        if self.engine.revoke().is_ok() {
+            drop(self.engine.take());
+        }
+    }
+}
+
+impl PortOps for Link {
+    fn fault(&self, va: u64, access: DeviceAccess) -> Result<(), FaultError> {
+        let engine = self.engine()?;
+        // Without signals: a handler of the program that touched managed memory now could wait for this thread.
+        without_signals(|| engine.device_fault(self.mmu, Va(va), access, false))
+    }
+
+    fn read(&self, va: u64, to: &mut [u8]) -> Result<(), FaultError> {
+        let engine = self.engine()?;
+        let kernel = &engine.kernel;
+        engine.remote_access(self.mmu, Va(va), to.len(), false, || kernel.read_mapped(Va(va), to))
+    }
+
+    fn write(&self, va: u64, from: &[u8]) -> Result<(), FaultError> {
+        let engine = self.engine()?;
+        let kernel = &engine.kernel;
+        engine.remote_access(self.mmu, Va(va), from.len(), true, || kernel.write_mapped(Va(va), from))
+    }
+
+    fn note_remote(&self, va: u64, accesses: u32) {
+        if let Ok(engine) = self.engine() {
+            without_signals(|| engine.note_remote(self.mmu, Va(va), accesses));
+        }
+    }
+}
+
+/// All ports of a space.
+#[derive(Default)]
+pub(crate) struct Ports(Mutex<Vec<(DeviceId, Arc<Link>)>>);
+
+impl Ports {
+    fn all(&self) -> std::sync::MutexGuard<'_, Vec<(DeviceId, Arc<Link>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives device `id` its port, if it runs code. Regions that there are already it must be able to translate.
+    ///
+    /// # Errors
+    /// The region that it cannot translate (rule G13).
+    pub(crate) fn connect(&self, engine: &Shared<Real>, id: DeviceId) -> Result<(), PageRange> {
+        let Some(tier) = engine.tiers.by_id(id.0) else { return Ok(()) };
+        let Some(mmu) = tier.mmu_id() else { return Ok(()) };
+        let mut reserved = Vec::new();
+        for region in engine.regions.iter() {
+            let range = engine.addresses(region.range);
+            if !tier.reserve_addresses(range) {
+                reserved.into_iter().for_each(|range| tier.release_addresses(range));
+                return Err(region.range);
+            }
+            reserved.push(range);
+        }
+        let link = Link { engine: Slot::new(), mmu };
+        let put = link.engine.put(engine.clone());
+        debug_assert!(put.is_ok(), "a new port is empty");
+        let link = Arc::new(link);
+        self.all().push((id, link.clone()));
+        tier.give_port(Port::new(link));
+        Ok(())
+    }
+
+    /// Cuts the port of device `id`, and waits until nothing goes through it. True if there was one.
+    pub(crate) fn cut(&self, id: DeviceId) -> bool {
+        let link = {
+            let mut all = self.all();
+            all.iter().position(|(of, _)| *of == id).map(|i| all.swap_remove(i).1)
+        };
+        link.inspect(|link| link.cut()).is_some()
+    }
+
+    /// Cuts all ports.
+    pub(crate) fn cut_all(&self) {
+        let links = std::mem::take(&mut *self.all());
+        links.iter().for_each(|(_, link)| link.cut());
+    }
+
+    /// In a forked child: the threads that used them do not exist.
+    pub(crate) fn renew(&self) {
+        self.all().iter().for_each(|(_, link)| link.engine.renew());
+    }
+}

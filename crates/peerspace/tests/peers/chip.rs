@@ -1,0 +1,318 @@
+//! A device that runs code, as small as can be: a table of translations under a lock, and accesses that the test makes itself.
+//!
+//! An access holds the lock, so an `unmap` that has returned is over. It minds the contract: what is mapped, and with which
+//! permission, and it can be told to break it.
+
+use peerspace::device::mmu::{DeviceAccess, FaultError, Mapping, Mmu, MmuDescriptor, Mode, Port, Progress, Target};
+use peerspace::device::{Descriptor, Device, DeviceError, DevicePages, Load, PeerCopy, Store};
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, OnceLock};
+
+pub(crate) const PAGE: u64 = 4096;
+
+/// What goes wrong with a chip.
+#[derive(Default)]
+pub(crate) struct Trouble {
+    /// Translations cannot be entered.
+    pub(crate) refuse_map: AtomicBool,
+    /// Translations are said to be entered, and are not.
+    pub(crate) forget_map: AtomicBool,
+    /// Nothing is ever unmapped, and no answer comes.
+    pub(crate) never_unmap: AtomicBool,
+    /// It says that it cannot unmap.
+    pub(crate) refuse_unmap: AtomicBool,
+    /// Stores fail; one in so many, 0 for none.
+    pub(crate) bad_stores: AtomicU64,
+    /// Loads fail; one in so many, 0 for none.
+    pub(crate) bad_loads: AtomicU64,
+    /// Loads return fewer bytes.
+    pub(crate) short_loads: AtomicBool,
+    /// It is gone.
+    pub(crate) gone: AtomicBool,
+    count: AtomicU64,
+}
+
+impl Trouble {
+    fn strikes(&self, one_in: &AtomicU64) -> bool {
+        let n = one_in.load(SeqCst);
+        n > 0 && self.count.fetch_add(1, SeqCst) % n == n - 1
+    }
+}
+
+struct Inner {
+    name: String,
+    info: MmuDescriptor,
+    memory: Mutex<Vec<u8>>,
+    table: Mutex<BTreeMap<u64, (Target, bool)>>,
+    port: OnceLock<Port>,
+    trouble: Trouble,
+    direct: bool,
+    bytes: u64,
+    /// Addresses of its own that no region may have.
+    taken: Mutex<Vec<Range<u64>>>,
+    pub(crate) bytes_in: AtomicU64,
+    pub(crate) bytes_out: AtomicU64,
+    pub(crate) peer_bytes: AtomicU64,
+    pub(crate) faults: AtomicU64,
+}
+
+/// The device; a handle.
+#[derive(Clone)]
+pub(crate) struct Chip(Arc<Inner>);
+
+impl Chip {
+    pub(crate) fn new(name: &str, bytes: u64, info: MmuDescriptor) -> Chip {
+        Chip::with(name, bytes, info, true)
+    }
+
+    /// `direct`: it copies from peers.
+    pub(crate) fn with(name: &str, bytes: u64, info: MmuDescriptor, direct: bool) -> Chip {
+        Chip(Arc::new(Inner {
+            name: name.into(),
+            info,
+            memory: Mutex::new(vec![0xcc; bytes as usize]),
+            table: Mutex::default(),
+            port: OnceLock::new(),
+            trouble: Trouble::default(),
+            direct,
+            bytes,
+            taken: Mutex::default(),
+            bytes_in: AtomicU64::new(0),
+            bytes_out: AtomicU64::new(0),
+            peer_bytes: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
+        }))
+    }
+
+    pub(crate) fn exclusive(name: &str, bytes: u64) -> Chip {
+        Chip::new(name, bytes, MmuDescriptor::new(Mode::Exclusive))
+    }
+
+    pub(crate) fn trouble(&self) -> &Trouble {
+        &self.0.trouble
+    }
+
+    pub(crate) fn port(&self) -> &Port {
+        self.0.port.get().expect("attached")
+    }
+
+    pub(crate) fn take_addresses(&self, range: Range<u64>) {
+        self.0.taken.lock().unwrap().push(range);
+    }
+
+    /// Bytes that came to the device, left it, and came from peers.
+    pub(crate) fn moved(&self) -> [u64; 3] {
+        [&self.0.bytes_in, &self.0.bytes_out, &self.0.peer_bytes].map(|n| n.load(SeqCst))
+    }
+
+    pub(crate) fn faults(&self) -> u64 {
+        self.0.faults.load(SeqCst)
+    }
+
+    /// What the page of `va` is mapped to.
+    pub(crate) fn target(&self, va: u64) -> Option<(Target, bool)> {
+        self.0.table.lock().unwrap().get(&(va / PAGE * PAGE)).copied()
+    }
+
+    /// One access, in one page.
+    fn access(
+        &self,
+        va: u64,
+        how: DeviceAccess,
+        mut bytes: impl FnMut(&mut [u8]),
+        len: usize,
+    ) -> Result<(), FaultError> {
+        assert!(va % PAGE + len as u64 <= PAGE);
+        loop {
+            {
+                let table = self.0.table.lock().unwrap();
+                match table.get(&(va / PAGE * PAGE)).copied() {
+                    Some((Target::Own(page), writable)) if writable || how == DeviceAccess::Read => {
+                        let at = (page * PAGE + va % PAGE) as usize;
+                        bytes(&mut self.0.memory.lock().unwrap()[at..at + len]);
+                        return Ok(());
+                    }
+                    Some((Target::Zero, _)) if how == DeviceAccess::Read => {
+                        bytes(&mut vec![0; len]);
+                        return Ok(());
+                    }
+                    Some((Target::Host, writable))
+                        if how == DeviceAccess::Read || writable && how == DeviceAccess::Write =>
+                    {
+                        drop(table);
+                        let mut buffer = vec![0; len];
+                        let done = match how {
+                            DeviceAccess::Read => self.port().read(va, &mut buffer).map(|()| bytes(&mut buffer)),
+                            _ => {
+                                bytes(&mut buffer);
+                                self.port().write(va, &buffer)
+                            }
+                        };
+                        match done {
+                            Err(FaultError::NotMapped(_)) => {}
+                            done => return done,
+                        }
+                    }
+                    _ => {}
+                }
+            }
+            self.0.faults.fetch_add(1, SeqCst);
+            self.port().fault(va, how)?;
+        }
+    }
+
+    pub(crate) fn read(&self, va: u64, to: &mut [u8]) -> Result<(), FaultError> {
+        let len = to.len();
+        self.access(va, DeviceAccess::Read, |bytes| to.copy_from_slice(bytes), len)
+    }
+
+    pub(crate) fn write(&self, va: u64, from: &[u8]) -> Result<(), FaultError> {
+        self.access(va, DeviceAccess::Write, |bytes| bytes.copy_from_slice(from), from.len())
+    }
+
+    pub(crate) fn load(&self, va: u64) -> Result<u64, FaultError> {
+        let mut word = [0; 8];
+        self.read(va, &mut word)?;
+        Ok(u64::from_le_bytes(word))
+    }
+
+    pub(crate) fn store(&self, va: u64, word: u64) -> Result<(), FaultError> {
+        self.write(va, &word.to_le_bytes())
+    }
+
+    /// Adds to a word in one step.
+    pub(crate) fn add(&self, va: u64, n: u64) -> Result<(), FaultError> {
+        let add = |bytes: &mut [u8]| {
+            let word = u64::from_le_bytes(bytes.try_into().unwrap()) + n;
+            bytes.copy_from_slice(&word.to_le_bytes());
+        };
+        self.access(va, DeviceAccess::Atomic, add, 8)
+    }
+
+    fn range(&self, page: u64, len: usize) -> Option<Range<usize>> {
+        let at = (page * PAGE) as usize;
+        (at as u64 + len as u64 <= self.0.bytes).then(|| at..at + len)
+    }
+}
+
+impl Device for Chip {
+    fn describe(&self) -> Descriptor {
+        let mut info = Descriptor::private(self.0.name.clone(), self.0.bytes / PAGE);
+        info.takes_evicted = false;
+        info
+    }
+
+    fn store(&self, batch: &mut [Store<'_>]) {
+        for store in batch {
+            let trouble = &self.0.trouble;
+            store.result = match self.range(store.page, store.bytes.len()) {
+                _ if trouble.gone.load(SeqCst) => Err(DeviceError::Gone),
+                _ if trouble.strikes(&trouble.bad_stores) => Err(DeviceError::Io(5)),
+                None => Err(DeviceError::Unsupported),
+                Some(range) => {
+                    self.0.memory.lock().unwrap()[range].copy_from_slice(store.bytes);
+                    self.0.bytes_in.fetch_add(store.bytes.len() as u64, SeqCst);
+                    Ok(())
+                }
+            };
+        }
+    }
+
+    fn load(&self, batch: &mut [Load<'_>]) {
+        for load in batch {
+            let trouble = &self.0.trouble;
+            load.result = match self.range(load.page, load.bytes.len()) {
+                _ if trouble.gone.load(SeqCst) => Err(DeviceError::Gone),
+                _ if trouble.strikes(&trouble.bad_loads) => Err(DeviceError::Io(5)),
+                _ if trouble.short_loads.load(SeqCst) => Err(DeviceError::Short { got: 7, wanted: load.bytes.len() }),
+                None => Err(DeviceError::Unsupported),
+                Some(range) => {
+                    load.bytes.copy_from_slice(&self.0.memory.lock().unwrap()[range]);
+                    self.0.bytes_out.fetch_add(load.bytes.len() as u64, SeqCst);
+                    Ok(())
+                }
+            };
+        }
+    }
+
+    fn freed(&self, _: DevicePages) {}
+
+    fn mmu(&self) -> Option<&dyn Mmu> {
+        Some(self)
+    }
+
+    fn copy_from(&self, peer: &dyn Device, batch: &mut [PeerCopy]) {
+        let peer = peer.as_any().and_then(|any| any.downcast_ref::<Chip>());
+        for copy in batch {
+            copy.result = match peer {
+                Some(peer) if self.0.direct && peer.0.direct && !peer.0.trouble.gone.load(SeqCst) => {
+                    let from = copy.from as usize..(copy.from + copy.bytes) as usize;
+                    let bytes = peer.0.memory.lock().unwrap()[from].to_vec();
+                    let to = copy.to as usize..(copy.to + copy.bytes) as usize;
+                    self.0.memory.lock().unwrap()[to].copy_from_slice(&bytes);
+                    self.0.peer_bytes.fetch_add(copy.bytes, SeqCst);
+                    Ok(())
+                }
+                _ => Err(DeviceError::Unsupported),
+            };
+        }
+    }
+
+    fn as_any(&self) -> Option<&dyn Any> {
+        Some(self)
+    }
+}
+
+impl Mmu for Chip {
+    fn describe(&self) -> MmuDescriptor {
+        self.0.info.clone()
+    }
+
+    fn attached(&self, port: Port) {
+        let _ = self.0.port.set(port);
+    }
+
+    fn map(&self, batch: &[Mapping]) -> Result<(), DeviceError> {
+        if self.0.trouble.refuse_map.load(SeqCst) {
+            return Err(DeviceError::Io(12));
+        }
+        if self.0.trouble.forget_map.load(SeqCst) {
+            return Ok(());
+        }
+        let mut table = self.0.table.lock().unwrap();
+        for m in batch {
+            for i in 0..m.bytes / PAGE {
+                let to = match m.to {
+                    Target::Own(page) => Target::Own(page + i),
+                    to => to,
+                };
+                table.insert(m.va + i * PAGE, (to, m.writable));
+            }
+        }
+        Ok(())
+    }
+
+    fn unmap(&self, addresses: Range<u64>) -> Result<Progress, DeviceError> {
+        if self.0.trouble.refuse_unmap.load(SeqCst) {
+            return Err(DeviceError::Io(16));
+        }
+        if self.0.trouble.never_unmap.load(SeqCst) {
+            return Ok(Progress::Pending(1));
+        }
+        let mut table = self.0.table.lock().unwrap();
+        let gone = addresses;
+        table.retain(|va, _| !gone.contains(va));
+        Ok(Progress::Done)
+    }
+
+    fn is_done(&self, _: u64) -> Result<bool, DeviceError> {
+        Ok(false)
+    }
+
+    fn reserve(&self, addresses: Range<u64>) -> bool {
+        self.0.taken.lock().unwrap().iter().all(|t| t.end <= addresses.start || addresses.end <= t.start)
+    }
+}
