@@ -53,7 +53,6 @@ pub struct Port {
 
 impl Port {
     /// A port that does what `ops` says.
-    #[cfg(test)]
     pub(crate) fn new(ops: Arc<dyn PortOps>) -> Port {
         Port { ops }
     }

@@ -20,8 +20,7 @@ use std::sync::atomic::Ordering::Relaxed;
 ///
 /// Clones are the same device. It is attached like any other device, by a clone, and kernels are launched with another:
 ///
-/// ```no_run
-/// # // Not run: written before spaces resolve device faults.
+/// ```
 /// use peerspace::Space;
 /// use peerspace::device::soft::{Accelerator, KernelError, Lane, Options};
 ///
@@ -68,7 +67,7 @@ impl Accelerator {
     }
 
     /// What the lanes keep as well.
-    #[cfg(test)]
+    #[cfg(all(test, not(shuttle)))]
     pub(super) fn handle_core(&self) -> Shared<Core> {
         self.handle.0.clone()
     }
