@@ -129,9 +129,8 @@ impl Office {
         take: impl FnOnce(&[u8]),
     ) -> Result<bool, DeviceError> {
         let begin = Instant::now();
-        let claim = |desk: &&Desk| {
-            desk.state.compare_exchange(IDLE, CLAIMED, Ordering::Acquire, Ordering::Relaxed).is_ok()
-        };
+        let claim =
+            |desk: &&Desk| desk.state.compare_exchange(IDLE, CLAIMED, Ordering::Acquire, Ordering::Relaxed).is_ok();
         let desk = loop {
             if self.gone.load(Ordering::Relaxed) {
                 return Err(DeviceError::Gone);
@@ -155,9 +154,8 @@ impl Office {
                 ANSWERED => break,
                 state => {
                     let left = self.limit.checked_sub(begin.elapsed());
-                    let given_up = || {
-                        desk.state.compare_exchange(SENT, ENDED, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-                    };
+                    let given_up =
+                        || desk.state.compare_exchange(SENT, ENDED, Ordering::AcqRel, Ordering::Relaxed).is_ok();
                     match left {
                         Some(left) => wait_word(&desk.state, state, Some(left)),
                         None if given_up() => return Err(self.give_up()),
