@@ -42,8 +42,26 @@
 //!
 //! A device's fault is resolved step by step by [`on_device_fault`]: lock the entry, do the step, look again. What has to
 //! be done by somebody else's rules (a CPU fault that brings the page home, a CPU mapping that goes) is done without the lock.
-//! Each step leads to a state from which fewer are left, unless others interfere, and each is complete by itself. The
-//! engine carries out these steps; the model in `coherence_tests.rs` does so in every order.
+//! Each step leads to a state from which fewer are left, unless others interfere, and each is complete by itself.
+//!
+//! Three things the words of the table do not say, and the steps rely on:
+//!
+//! - `Empty` means zeros here. Of adopted memory, a page of the kernel's own is taken in hand first.
+//! - A pinned page (H5) refuses `Unmap`, and `Protect` if it is pinned to be written: its device waits, or asks again to have
+//!   it [`Remote`](Wish::Remote), which takes neither unless the access is atomic.
+//! - Whoever accesses the host's memory on behalf of a device goes by the translation that a recall takes away, not by the word,
+//!   which changes only after the wait; and a quarantine waits for such accesses, which are our own code.
+//!
+//! # What has been checked
+//!
+//! The model in `coherence_tests` takes these steps, [`plan::on_fault`](crate::plan::on_fault) and
+//! [`plan::on_evict`](crate::plan::on_evict), cuts each into what others can come between, and looks at every state that is
+//! reachable: of one page of one frame, with a page for data and one for a copy on each device, a tier, and a CPU. Accesses
+//! under way, reclaim, evictions, discards, pins, launches, memory in place, pages of the kernel's own, copies and mappings that
+//! fail, and devices that stop answering come in any order. With two devices that may both fail it has over 90,000 states,
+//! with three of which one may fail over 180,000, not counting those that differ in the devices' numbers alone. In each, one
+//! writes or all read, nobody gets to what is not the latest, what is lost was on a device that failed, and nobody waits for
+//! ever but for a launch or a pin. Beyond its bounds are several pages and blocks, forks, and the order of memory accesses.
 
 use crate::addr::{Access, DevicePfn};
 use crate::entry::State;
@@ -188,5 +206,5 @@ pub fn recalled(state: State, stamp: impl FnOnce() -> u16) -> Option<State> {
 }
 
 #[cfg(all(test, feature = "device", not(any(loom, shuttle))))]
-#[path = "coherence_tests.rs"]
+#[path = "coherence_tests/mod.rs"]
 mod tests;

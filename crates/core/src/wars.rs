@@ -69,8 +69,14 @@ impl Wars {
         let (slot, tag) = self.slot(vpn);
         let (place, now) = (place as u64 & 15, now & TIME);
         let fresh = Note { place, count: 0, truces: 0, time: now };
-        let note = match Self::read(slot.load(Relaxed), tag) {
+        let word = slot.load(Relaxed);
+        let note = match Self::read(word, tag) {
             None => fresh,
+            // Whoever cannot do without it takes it even so; the truce goes on.
+            Some(note) if note.count == 0 && (now.wrapping_sub(note.time) & TIME) < note.truce() => {
+                slot.store(word & !(15 << 40) | place << 40, Relaxed);
+                return false;
+            }
             Some(note) => {
                 let since = now.wrapping_sub(note.time) & TIME;
                 let soon = since < SOON + note.truce();
@@ -115,6 +121,9 @@ mod tests {
             let truce = wars.truce(page, now);
             if truce > 0 {
                 truces.push(truce);
+                // One side cannot but have it at once.
+                assert!(!wars.moved(page, 0, now + 1));
+                assert_eq!(wars.truce(page, now + 1), truce - 1);
                 now += truce;
             }
             wars.moved(page, (moves % 2) as u8, now);

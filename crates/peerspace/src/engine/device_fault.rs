@@ -211,10 +211,7 @@ impl<K: Kernel> Engine<K> {
             // It goes to and fro, and cannot be accessed where it is: it stays there for a while at least.
             crate::sync::sleep(wait);
         }
-        if *stays {
-            if !mmu.info.remote {
-                return Next::Fail(FaultError::Device(va.0, crate::device::DeviceError::Unsupported));
-            }
+        if *stays && mmu.info.remote {
             wish = Wish::Remote;
         }
         let wanted = Wanted { vpn, access, region, tier, mmu, wish, most };
@@ -234,6 +231,9 @@ impl<K: Kernel> Engine<K> {
             return Next::Again;
         }
         let adopted = region.attributes.has(Attributes::ADOPTED);
+        if access.writes() && region.attributes.has(Attributes::DEVICES_READ) {
+            return Next::Fail(FaultError::ReadOnly(va.0));
+        }
         if adopted && access.writes() {
             // The program may have made it read-only.
             match self.kernel.mapping_at(va) {
@@ -259,6 +259,11 @@ impl<K: Kernel> Engine<K> {
             match on_device_fault(entry.state(), request, |pfn| tier.range.contains(pfn.pfn())) {
                 Step::Enter(state, grant) => return self.enter_for_device(entry, state, grant, tier, mmu, vpn),
                 Step::Recall => entry = self.recall(entry),
+                Step::Protect | Step::Replicate(_) if self.is_pinned_entry(&entry) => {
+                    // The kernel may write there without asking anybody.
+                    *stays = true;
+                    return if mmu.info.remote { Next::Again } else { Next::Pause };
+                }
                 Step::Protect => {
                     let State::Host { pfn, dirt, .. } = entry.state() else { unreachable!("it is mapped") };
                     let Some(_section) = self.gate.enter(work.context()) else { return Next::Changing };
@@ -268,8 +273,7 @@ impl<K: Kernel> Engine<K> {
                     entry.set(State::Host { pfn, writable: false, dirt });
                 }
                 Step::Unmap => {
-                    let State::Host { pfn, .. } = entry.state() else { unreachable!("it is mapped") };
-                    if self.is_relied_on(&entry, pfn) {
+                    if self.is_pinned_entry(&entry) {
                         // What is pinned stays on the host (rule Z8); the device can use it there.
                         *stays = true;
                         return if mmu.info.remote { Next::Again } else { Next::Pause };
@@ -372,7 +376,8 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Whether somebody relies on the folio of `entry`, which is mapped, staying where it is.
-    fn is_relied_on(&self, entry: &Entry<'_, K>, pfn: peerspace_core::addr::Pfn) -> bool {
+    fn is_pinned_entry(&self, entry: &Entry<'_, K>) -> bool {
+        let (State::Host { pfn, .. } | State::Shared { pfn, .. }) = entry.state() else { return false };
         let frame = self.frame_of(pfn, entry.is_whole());
         self.memmap.pins(self.memmap.head(frame)) > 0
     }

@@ -92,7 +92,7 @@ impl<K: Kernel> Engine<K> {
         let State::Standby { dirt, .. } = entry.state() else { unreachable!("the page is on standby") };
         let backing = self.memmap.backing(frame);
         let same_life = self.memmap.epoch(frame) == self.life();
-        match plan::on_evict(dirt, backing, same_life) {
+        match self.plan_evict(dirt, backing, same_life) {
             EvictPlan::DropToZero => {
                 count(&work.counters.clean_dropped);
                 Some(State::Empty)
@@ -117,6 +117,16 @@ impl<K: Kernel> Engine<K> {
                     State::Empty
                 })
             }
+        }
+    }
+
+    /// How a frame can go. What a device held that has failed since is worth nothing: the frame is all there is (Z9).
+    pub(super) fn plan_evict(&self, dirt: Dirt, backing: Backing, same_life: bool) -> EvictPlan {
+        match plan::on_evict(dirt, backing, same_life) {
+            EvictPlan::DropTo(pfn) | EvictPlan::CompareWith(pfn) if self.tiers.of(pfn).has_failed() => {
+                EvictPlan::WriteBack
+            }
+            plan => plan,
         }
     }
 
@@ -231,7 +241,7 @@ impl<K: Kernel> Engine<K> {
         let page = self.geometry.page_bytes();
         let backing = self.memmap.backing(frame);
         let same_life = self.memmap.epoch(frame) == self.life();
-        let to = match plan::on_evict(dirt, backing, same_life) {
+        let to = match self.plan_evict(dirt, backing, same_life) {
             EvictPlan::DropToZero => Some(State::Empty),
             EvictPlan::DropTo(pfn) => Some(self.on_device(pfn, false)),
             EvictPlan::CompareWith(pfn) => self.kernel.read_staged(range, |bytes| {

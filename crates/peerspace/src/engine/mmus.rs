@@ -26,6 +26,7 @@ use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Va, VaRange, Vpn};
 use peerspace_core::coherence;
 use peerspace_core::entry::State;
 use peerspace_core::plan::OnDevices;
+use peerspace_core::regions::Attributes;
 use peerspace_core::sharers::{MmuId, Sharers};
 use peerspace_core::stream::Streams;
 use peerspace_core::sync::{AtomicU64, Ordering, Ordering::Relaxed, fence};
@@ -295,14 +296,20 @@ impl<K: Kernel> Engine<K> {
             _ => return Err(FaultError::Cut),
         }
         let allowed = match self.table.look(vpn) {
-            Some((entry, _)) if !self.table.is_locked(vpn) => match entry.state() {
-                State::Shared { sharers, writable, .. } => sharers.has(mmu) && (writable || !write),
-                _ => false,
-            },
+            Some((entry, _)) if !self.table.is_locked(vpn) && !(write && self.is_for_reading(vpn)) => {
+                match entry.state() {
+                    State::Shared { sharers, writable, .. } => sharers.has(mmu) && (writable || !write),
+                    _ => false,
+                }
+            }
             _ => false,
         };
         // Even so, memory that the program owns may just have been unmapped.
         if allowed && access() { Ok(()) } else { Err(FaultError::NotMapped(va.0)) }
+    }
+
+    fn is_for_reading(&self, vpn: Vpn) -> bool {
+        self.region(vpn).is_some_and(|r| r.attributes.has(Attributes::DEVICES_READ))
     }
 
     /// Where what `grant` gives is, for the device of `tier`.
@@ -319,7 +326,8 @@ impl<K: Kernel> Engine<K> {
             (Grant::Zeros, State::Zero { .. }) => (Target::Zero, false),
             (grant, state) => unreachable!("{grant:?} in {state:?}"),
         };
-        Mapping { va: range.start.0, bytes: range.len(), to, writable }
+        let readable = self.region(entry.vpn()).is_some_and(|r| r.attributes.has(Attributes::DEVICES_READ));
+        Mapping { va: range.start.0, bytes: range.len(), to, writable: writable && !readable }
     }
 
     /// The page of `tier` that holds the same as the frame of `entry` for certain, because it came from there.
