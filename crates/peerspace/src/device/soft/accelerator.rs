@@ -224,6 +224,15 @@ impl Device for Accelerator {
         Some(self)
     }
 
+    fn clear(&self, pages: DevicePages) -> Result<(), DeviceError> {
+        let core = self.core();
+        core.alive()?;
+        let bytes = pages.count.checked_mul(core.page()).ok_or_else(invalid)?;
+        core.memory.clear(core.place(pages.first, bytes)?, bytes as usize);
+        core.touched.touch(pages.first..pages.first + pages.count);
+        Ok(())
+    }
+
     fn copy_from(&self, peer: &dyn Device, batch: &mut [PeerCopy]) {
         let Some(peer) = peer.as_any().and_then(|peer| peer.downcast_ref::<Accelerator>()) else {
             batch.iter_mut().for_each(|copy| copy.result = Err(DeviceError::Unsupported));

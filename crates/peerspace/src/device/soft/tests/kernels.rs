@@ -78,7 +78,7 @@ fn g1_bytes_are_read_and_written_in_bulk_while_the_cpu_takes_pages_back() {
     let gpu = accelerator(16);
     let space = FakeSpace::new(&gpu, 64, Manner::Move);
     let len = 40 * page() as usize + 77;
-    let bytes: Vec<u8> = (0..len).map(|i| (i * 31 >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..len).map(|i| ((i * 31) >> 3) as u8).collect();
     let job = {
         let bytes = bytes.clone();
         launch(&gpu, 4, move |lane, items| {

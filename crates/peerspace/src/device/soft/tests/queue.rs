@@ -111,7 +111,7 @@ fn panics_are_errors_of_their_kernel() {
         Err(KernelError::Panicked(message)) => message,
         other => panic!("{other:?}"),
     };
-    assert_eq!(failed(launch(&gpu, 5, |_, items| panic!("item {}", items.start.min(0)))), "item 0");
+    assert_eq!(failed(launch(&gpu, 5, |_, items| panic!("of {}", items.end - items.start))), "of 1");
     assert_eq!(failed(launch(&gpu, 1, |_, _| panic!("plain"))), "plain");
     assert_eq!(failed(launch(&gpu, 1, |_, _| std::panic::panic_any(5u8))), "without a message");
     assert_eq!(failed(launch(&gpu, 1, |_, _| std::panic::panic_any(Bomb))), "with something that panics itself");
@@ -128,7 +128,10 @@ fn waiting_has_an_end_and_gives_what_was_captured_back_before() {
     let (job, open) = gate(&gpu);
     let later = {
         let captured = captured.clone();
-        launch(&gpu, 100, move |_, _| Ok(drop(captured.clone())))
+        launch(&gpu, 100, move |_, _| {
+            drop(captured.clone());
+            Ok(())
+        })
     };
     let begun = Instant::now();
     assert_eq!(job.wait_timeout(Duration::from_millis(20)), None);
@@ -137,7 +140,10 @@ fn waiting_has_an_end_and_gives_what_was_captured_back_before() {
     // A job that nobody holds is run all the same.
     let left = Arc::new(AtomicBool::new(false));
     let flag = left.clone();
-    drop(launch(&gpu, 1, move |_, _| Ok(flag.store(true, SeqCst))));
+    drop(launch(&gpu, 1, move |_, _| {
+        flag.store(true, SeqCst);
+        Ok(())
+    }));
     open.store(true, SeqCst);
     assert_eq!(later.wait_timeout(Duration::MAX), Some(Ok(())));
     assert_eq!(Arc::strong_count(&captured), 1);
@@ -171,7 +177,11 @@ fn the_last_handle_may_be_dropped_by_a_lane_and_what_is_left_is_stopped() {
     drop(last);
     let third = {
         let (dropped, flag) = (dropped.clone(), flag.clone());
-        launch(&gpu, 3, move |_, _| Ok(drop((dropped.clone(), flag.store(true, SeqCst)))))
+        launch(&gpu, 3, move |_, _| {
+            drop(dropped.clone());
+            flag.store(true, SeqCst);
+            Ok(())
+        })
     };
     drop(gpu);
     // What runs is run to its end, and what is behind it is not begun.
@@ -185,7 +195,10 @@ fn the_last_handle_may_be_dropped_by_a_lane_and_what_is_left_is_stopped() {
     let (gpu, space) = attached(2);
     space.let_go();
     let held = Mutex::new(Some(gpu.clone()));
-    let job = launch(&gpu, 40, move |_, _| Ok(drop(held.lock().unwrap().take())));
+    let job = launch(&gpu, 40, move |_, _| {
+        drop(held.lock().unwrap().take());
+        Ok(())
+    });
     drop(gpu);
     assert_eq!(job.wait(), Ok(()));
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::device::soft::{Link, Soft};
-use crate::device::{DeviceError, PeerCopy};
+use crate::device::{DeviceError, DevicePages, PeerCopy};
 use std::time::{Duration, Instant};
 
 fn noise(len: u64, seed: u64) -> Vec<u8> {
@@ -53,6 +53,15 @@ fn what_was_stored_comes_back_and_what_is_not_there_is_refused() {
     assert_eq!(gpu.usage().unwrap().used_bytes, 513 * page());
     assert_eq!(gpu.holds(88, &bytes[page() as usize..2 * page() as usize]), Ok(true));
     assert_eq!(gpu.holds(88, &bytes[..page() as usize]), Ok(false));
+    let zeros = DevicePages { first: 90, count: 3 };
+    assert_eq!(gpu.clear(zeros), Ok(()));
+    assert_eq!(gpu.clear(DevicePages { first: 599, count: 2 }), Err(DeviceError::Io(22)));
+    assert_eq!(gpu.clear(DevicePages { first: 1, count: u64::MAX }), Err(DeviceError::Io(22)));
+    let mut around = vec![1; 5 * page() as usize];
+    assert_eq!(load(&gpu, 89, &mut around), Ok(()));
+    let (from, to) = (page() as usize, 4 * page() as usize);
+    assert!(around[from..to].iter().all(|b| *b == 0));
+    assert!(around[..from] == bytes[2 * from..3 * from] && around[to..] == bytes[6 * from..7 * from]);
     let invalid = Err(DeviceError::Io(22));
     assert_eq!(store(&gpu, 88, &bytes), invalid);
     assert_eq!(load(&gpu, 600, &mut back[..page() as usize]), invalid);
@@ -60,8 +69,8 @@ fn what_was_stored_comes_back_and_what_is_not_there_is_refused() {
     assert_eq!(load(&gpu, u64::MAX / page(), &mut back), invalid);
     assert_eq!(gpu.holds(600, &bytes[..8]), Err(DeviceError::Io(22)));
     let s = gpu.statistics();
-    assert_eq!((s.bytes_in, s.bytes_out), (513 * page(), 515 * page()));
-    assert_eq!((s.transfers, s.link_busy), (2, Duration::ZERO));
+    assert_eq!((s.bytes_in, s.bytes_out), (513 * page(), 520 * page()));
+    assert_eq!((s.transfers, s.link_busy), (3, Duration::ZERO));
 }
 
 #[test]
