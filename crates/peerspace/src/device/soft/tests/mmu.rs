@@ -59,12 +59,16 @@ fn g5_hammer(bytes: u64, rounds: u64, whole: bool) {
             while !stop.load(Relaxed) {
                 i = i.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 let va = BASE + (i >> 20) % (bytes - 8);
+                let mut seen = [USED; 4096];
+                let most = seen.len().min((BASE + bytes - va) as usize);
+                let some = &mut seen[..if i & 1 == 0 { 5 } else { most }];
+                let read = lane.read(va, some);
+                if some.iter().any(|b| *b != USED) {
+                    return Err(KernelError::failed("read what was free"));
+                }
                 // A thousand fruitless faults are nothing here.
-                match lane.load::<[u8; 5]>(va).and_then(|seen| Ok((seen, lane.store(va, [USED; 5])?))) {
-                    Ok((seen, ())) if seen != [USED; 5] => {
-                        return Err(KernelError::failed(format!("read {seen:x?}")));
-                    }
-                    Err(KernelError::Fault(FaultError::NoHeadway(_))) | Ok(_) => {}
+                match read.and_then(|()| lane.write(va, some)) {
+                    Err(KernelError::Fault(FaultError::NoHeadway(_))) | Ok(()) => {}
                     Err(e) => return Err(e),
                 }
                 accesses.fetch_add(1, Relaxed);
@@ -77,16 +81,13 @@ fn g5_hammer(bytes: u64, rounds: u64, whole: bool) {
         // A part of a block takes the whole away.
         let part = if whole { BASE..BASE + bytes } else { BASE + bytes / 2..BASE + bytes / 2 + page() };
         unmap(&gpu, part);
-        let mut store = vec![0; bytes as usize];
-        let mut load = [Load::new(old, &mut store)];
-        gpu.load(&mut load);
-        assert!(store.iter().all(|b| *b == USED), "a lane wrote something else in round {round}");
-        fill(&gpu, new, pages, USED);
+        // At once: a lane that is still at it would be seen by what it reads, or by what it leaves.
         fill(&gpu, old, pages, FREE);
         if round % 4 == 0 {
             std::thread::yield_now();
         }
         assert!(is_filled(&gpu, old, pages, FREE), "a lane wrote by an old translation in round {round}");
+        fill(&gpu, new, pages, USED);
         map(&gpu, BASE, bytes, Target::Own(new), true);
         // Let them get at it now and then, whoever has the processor.
         let seen = accesses.load(Relaxed);
