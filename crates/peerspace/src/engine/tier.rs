@@ -20,6 +20,8 @@ use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use peerspace_core::words::Words;
 use peerspace_os::own::{Box, Buffer};
 
+/// One part in so many of a device that runs code is for its own faults alone.
+const OWN_SHARE: u64 = 8;
 /// Pages that are read back at once.
 const PROOF_PAGES: usize = 16;
 /// The most transfers in one batch.
@@ -269,7 +271,13 @@ impl<W: Words> Tier<W> {
         mut taken: impl FnMut(usize, u64),
     ) {
         let mut room = self.room.lock();
+        // What leaves RAM never takes the last room of a device that runs code: its own faults would have none, and what they
+        // have evicted would come straight back (rule G7).
+        let own = if self.mmu.is_some() { (self.info.pages.0 / OWN_SHARE).max(1) } else { 0 };
         for (i, order, vpn) in wanted {
+            if room.available().0 < order.pages().0 + own {
+                continue;
+            }
             if let Some(page) = room.alloc(order, vpn, reserved) {
                 taken(i, page);
             }
