@@ -20,9 +20,9 @@
 use super::context::Context;
 use super::tier::{Tier, unwinding};
 use super::{Engine, Entry};
-use crate::device::mmu::{Mapping, Mmu, MmuDescriptor, Progress, Target};
+use crate::device::mmu::{Mapping, Mmu, MmuDescriptor, Mode, Progress, Target};
 use crate::device::port::FaultError;
-use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Va, VaRange, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, DevicePfn, Order, PageRange, Va, VaRange, Vpn};
 use peerspace_core::coherence;
 use peerspace_core::entry::State;
 use peerspace_core::plan::OnDevices;
@@ -214,6 +214,14 @@ impl<K: Kernel> Engine<K> {
         entry
     }
 
+    /// How the CPU gets what is in the memory of the device of `pfn`: to write, where the page moves from one to the other and
+    /// leaves no copy behind.
+    pub(crate) fn access_from(&self, pfn: DevicePfn, access: Access) -> Access {
+        let tier = self.tiers.of(pfn);
+        let moves = tier.mmu.as_ref().is_some_and(|mmu| mmu.info.mode != Mode::Replicate) && !tier.info.takes_evicted;
+        if moves { Access::Write } else { access }
+    }
+
     /// [Recalls](Engine::recall) what the CPU wants.
     pub(crate) fn recall_for_cpu<'t>(&'t self, on: OnDevices, entry: Entry<'t, K>) -> Entry<'t, K> {
         if let OnDevices::Alone(_) = on {
@@ -296,7 +304,7 @@ impl<K: Kernel> Engine<K> {
             _ => return Err(FaultError::Cut),
         }
         let allowed = match self.table.look(vpn) {
-            Some((entry, _)) if !self.table.is_locked(vpn) && !(write && self.is_for_reading(vpn)) => {
+            Some((entry, _)) if !(self.table.is_locked(vpn) || write && self.is_for_reading(vpn)) => {
                 match entry.state() {
                     State::Shared { sharers, writable, .. } => sharers.has(mmu) && (writable || !write),
                     _ => false,
