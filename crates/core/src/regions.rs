@@ -84,6 +84,9 @@ impl Attributes {
         kept.with_accessed_by(mmu, false)
     }
 
+    /// Devices may read here, and not write (rule G4).
+    pub const DEVICES_READ: Attributes = Attributes(256);
+
     /// Both.
     pub const fn with(self, other: Attributes) -> Attributes {
         Attributes(self.0 | other.0)

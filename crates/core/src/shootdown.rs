@@ -23,7 +23,7 @@
 //!
 //! *No section that U6 does not see uses the translation.* Say U6 reads a value of the lane's section from before E1. Then
 //! U5 comes before E2: E3 and E4 see what U1 and U3 have written, or later values. And if U6 reads a section with the new
-//! epoch or a later one, the lane has read that epoch in E1 (acquire) from U4 (release), and sees the same.
+//! epoch or a later one, the lane has read that epoch in E1 (acquire, by E2) from U4 (release), and sees the same.
 //!
 //! *Nothing stale stays in a TLB.* Say E4 has read the entry before U1, and E5 comes later. Either U2 comes before the fence
 //! of E5: then E6 sees that the entry has changed, and takes it out again, all within the section for which U6 waits. Or the
@@ -69,7 +69,7 @@ impl Epoch {
     /// [`is_over`](Epoch::is_over).
     #[must_use]
     pub fn advance(&self) -> u64 {
-        // Release: pairs with the Acquire in Section::enter.
+        // Release: pairs with the acquire of Section::enter.
         let now = self.0.fetch_add(1 << BAR_BITS, Ordering::AcqRel) >> BAR_BITS;
         fence(Ordering::SeqCst);
         now + 1
@@ -117,8 +117,8 @@ impl Section {
     /// What bars the way. The lane is outside then.
     #[inline]
     pub fn enter(&self, epoch: &Epoch) -> Result<Inside<'_>, Bars> {
-        // Acquire: pairs with the Release in Epoch::advance.
-        let began = epoch.0.load(Ordering::Acquire) >> BAR_BITS;
+        // Relaxed: the fence below makes it an acquire, which pairs with the Release in Epoch::advance.
+        let began = epoch.0.load(Ordering::Relaxed) >> BAR_BITS;
         // Release: what the lane did in earlier sections is seen by whoever reads this word in their stead.
         self.0.store(began << 1 | INSIDE, Ordering::Release);
         fence(Ordering::SeqCst);

@@ -63,6 +63,12 @@ impl Space {
                 if let Some(mmu) = mmu {
                     self.forget_hints(mmu);
                 }
+                if let Some(mmu) = crate::device::guarded(|| device.mmu()).flatten() {
+                    for region in engine.regions.iter() {
+                        let range = engine.addresses(region.range);
+                        let _ = crate::device::guarded(|| mmu.release(range.start.0..range.end.0));
+                    }
+                }
                 drop(device);
                 Ok(())
             }

@@ -78,7 +78,7 @@
 //! | `compressed` | yes | the compressed store |
 //! | `file` | yes | files on disk, by io_uring where it can be had |
 //! | `dax` | yes | memory that the CPU addresses in place, coherent or persistent |
-//! | `soft` | yes | plain memory behind the device interface, for tests and measurements |
+//! | `soft` | yes | plain memory behind the device interface, and an accelerator in software, for tests and measurements |
 //! | `hashbrown` | yes | [`Pool`] as an allocator for `hashbrown` and whatever else uses version 0.2 of `allocator-api2` |
 //! | `process` | no | the management of a whole process from inside, for preloaded libraries |
 //!

@@ -1,6 +1,6 @@
 //! What users say about memory that devices use: where it should be, and what is to be copied (rules G8, G14).
 
-use crate::adopt::Adopted;
+use crate::adopt::{Adopted, Use};
 use crate::attach::DeviceId;
 use crate::device::mmu::{DeviceAccess, FaultError};
 use crate::engine::copy::Through;
@@ -10,7 +10,7 @@ use crate::region::Region;
 use crate::space::Space;
 use peerspace_core::addr::{Va, VaRange};
 use peerspace_core::plan::CLUSTER;
-use peerspace_core::regions::Place;
+use peerspace_core::regions::{Attributes, Place};
 use peerspace_core::sharers::MmuId;
 use peerspace_os::Kernel;
 use peerspace_os::linux::signal::without_signals;
@@ -203,6 +203,29 @@ impl Region {
     pub fn exclusive(&self, part: Range<usize>, device: DeviceId) -> Result<(), Error> {
         let range = self.part(part)?;
         self.space().exclusive(range.start.0 as *const u8, range.len() as usize, device)
+    }
+
+    /// Says what devices may do with a part of the region, in whole pages: with [`Use::Read`] a write of a device is an error
+    /// ([`FaultError::ReadOnly`], rule G4). The CPU may write as before.
+    ///
+    /// # Errors
+    /// [`Error::BadRange`] when `part` does not lie inside the region, or the space has as many regions as it can have.
+    pub fn allow_devices(&self, part: Range<usize>, how: Use) -> Result<(), Error> {
+        let range = self.part(part)?;
+        let engine = self.space().engine();
+        let pages = engine.geometry.pages_inside(range);
+        let change = |a: Attributes| match how {
+            Use::Read => a.with(Attributes::DEVICES_READ),
+            Use::Write => a.without(Attributes::DEVICES_READ),
+        };
+        let full =
+            |_| Error::BadRange { what: format!("{range}"), why: "the space has as many regions as it can have" };
+        without_signals(|| {
+            engine.advise(pages, change).map_err(full)?;
+            // What they have mapped already they ask for again.
+            engine.recall_pages(pages);
+            Ok(())
+        })
     }
 
     /// Copies bytes of another region to `at` of this one, wherever both are: see [`Space::copy`].

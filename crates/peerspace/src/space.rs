@@ -322,9 +322,7 @@ impl Drop for Service {
     fn drop(&mut self) {
         #[cfg(feature = "devices")]
         self.ports.cut_all();
-        self.engine.service.stop(&self.engine.kernel.park());
-        #[cfg(feature = "devices")]
-        self.engine.prefetches.stop(&self.engine.kernel.park());
+        self.engine.stop();
         for thread in self.threads.drain(..) {
             if self.pid == getpid() {
                 // A thread that panicked has said so.

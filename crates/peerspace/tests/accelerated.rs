@@ -136,6 +136,51 @@ fn g7_several_accelerators_and_too_little_of_everything() {
     }
 }
 
+/// Rule G7: a chain of devices, each smaller than what goes through it: what leaves the first goes to the host, from there to
+/// the second, which works on it as well, and from there on.
+#[test]
+fn g7_a_chain_of_devices() {
+    for sizes in [[4, 12], [2, 3]] {
+        let a = Accelerator::new(Options::new(mib(sizes[0])).name("a")).unwrap();
+        let b = Accelerator::new(Options::new(mib(sizes[1])).name("b").takes_evicted(true)).unwrap();
+        let space = Space::builder()
+            .host(mib(8))
+            .device(b.clone())
+            .device(a.clone())
+            .device(Soft::new(mib(64)).unwrap())
+            .faults(Faults::Signal)
+            .build()
+            .unwrap();
+        let mut region = space.region(mib(32)).unwrap();
+        region.typed_mut::<u64>().iter_mut().enumerate().for_each(|(i, w)| *w = i as u64);
+        let base = region.as_ptr() as u64;
+        for _ in 0..2 {
+            // Both at once, on pages that interleave.
+            let jobs: Vec<_> = [&a, &b]
+                .into_iter()
+                .enumerate()
+                .map(|(k, gpu)| {
+                    let kernel = move |lane: &Lane, items: Range<u64>| {
+                        for i in items {
+                            let at = base + (2 * i + k as u64) * 4096;
+                            let v: u64 = lane.load(at)?;
+                            lane.store(at, v + 1)?;
+                        }
+                        Ok(())
+                    };
+                    // SAFETY: the devices work on different pages, and nobody else on any.
+                    unsafe { gpu.launch(32 * 128, kernel) }.unwrap()
+                })
+                .collect();
+            jobs.into_iter().for_each(|job| job.wait().unwrap());
+        }
+        space.check();
+        let good = |(i, w): (usize, &u64)| *w == i as u64 + if i % 512 == 0 { 2 } else { 0 };
+        assert!(region.typed::<u64>().iter().enumerate().all(good));
+        space.check();
+    }
+}
+
 /// Rule G8: prefetched to a device, nothing faults there; prefetched home, nothing faults here.
 #[test]
 fn g8_what_is_prefetched_does_not_fault() {

@@ -206,6 +206,29 @@ fn g13_a_region_is_where_every_device_can_have_it() {
     assert!(e.contains("not all devices"), "{e}");
 }
 
+/// Rule G4.
+#[test]
+fn g4_a_region_for_reading_is_not_written_by_devices() {
+    for mode in [Mode::Exclusive, Mode::Replicate, Mode::Share] {
+        let chip = Chip::new("chip", 4 << 20, MmuDescriptor::new(mode).remote());
+        let space = space(&[&chip]);
+        let mut region = space.region(4 << 20).unwrap();
+        let base = region.as_ptr() as u64;
+        region.typed_mut::<u64>()[0] = 5;
+        chip.store(base + 8, 6).unwrap();
+        region.allow_devices(0..2 << 20, peerspace::Use::Read).unwrap();
+        assert_eq!((chip.load(base).unwrap(), chip.load(base + 8).unwrap()), (5, 6));
+        assert_eq!(chip.store(base, 7), Err(FaultError::ReadOnly(base)));
+        assert_eq!(chip.add(base, 7), Err(FaultError::ReadOnly(base)));
+        assert_eq!(word(&region, 0), 5);
+        chip.store(base + (2 << 20), 8).unwrap();
+        region.allow_devices(0..2 << 20, peerspace::Use::Write).unwrap();
+        chip.store(base, 9).unwrap();
+        assert_eq!((word(&region, 0), word(&region, 2 << 20)), (9, 8));
+        space.check();
+    }
+}
+
 /// What no region covers is no device's to use.
 #[test]
 fn pointers_to_nowhere_are_refused() {

@@ -56,6 +56,14 @@ impl Device for Failing {
         batch.iter_mut().for_each(|l| l.result = Err(DeviceError::Gone));
     }
 
+    fn clear(&self, pages: DevicePages) -> Result<(), DeviceError> {
+        if self.lives(pages.count * self.page) { self.inner.clear(pages) } else { Err(DeviceError::Gone) }
+    }
+
+    fn mmu(&self) -> Option<&dyn super::mmu::Mmu> {
+        self.inner.mmu()
+    }
+
     fn freed(&self, pages: DevicePages) {
         self.inner.freed(pages);
     }

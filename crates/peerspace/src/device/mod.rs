@@ -50,7 +50,10 @@
 //! not be stored stays in RAM or goes to another device; after 16 failures in a row, other than for want of space,
 //! nothing more is stored on the device.
 //!
-//! The bytes themselves are believed: that what comes back is what was stored, the device has to see to. Where that
+//! A device may hang. One that is suspected of it is given a [deadline](deadline::Deadline).
+//!
+//! The bytes themselves are believed: that what comes back is what was stored, the device has to see to, unless it is
+//! [to be verified](Descriptor::verified). Where that
 //! is not certain (a disk, a network), it keeps checksums, as `file` and `compressed` do, and says
 //! [`DeviceError::Corrupt`] rather than handing out something else.
 //!
@@ -72,6 +75,7 @@ pub use peerspace_os::SharedMemory;
 pub mod compressed;
 #[cfg(feature = "dax")]
 pub mod dax;
+pub mod deadline;
 pub mod failing;
 #[cfg(feature = "file")]
 pub mod file;
@@ -121,6 +125,9 @@ pub struct Descriptor {
     pub compares: bool,
     /// What it takes up is RAM of this process ([`Device::usage`] says how much).
     pub in_ram: bool,
+    /// After each store the pages are read back and compared, while the data is still in RAM: for a device that may say it
+    /// has done what it has not.
+    pub verified: bool,
     /// What leaves RAM for want of room may go there. Elsewhere pages go only where they are
     /// [sent](crate::Region::migrate_to) (rule Z5).
     pub takes_evicted: bool,
@@ -137,6 +144,7 @@ impl Descriptor {
             slow: false,
             compares: false,
             in_ram: false,
+            verified: false,
             takes_evicted: true,
         }
     }
@@ -175,6 +183,12 @@ impl Descriptor {
     #[must_use]
     pub fn slow(self) -> Descriptor {
         Descriptor { slow: true, ..self }
+    }
+
+    /// The same for a device whose stores are read back and compared.
+    #[must_use]
+    pub fn verified(self) -> Descriptor {
+        Descriptor { verified: true, ..self }
     }
 
     /// The same for a device that can [compare](Device::holds).
@@ -282,6 +296,12 @@ impl PeerCopy {
     pub fn new(to: u64, from: u64, bytes: u64) -> PeerCopy {
         PeerCopy { to, from, bytes, result: Err(DeviceError::NoAnswer) }
     }
+}
+
+/// Calls a device. `None` if it panicked, which must not reach the program's own code: it is in the middle of an access, and
+/// knows nothing of devices.
+pub(crate) fn guarded<T>(call: impl FnOnce() -> T) -> Option<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).ok()
 }
 
 /// A run of a device's pages.

@@ -231,6 +231,9 @@ impl<K: Kernel> Engine<K> {
             return Next::Again;
         }
         let adopted = region.attributes.has(Attributes::ADOPTED);
+        if access.writes() && region.attributes.has(Attributes::DEVICES_READ) {
+            return Next::Fail(FaultError::ReadOnly(va.0));
+        }
         if adopted && access.writes() {
             // The program may have made it read-only.
             match self.kernel.mapping_at(va) {

@@ -244,6 +244,9 @@ impl<K: Kernel> Engine<K> {
             FaultPlan::Recall(on) => self.recall_for_cpu(on, entry),
             _ => entry,
         };
+        if let State::Device { pfn, .. } = entry.state() {
+            fault.access = self.access_from(pfn, fault.access);
+        }
         match plan::on_fault(entry.state(), fault.access) {
             FaultPlan::Recall(_) => unreachable!("devices map nothing of it any more"),
             FaultPlan::Wait(_) => Err(Hold::Held),

@@ -16,7 +16,7 @@ use peerspace_os::linux::signal::{Registration, register};
 use peerspace_os::linux::uffd::feature;
 use peerspace_os::linux::{Delivery, Linux, Setup};
 use peerspace_os::own::{Box as OwnBox, Own, Shared, Vec as OwnVec};
-use peerspace_os::{Kernel, Trouble, Wake};
+use peerspace_os::{Trouble, Wake};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -93,7 +93,7 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        self.engine.service.stop(&self.engine.kernel.park());
+        self.engine.stop();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }

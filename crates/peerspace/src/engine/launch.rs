@@ -92,9 +92,9 @@ impl<K: Kernel> Engine<K> {
 
     /// Ends a launch: lets `ranges` go. False if a part of them was not there any more.
     pub(crate) fn let_go_on_device(&self, mmu: MmuId, ranges: &[PageRange]) -> bool {
-        let all = ranges.iter().fold(true, |all, range| self.release_held(mmu, *range) && all);
+        let missing = ranges.iter().filter(|range| !self.release_held(mmu, **range)).count();
         self.launches.0.fetch_sub(1, Ordering::SeqCst);
-        all
+        missing == 0
     }
 
     fn release_held(&self, mmu: MmuId, range: PageRange) -> bool {

@@ -275,7 +275,6 @@ impl<K: Kernel> Engine<K> {
         }
         self.memmap.set_backing(frame, Backing::None);
         self.memmap.set_arrival(frame, Arrival::New);
-        self.places.moved(entry.vpn(), None);
         entry.set(State::Standby { pfn: self.memmap.pfn(frame), dirt: Dirt::Dirty });
         self.blocks.put_on_standby(frame);
         drop(entry);
@@ -313,7 +312,6 @@ impl<K: Kernel> Engine<K> {
         self.memmap.set_slot(frame, Some(slots.first));
         self.memmap.set_arrival(frame, Arrival::New);
         self.ring.occupy(slots.first, frame);
-        self.places.moved(entry.vpn(), None);
         entry.set(State::Standby { pfn: self.memmap.pfn(frame), dirt: Dirt::Dirty });
         drop(entry);
         self.ring.settle(slots, Done::all(Pages(1)));

@@ -20,12 +20,13 @@
 use super::context::Context;
 use super::tier::{Tier, unwinding};
 use super::{Engine, Entry};
-use crate::device::mmu::{Mapping, Mmu, MmuDescriptor, Progress, Target};
+use crate::device::mmu::{Mapping, Mmu, MmuDescriptor, Mode, Progress, Target};
 use crate::device::port::FaultError;
-use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Va, VaRange, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, DevicePfn, Order, PageRange, Va, VaRange, Vpn};
 use peerspace_core::coherence;
 use peerspace_core::entry::State;
 use peerspace_core::plan::OnDevices;
+use peerspace_core::regions::Attributes;
 use peerspace_core::sharers::{MmuId, Sharers};
 use peerspace_core::stream::Streams;
 use peerspace_core::sync::{AtomicU64, Ordering, Ordering::Relaxed, fence};
@@ -213,6 +214,14 @@ impl<K: Kernel> Engine<K> {
         entry
     }
 
+    /// How the CPU gets what is in the memory of the device of `pfn`: to write, where the page moves from one to the other and
+    /// leaves no copy behind.
+    pub(crate) fn access_from(&self, pfn: DevicePfn, access: Access) -> Access {
+        let tier = self.tiers.of(pfn);
+        let moves = tier.mmu.as_ref().is_some_and(|mmu| mmu.info.mode != Mode::Replicate) && !tier.info.takes_evicted;
+        if moves { Access::Write } else { access }
+    }
+
     /// [Recalls](Engine::recall) what the CPU wants.
     pub(crate) fn recall_for_cpu<'t>(&'t self, on: OnDevices, entry: Entry<'t, K>) -> Entry<'t, K> {
         if let OnDevices::Alone(_) = on {
@@ -295,14 +304,20 @@ impl<K: Kernel> Engine<K> {
             _ => return Err(FaultError::Cut),
         }
         let allowed = match self.table.look(vpn) {
-            Some((entry, _)) if !self.table.is_locked(vpn) => match entry.state() {
-                State::Shared { sharers, writable, .. } => sharers.has(mmu) && (writable || !write),
-                _ => false,
-            },
+            Some((entry, _)) if !(self.table.is_locked(vpn) || write && self.is_for_reading(vpn)) => {
+                match entry.state() {
+                    State::Shared { sharers, writable, .. } => sharers.has(mmu) && (writable || !write),
+                    _ => false,
+                }
+            }
             _ => false,
         };
         // Even so, memory that the program owns may just have been unmapped.
         if allowed && access() { Ok(()) } else { Err(FaultError::NotMapped(va.0)) }
+    }
+
+    fn is_for_reading(&self, vpn: Vpn) -> bool {
+        self.region(vpn).is_some_and(|r| r.attributes.has(Attributes::DEVICES_READ))
     }
 
     /// Where what `grant` gives is, for the device of `tier`.
@@ -319,7 +334,8 @@ impl<K: Kernel> Engine<K> {
             (Grant::Zeros, State::Zero { .. }) => (Target::Zero, false),
             (grant, state) => unreachable!("{grant:?} in {state:?}"),
         };
-        Mapping { va: range.start.0, bytes: range.len(), to, writable }
+        let readable = self.region(entry.vpn()).is_some_and(|r| r.attributes.has(Attributes::DEVICES_READ));
+        Mapping { va: range.start.0, bytes: range.len(), to, writable: writable && !readable }
     }
 
     /// The page of `tier` that holds the same as the frame of `entry` for certain, because it came from there.

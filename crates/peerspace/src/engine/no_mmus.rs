@@ -18,6 +18,14 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
+    pub(crate) fn access_from(
+        &self,
+        pfn: peerspace_core::addr::DevicePfn,
+        _: peerspace_core::addr::Access,
+    ) -> peerspace_core::addr::Access {
+        pfn.of_no_device()
+    }
+
     pub(crate) fn reserve_on_devices(&self, _: peerspace_core::addr::VaRange) -> bool {
         true
     }

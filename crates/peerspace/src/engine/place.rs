@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 
 /// Ticks of the clock of [`Wars`].
 const TICK: Duration = Duration::from_micros(100);
+/// Pages whose accesses are counted at once.
+const PAGES: usize = 1024;
 /// So many accesses to a page on the host make it worth moving, unless somebody said otherwise.
 const HOT: u32 = 256;
 
@@ -28,11 +30,18 @@ pub(crate) struct Places {
     wars: Wars,
     born: Instant,
     truces: AtomicU64,
+    /// Accesses of devices to pages on the host, by hash: a tag of the page, and how many.
+    hot: [AtomicU64; PAGES],
 }
 
 impl Places {
     pub(crate) fn new() -> Places {
-        Places { wars: Wars::new(), born: Instant::now(), truces: AtomicU64::new(0) }
+        Places {
+            wars: Wars::new(),
+            born: Instant::now(),
+            truces: AtomicU64::new(0),
+            hot: std::array::from_fn(|_| AtomicU64::new(0)),
+        }
     }
 
     fn now(&self) -> u64 {
@@ -52,6 +61,19 @@ impl Places {
             0 => None,
             ticks => Some(TICK * ticks as u32),
         }
+    }
+
+    /// Counts accesses of the device with `mmu` to the page at `vpn`. True if these made it hot; then it begins anew.
+    fn warms(&self, mmu: MmuId, vpn: Vpn, accesses: u32) -> bool {
+        let key = vpn.0 << 4 | mmu.0 as u64;
+        let hash = (key + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let (slot, tag) = (&self.hot[(hash >> 54) as usize % PAGES], hash << 32 >> 32);
+        let seen = slot.load(Relaxed);
+        // A page that shares its slot with another begins anew each time: it stays where it is, and costs nothing.
+        let before = if seen >> 32 == tag { seen as u32 } else { 0 };
+        let now = before.saturating_add(accesses);
+        slot.store(tag << 32 | if now < HOT { now as u64 } else { 0 }, Relaxed);
+        now >= HOT
     }
 
     /// How many truces there have been.
@@ -101,10 +123,10 @@ impl<K: Kernel> Engine<K> {
     /// The device with `mmu` has accessed the page at `va` on the host so many times of late. Where that is often, and nobody
     /// has said that it is to stay there, it moves to the device.
     pub(crate) fn note_remote(&self, mmu: MmuId, va: Va, accesses: u32) {
-        if accesses < HOT {
+        let vpn = self.geometry.vpn(va);
+        if !self.places.warms(mmu, vpn, accesses) {
             return;
         }
-        let vpn = self.geometry.vpn(va);
         let moves = {
             let _work = self.contexts.take();
             let (Some(region), Some(tier)) = (self.region(vpn), self.tiers.by_mmu(mmu)) else { return };

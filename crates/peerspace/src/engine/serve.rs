@@ -176,6 +176,13 @@ pub(super) fn await_bell(bell: &AtomicU64, park: &impl Park) {
 }
 
 impl<K: Kernel> Engine<K> {
+    /// Ends all loops, once they look.
+    pub(crate) fn stop(&self) {
+        self.service.stop(&self.kernel.park());
+        #[cfg(feature = "devices")]
+        self.prefetches.stop(&self.kernel.park());
+    }
+
     /// Reclaims in the background, until stopped.
     pub(crate) fn serve_reclaim(&self) {
         let park = self.kernel.park();

@@ -18,8 +18,12 @@ use peerspace_core::inverted::Inverted;
 use peerspace_core::pagemap::PfnRange;
 use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use peerspace_core::words::Words;
-use peerspace_os::own::Box;
+use peerspace_os::own::{Box, Buffer};
 
+/// One part in so many of a device that runs code is for its own faults alone.
+const OWN_SHARE: u64 = 8;
+/// Pages that are read back at once.
+const PROOF_PAGES: usize = 16;
 /// The most transfers in one batch.
 pub(crate) const BATCH: usize = 64;
 /// Stores that fail in a row (for another reason than want of space) before a device is not asked any more.
@@ -38,6 +42,8 @@ pub(crate) struct Tier<W> {
     pub(crate) range: PfnRange,
     /// How it translates addresses, if it runs code.
     pub(crate) mmu: Option<MmuState>,
+    /// What stores are read back into, of a device whose word is not taken for it.
+    proof: Option<Mutex<Buffer>>,
     room: Mutex<Room<W>>,
     /// Pages freed so far; and the count at which the device last said it was full, plus one.
     freed: AtomicU64,
@@ -156,12 +162,16 @@ impl<W: Words> Tier<W> {
             Ok(room) => room,
             Err(e) => return Err((device, e)),
         };
+        // Where there is no memory for it, its word is taken.
+        let proof = info.verified.then(|| Buffer::new(PROOF_PAGES * geometry.page_bytes()));
+        let proof = proof.and_then(Result::ok).map(Mutex::new);
         Ok(Tier {
             device,
             id,
             info,
             range,
             mmu,
+            proof,
             room: Mutex::new(room),
             freed: AtomicU64::new(0),
             full: AtomicU64::new(0),
@@ -205,6 +215,28 @@ impl<W: Words> Tier<W> {
         if batch.iter().any(|s| s.result == Err(DeviceError::Gone)) {
             self.fail();
         }
+        if let Some(buffer) = &self.proof {
+            self.verify(batch, &mut buffer.lock());
+        }
+    }
+
+    /// Reads back what was stored, for a device that may say it has done what it has not.
+    fn verify(&self, batch: &mut [Store<'_>], buffer: &mut Buffer) {
+        for store in batch.iter_mut().filter(|s| s.result.is_ok()) {
+            let pages = store.bytes.chunks(buffer.len()).zip((store.page..).step_by(PROOF_PAGES));
+            for (bytes, page) in pages {
+                let mut load = [Load::new(page, &mut buffer[..bytes.len()])];
+                let answered = unwinding(|| self.device.load(&mut load)).is_some();
+                if !answered || load[0].result.is_err() || load[0].bytes != bytes {
+                    store.result = Err(DeviceError::Corrupt);
+                    crate::tell::warning(format_args!(
+                        "device {} said that it has stored page {page}, and has not: it stays where it was",
+                        self.info.name
+                    ));
+                    break;
+                }
+            }
+        }
     }
 
     /// The device has failed as a whole: what it alone holds is lost, page by page, when it is asked for (rule Z9).
@@ -239,7 +271,13 @@ impl<W: Words> Tier<W> {
         mut taken: impl FnMut(usize, u64),
     ) {
         let mut room = self.room.lock();
+        // What leaves RAM never takes the last room of a device that runs code: its own faults would have none, and what they
+        // have evicted would come straight back (rule G7).
+        let own = if self.mmu.is_some() { (self.info.pages.0 / OWN_SHARE).max(1) } else { 0 };
         for (i, order, vpn) in wanted {
+            if room.available().0 < order.pages().0 + own {
+                continue;
+            }
             if let Some(page) = room.alloc(order, vpn, reserved) {
                 taken(i, page);
             }
@@ -488,11 +526,7 @@ impl<W: Words> Tier<W> {
     }
 }
 
-/// Calls a device. `None` if it panicked, which must not reach the program's own code: it is in the middle of an
-/// access, and knows nothing of devices.
-pub(crate) fn unwinding<T>(call: impl FnOnce() -> T) -> Option<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).ok()
-}
+pub(crate) use crate::device::guarded as unwinding;
 
 /// What a device said about the store of `page`, which was number `i` of the batch. A device may have put its batch
 /// into another order: an answer never counts for another page.

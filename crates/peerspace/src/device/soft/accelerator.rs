@@ -20,8 +20,7 @@ use std::sync::atomic::Ordering::Relaxed;
 ///
 /// Clones are the same device. It is attached like any other device, by a clone, and kernels are launched with another:
 ///
-/// ```no_run
-/// # // Not run: written before spaces resolve device faults.
+/// ```
 /// use peerspace::Space;
 /// use peerspace::device::soft::{Accelerator, KernelError, Lane, Options};
 ///
@@ -65,6 +64,12 @@ impl Accelerator {
     /// When there is no address space for its memory or its page table.
     pub fn new(options: Options) -> Result<Accelerator, Trouble> {
         Ok(Accelerator { handle: Shared::new(Handle(Shared::new(Core::new(options)?))) })
+    }
+
+    /// What the lanes keep as well.
+    #[cfg(all(test, not(shuttle)))]
+    pub(super) fn handle_core(&self) -> Shared<Core> {
+        self.handle.0.clone()
     }
 
     pub(super) fn core(&self) -> &Core {
@@ -217,6 +222,15 @@ impl Device for Accelerator {
 
     fn mmu(&self) -> Option<&dyn Mmu> {
         Some(self)
+    }
+
+    fn clear(&self, pages: DevicePages) -> Result<(), DeviceError> {
+        let core = self.core();
+        core.alive()?;
+        let bytes = pages.count.checked_mul(core.page()).ok_or_else(invalid)?;
+        core.memory.clear(core.place(pages.first, bytes)?, bytes as usize);
+        core.touched.touch(pages.first..pages.first + pages.count);
+        Ok(())
     }
 
     fn copy_from(&self, peer: &dyn Device, batch: &mut [PeerCopy]) {

@@ -17,7 +17,7 @@ use super::failure::{Failure, Failures};
 use super::link::Wire;
 use super::options::Options;
 use super::queue::Queue;
-use super::table::Table;
+use super::table::{TABLES, Table};
 use super::{Link, Touched};
 use crate::device::DeviceError;
 use crate::device::mmu::{FaultError, Port};
@@ -110,7 +110,6 @@ pub(super) struct Core {
     pub(super) changing: Mutex<()>,
     pub(super) epoch: Epoch,
     pub(super) lanes: Vec<LaneState>,
-    pub(super) reserved: Mutex<Vec<Range<u64>>>,
     pub(super) port: Mutex<Option<Port>>,
     pub(super) queue: Queue,
     pub(super) failures: Failures,
@@ -134,11 +133,10 @@ impl Core {
             bytes,
             memory,
             touched: Touched::new(bytes / page)?,
-            table: Table::new()?,
+            table: Table::new(TABLES)?,
             changing: Mutex::new(()),
             epoch: Epoch::new(),
             lanes,
-            reserved: Mutex::new(Vec::new_in(Own)),
             port: Mutex::new(None),
             queue: Queue::new(),
             failures: Failures::new(),

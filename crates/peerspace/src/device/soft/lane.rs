@@ -132,7 +132,7 @@ impl Lane {
                 bytes.len() as u64,
                 DeviceAccess::Read,
                 |at| self.core.memory.load::<8>(at & !7),
-                |port| self.from_host(port, va, bytes.len()),
+                |port| self.word_of_host(port, va, bytes.len()),
                 || Some([0; 8]),
             )?;
             let at = (va & 7) as usize;
@@ -252,7 +252,10 @@ impl Lane {
                 DeviceAccess::Read,
                 |at| with(piece, |piece| self.core.memory.read(at, piece)),
                 |port| with(piece, |piece| self.read_host(port, va, piece)).map(Some),
-                || Some(with(piece, |piece| piece.fill(0))),
+                || {
+                    with(piece, |piece| piece.fill(0));
+                    Some(())
+                },
             )?;
             to[done..done + n].copy_from_slice(&bounce[..n]);
             done += n;
@@ -287,7 +290,7 @@ impl Lane {
         len.min(PIECE).min(to_end as usize)
     }
 
-    fn from_host(&self, port: &Port, va: u64, len: usize) -> Result<Option<[u8; 8]>, FaultError> {
+    fn word_of_host(&self, port: &Port, va: u64, len: usize) -> Result<Option<[u8; 8]>, FaultError> {
         let mut whole = [0; 8];
         let at = (va & 7) as usize;
         self.read_host(port, va, &mut whole[at..at + len])?;

@@ -116,7 +116,7 @@ mod tests {
         for bytes in [0, 4096, 1 << 20] {
             let (begun, from) = (Instant::now(), wire.now());
             wire.arrive(Way::Out, bytes, from);
-            let least = Duration::from_micros(30) + Duration::from_nanos(bytes * 1_000_000_000 >> 30);
+            let least = Duration::from_micros(30) + Duration::from_nanos((bytes * 1_000_000_000) >> 30);
             assert!(begun.elapsed() >= least, "{bytes} bytes after {:?}", begun.elapsed());
         }
     }

@@ -116,19 +116,8 @@ impl Mmu for Accelerator {
         let core = self.core();
         let Range { start, end } = core.options.addresses;
         let apart = |other: &Range<u64>| other.end <= addresses.start || addresses.end <= other.start;
-        let mut reserved = core.reserved.lock();
-        let free = start <= addresses.start
-            && addresses.end <= end
-            && core.options.occupied.iter().all(apart)
-            && reserved.iter().all(apart);
-        if free {
-            reserved.push(addresses);
-        }
-        free
-    }
-
-    fn release(&self, addresses: Range<u64>) {
-        self.core().reserved.lock().retain(|range| *range != addresses);
+        // What the space has reserved is the space's to keep apart.
+        start <= addresses.start && addresses.end <= end && core.options.occupied.iter().all(apart)
     }
 
     fn take_accessed(&self, addresses: Range<u64>) -> bool {

@@ -27,7 +27,7 @@ pub(super) const FANOUT: u64 = 512;
 /// Page numbers that can be translated.
 pub(super) const PAGES: u64 = FANOUT * FANOUT * FANOUT * FANOUT;
 /// Tables there can be: 1 GiB of them, enough for the pages of 512 GiB.
-const MAX_TABLES: usize = 1 << 18;
+pub(super) const TABLES: usize = 1 << 18;
 
 /// A translation, as a word. 0 is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,12 +129,14 @@ pub(super) struct Table {
     words: Arena,
     /// Tables that are in use; the first is the root.
     used: AtomicU64,
+    tables: u64,
 }
 
 impl Table {
-    pub(super) fn new() -> Result<Table, Trouble> {
-        let words = Arena::new(MAX_TABLES * FANOUT as usize, FANOUT as usize).map_err(|_| Trouble::NoMemory)?;
-        Ok(Table { words, used: AtomicU64::new(1) })
+    /// An empty one, of at most so many tables.
+    pub(super) fn new(tables: usize) -> Result<Table, Trouble> {
+        let words = Arena::new(tables * FANOUT as usize, FANOUT as usize).map_err(|_| Trouble::NoMemory)?;
+        Ok(Table { words, used: AtomicU64::new(1), tables: tables as u64 })
     }
 
     /// Bytes of tables.
@@ -189,6 +191,9 @@ impl Table {
             return Ok(next);
         }
         let new = self.used.load(Ordering::Relaxed);
+        if new + count > self.tables {
+            return Err(NoTable);
+        }
         self.words.grow(((new + count) * FANOUT) as usize).map_err(|_| NoTable)?;
         self.used.store(new + count, Ordering::Relaxed);
         // Release: pairs with the Acquire in `next`. The words are zeros.

@@ -382,7 +382,7 @@ fn every_waiter_is_woken() {
             .collect();
         rig.sim().dontneed(VaRange { start: page(plain, 4), end: page(plain, 6) });
         users.into_iter().for_each(|u| u.join().unwrap());
-        rig.engine.service.stop(&rig.engine.kernel.park());
+        rig.engine.stop();
         servers.into_iter().for_each(|s| s.join().unwrap());
         PUT_ASIDE.fetch_add(rig.engine.sums().changes, Relaxed);
         rig.engine.check();
