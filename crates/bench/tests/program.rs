@@ -155,7 +155,9 @@ fn what_there_is_can_be_listed() {
     let out = run(&["--list"]);
     assert!(out.status.success());
     let list = text(&out.stdout);
-    for name in ["fault", "sequential", "sequential-compressed", "random-compressed", "random-file", "metadata", "link-bytes"] {
+    for name in
+        ["fault", "sequential", "sequential-compressed", "random-compressed", "random-file", "metadata", "link-bytes"]
+    {
         assert!(list.lines().any(|l| l.starts_with(&format!("{name}: "))), "{name} in {list}");
     }
     assert!(text(&run(&["--list", "fault"]).stdout).lines().filter(|l| !l.starts_with(' ')).count() == 1);
