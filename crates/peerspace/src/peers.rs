@@ -53,6 +53,7 @@ impl Prefetch {
     /// [`Error::Migrate`] says the first page that could not go, and why: all others have gone, and it is where it was.
     pub fn wait(self) -> Result<usize, Error> {
         let engine = self.space.engine();
+        without_signals(|| engine.help_prefetch(&self.ticket));
         self.ticket.wait(&engine.kernel.park());
         match self.ticket.failed() {
             None => Ok(engine.geometry.bytes(self.ticket.there()) as usize),

@@ -37,6 +37,9 @@ const PATIENCE: Duration = if cfg!(shuttle) { Duration::from_secs(1 << 30) } els
 const PAUSE: Duration = Duration::from_micros(50);
 const AT_ONCE: u32 = 16;
 
+/// Regions in which nothing is made huge.
+const SMALL: Attributes = Attributes::NO_HUGE.with(Attributes::ON_REQUEST);
+
 /// What a fault is about.
 struct Wanted<'a, W> {
     vpn: Vpn,
@@ -226,7 +229,8 @@ impl<K: Kernel> Engine<K> {
         if self.region(vpn) != Some(region) {
             return Next::Again;
         }
-        if entry.is_whole() && !self.block_inside(region, vpn) && entry.state() == State::Empty {
+        let small = region.attributes.without(SMALL) != region.attributes || !self.block_inside(region, vpn);
+        if entry.is_whole() && small && matches!(entry.state(), State::Empty | State::Device { .. }) {
             entry.split_evenly();
             return Next::Again;
         }

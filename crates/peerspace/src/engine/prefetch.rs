@@ -103,6 +103,18 @@ impl Prefetches {
     }
 }
 
+/// Takes the next block of request `i`.
+fn take_block(requests: &mut Vec<Request>, i: usize) -> (PageRange, Goal, Shared<Ticket>) {
+    let Request { rest, to, ticket } = &mut requests[i];
+    let block = PageRange::block(rest.start.block());
+    rest.start = block.end;
+    let next = (block, *to, ticket.clone());
+    if rest.is_empty() {
+        requests.remove(i);
+    }
+    next
+}
+
 impl<K: Kernel> Engine<K> {
     /// Asks for the blocks that `pages` touches, as far as they are in regions, to be sent to `to`.
     pub(crate) fn prefetch(&self, pages: PageRange, to: Goal) -> Shared<Ticket> {
@@ -140,21 +152,32 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
+    /// Works on what `ticket` asks for, as long as nobody else does: its user has nothing better to do than to wait.
+    pub(crate) fn help_prefetch(&self, ticket: &Shared<Ticket>) {
+        loop {
+            let next = {
+                let _work = self.contexts.take();
+                let mut requests = self.prefetches.requests.lock();
+                let ours = requests.iter().position(|r| Shared::as_ptr(&r.ticket) == Shared::as_ptr(ticket));
+                ours.map(|i| take_block(&mut requests, i))
+            };
+            let Some((block, to, _)) = next else { return };
+            if !ticket.cancelled.load(Ordering::Relaxed) {
+                self.send_block(block, to, ticket);
+            }
+            ticket.block_done(&self.kernel.park());
+        }
+    }
+
     fn next_prefetch(&self) -> Option<(PageRange, Goal, Shared<Ticket>)> {
         let _work = self.contexts.take();
         let mut requests = self.prefetches.requests.lock();
-        let Some(first) = requests.first_mut() else {
+        if requests.is_empty() {
             // Under the lock, so that a request that comes now rings again.
             self.prefetches.bell.store(self.service.stopped() as u64, Ordering::Release);
             return None;
-        };
-        let block = PageRange::block(first.rest.start.block());
-        first.rest.start = block.end;
-        let (to, ticket) = (first.to, first.ticket.clone());
-        if first.rest.is_empty() {
-            requests.remove(0);
         }
-        Some((block, to, ticket))
+        Some(take_block(&mut requests, 0))
     }
 
     fn send_block(&self, block: PageRange, to: Goal, ticket: &Ticket) {
