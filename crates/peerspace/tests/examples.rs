@@ -50,6 +50,23 @@ fn the_device_of_ones_own_has_carried_data_and_is_short() {
     assert!(device.lines().count() < 70, "the device has {} lines", device.lines().count());
 }
 
+/// Rule G15: a useful device is under 70 lines, its MMU functions apart. Rule G1: it uses the program's own pointers.
+#[test]
+fn g15_a_device_that_runs_code_is_short() {
+    let said = output_of("accelerator");
+    let mut lines = said.lines();
+    assert_eq!(lines.next(), Some("the device has summed up 524288 numbers of the CPU's: 137438691328"), "{said}");
+    assert_eq!(lines.next(), Some("the CPU finds every one of them doubled"), "{said}");
+    // 1024 pages went through the 256 that it has, and none was lost.
+    let [_, moved, evicted, lost] = numbers(lines.next().unwrap())[..] else { panic!("{said}") };
+    assert!(moved >= 1024 && evicted >= 1024 - 256 && lost == 0, "{said}");
+    let source = include_str!("../examples/accelerator.rs");
+    let device = source.split("// The device begins here.\n").nth(1).unwrap();
+    let (device, mmu) = device.split_once("// The device ends here.").unwrap();
+    assert!(device.contains("impl Device for Chip") && mmu.contains("impl Mmu for Chip"));
+    assert!(device.lines().count() < 70, "the device has {} lines", device.lines().count());
+}
+
 #[test]
 fn the_persistent_region_goes_on_counting() {
     let directory = tempfile::tempdir().unwrap();
