@@ -67,6 +67,21 @@ fn g15_a_device_that_runs_code_is_short() {
     assert!(device.lines().count() < 70, "the device has {} lines", device.lines().count());
 }
 
+/// Rules G1, G7 and G14, by two devices of unequal sizes at once.
+#[test]
+fn g1_two_devices_search_a_graph_that_the_cpu_has_built() {
+    let said = output_with("bfs", &["--vertices".as_ref(), "20000".as_ref()]);
+    assert!(said.starts_with("20000 vertices, 89477 edges\n19772 reached in 15 levels\n"), "{said}");
+    assert!(said.contains("the CPU's own search says the same\n"), "{said}");
+    for device in ["large", "small"] {
+        let line = said.lines().find(|line| line.starts_with(device)).unwrap();
+        let [memory, faults, moved, replicated, _, evicted, link] = numbers(line)[..] else { panic!("{said}") };
+        assert!(faults > 0 && moved > 0 && replicated > 0 && evicted > 0, "{said}");
+        // More went there than there is room for.
+        assert!(link > memory, "{said}");
+    }
+}
+
 #[test]
 fn the_persistent_region_goes_on_counting() {
     let directory = tempfile::tempdir().unwrap();
