@@ -82,6 +82,27 @@ fn g1_two_devices_search_a_graph_that_the_cpu_has_built() {
     }
 }
 
+/// Rules G4, G7 and G8: by launches, by faults, and with hints.
+#[test]
+fn g8_a_join_that_fits_nowhere() {
+    let said = output_with("hash_join", &["--rows".as_ref(), "262144".as_ref()]);
+    assert!(said.ends_with("the CPU's own join says the same each time\n"), "{said}");
+    let row = |way: &str| {
+        let line = said.lines().find(|line| line.starts_with(way)).unwrap();
+        let cells: Vec<&str> = line[way.len()..].split_whitespace().collect();
+        let [matches, _seconds, faults, to, _back, in_place] = cells[..] else { panic!("{said}") };
+        [matches, faults, to, in_place].map(|cell| cell.parse::<u64>().unwrap())
+    };
+    let ([pieces, faults, hints], [matches, ..]) =
+        (["in pieces", "by faults", "with hints"].map(row), row("in pieces"));
+    assert!(matches > 30_000 && [pieces, faults, hints].iter().all(|row| row[0] == matches), "{said}");
+    // What cannot fault does not, and what can does. Both tables went there, and results were written in place where a hint
+    // said so.
+    assert!(pieces[1] == 0 && faults[1] > 0 && hints[1] > 0, "{said}");
+    assert!([pieces, faults, hints].iter().all(|row| row[2] >= 10), "{said}");
+    assert!(pieces[3] == 0 && hints[3] >= matches * 8 >> 10, "{said}");
+}
+
 #[test]
 fn the_persistent_region_goes_on_counting() {
     let directory = tempfile::tempdir().unwrap();
