@@ -8,8 +8,9 @@
 //! What takes the place of the device's memory is registered before it gets there: from its first moment on, a missing page is
 //! a fault that waits. The other way there is nothing to be seen in between, because all of the device's memory is there.
 
-use super::kernel::{Linux, read_self, trouble};
+use super::kernel::{Linux, trouble};
 use super::map::{Mapping, unclaim};
+use super::self_memory::read_self;
 use crate::kernel::{Kernel, SharedMemory, Trouble};
 use peerspace_core::addr::{Va, VaRange};
 use rustix::io::Errno;

@@ -11,6 +11,7 @@ use super::map::{Arena, Mapping};
 use super::memory::Memory;
 use super::moved::Sides;
 use super::scan::{Maps, Pagemap};
+use super::self_memory::{read_self, write_self};
 use super::staging::{Staging, Use};
 use super::uffd::{FAULT_WP, FAULT_WRITE, Mode, Partial, Uffd, event, feature};
 use crate::error::OsError;
@@ -339,35 +340,6 @@ impl Linux {
             done += page;
         }
         Done::all(self.geometry.pages_in(done))
-    }
-}
-
-/// Reads memory of this process through the kernel: a page that vanished is an error, not a fault.
-pub(super) fn read_self(at: u64, out: &mut [u8]) -> Result<usize, Errno> {
-    let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
-    let remote = libc::iovec { iov_base: at as *mut _, iov_len: out.len() };
-    let pid = rustix::process::getpid().as_raw_nonzero().get();
-    // SAFETY: the local vector is ours to write; the kernel checks the remote one.
-    let n = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
-    if n < 0 {
-        Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::FAULT))
-    } else {
-        Ok(n as usize)
-    }
-}
-
-/// Writes bytes to our own memory as the kernel does: an error, not a signal, where that is not possible.
-fn write_self(at: u64, from: &[u8]) -> Result<usize, Errno> {
-    let local = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
-    let remote = libc::iovec { iov_base: at as *mut _, iov_len: from.len() };
-    let pid = rustix::process::getpid().as_raw_nonzero().get();
-    // SAFETY: the local vector is only read; the kernel checks the remote one. What is written is memory of the program that
-    // it shares with devices, which write there as other threads of the program would.
-    let n = unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) };
-    if n < 0 {
-        Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::FAULT))
-    } else {
-        Ok(n as usize)
     }
 }
 

@@ -15,6 +15,7 @@ pub mod probe;
 pub mod raw_thread;
 pub mod remap;
 pub mod scan;
+mod self_memory;
 pub mod shared;
 pub mod signal;
 mod staging;
