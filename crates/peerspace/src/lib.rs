@@ -2,7 +2,8 @@
 //!
 //! A [`Space`] gives out memory that takes up no more RAM than its budget. What does not fit lives on
 //! [devices](device): compressed, in a file, anywhere else a device can put it. It comes back when it is touched, by
-//! the page or two mebibytes at a time, whatever the access shows to be right. The program sees slices and pointers.
+//! the page or two mebibytes at a time, whatever the access shows to be right. The program sees slices and pointers; so does the
+//! code of [devices that run any](device::mmu).
 //!
 //! ```
 //! use peerspace::{Space, device::compressed::Compressed};
@@ -33,6 +34,7 @@
 //! | [`device::mmu`] | devices that run code, and use the program's own pointers |
 //! | [`Space::prefetch`], [`Node`], [`Hint`] | where data should be, said ahead of its use |
 //! | [`Space::launch`] | work on devices that cannot fault |
+//! | [`Space::copy`], [`Space::exclusive`] | bytes copied wherever both ends are; sole access, for atomics of devices |
 //! | [`Region::migrate_to`] | memory sent to a device, and used in place there |
 //! | [`Persistent`] | regions that are found by name after a restart |
 //! | [`Space::make_resident`] | memory that is handed to the kernel or to hardware |

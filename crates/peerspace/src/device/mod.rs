@@ -39,8 +39,18 @@
 //! # What a device is called with
 //!
 //! Calls come from faulting threads and from the engine's own, concurrently. No two calls at a time are about the
-//! same page. A device must not touch memory that a space manages, nor allocate from a heap that is managed: it
-//! would wait for itself.
+//! same page. While it is called, a device must not touch memory that a space manages, nor allocate from a heap that is
+//! managed: it would wait for itself.
+//!
+//! # Devices that run code
+//!
+//! A device that has processors of its own has an MMU as well ([`Device::mmu`]), and its code uses the program's own pointers: see
+//! [`mmu`]. Nothing else changes for it: `store`, `load` and `freed` carry its pages as before. Its code runs outside of
+//! calls, and may touch managed memory in two ways. By the MMU: what it finds mapped there is its own memory, and what it does not
+//! find it asks its [`Port`](mmu::Port) for. And, where it runs in threads of this process (the lanes of
+//! `soft`), by ordinary pointers like any thread of the program, as long as no call of the device waits for it.
+//!
+//! `examples/accelerator.rs` is such a device in under seventy lines, its MMU apart.
 //!
 //! # What is believed
 //!
