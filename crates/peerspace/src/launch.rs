@@ -127,7 +127,14 @@ impl Launch<'_> {
             let items = at..self.items.min(at + size);
             let piece = self.piece(&items);
             let pages = self.pages(&piece);
-            match without_signals(|| engine.hold_on_device(mmu, &pages)) {
+            let hold = || match engine.hold_on_device(mmu, &pages) {
+                Err(FaultError::NoRoom(_)) => {
+                    engine.split_at_edges(&pages);
+                    engine.hold_on_device(mmu, &pages)
+                }
+                held => held,
+            };
+            match without_signals(hold) {
                 Ok(()) => {}
                 // In smaller pieces.
                 Err(FaultError::NoRoom(_)) if size > 1 => {

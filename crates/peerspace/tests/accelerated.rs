@@ -203,7 +203,7 @@ fn g8_what_is_prefetched_does_not_fault() {
     };
     // SAFETY: nobody else uses the region meanwhile.
     unsafe { gpu.launch(16 * 256, sum) }.unwrap().wait().unwrap();
-    assert_eq!(gpu.statistics().faults, before);
+    assert_eq!(gpu.statistics().faults, before, "{:?} {:?}", space.statistics().devices[1], gpu.statistics());
     assert_eq!(region.prefetch(0..16 * MIB, Node::Host).unwrap().wait().unwrap(), 16 * MIB);
     let before = space.statistics().faults.total;
     assert!(region.bytes().iter().all(|b| *b == 7));
@@ -349,6 +349,57 @@ fn g4_launches_hold_what_they_name() {
     let e = space.launch(id).run(|_| Ok::<(), String>(())).unwrap_err().to_string();
     assert!(e.contains("no operand"), "{e}");
     space.check();
+}
+
+/// Rule H2: what a launch needs of huge folios fits where the folios do not.
+#[test]
+fn h2_small_operands_in_huge_folios() {
+    let gpu = Accelerator::new(Options::new(mib(4)).without_faults()).unwrap();
+    let space = build(Faults::Signal, 32, &[&gpu]);
+    let regions = [1u8, 2, 3].map(|fill| {
+        let mut region = space.region(mib(2)).unwrap();
+        region.advise(Hint::Dense).unwrap();
+        region.bytes_mut().fill(fill);
+        region
+    });
+    let launch = regions.iter().fold(space.launch(space.devices()[1]), |l, r| l.whole(r.as_ptr(), 16));
+    let report = launch
+        .run(|piece| {
+            let at: Vec<u64> = piece.operands.iter().map(|o| o.start).collect();
+            let kernel = move |lane: &Lane, _: Range<u64>| {
+                at.iter().try_for_each(|at| lane.store(*at, lane.load::<u8>(*at)? + 10))
+            };
+            // SAFETY: nobody else uses the regions meanwhile.
+            unsafe { gpu.launch(1, kernel) }.unwrap().wait()
+        })
+        .unwrap();
+    assert_eq!(report.pieces, 1);
+    for (region, fill) in regions.iter().zip(1u8..) {
+        assert_eq!(region.bytes()[0], fill + 10);
+        assert!(region.bytes()[1..].iter().all(|b| *b == fill));
+    }
+    space.check();
+}
+
+/// Rule G7: a device that is all there is beside the host, and smaller than the data.
+#[test]
+fn g7_no_other_tier_than_the_device_itself() {
+    for takes_evicted in [true, false] {
+        let gpu = Accelerator::new(Options::new(mib(1)).takes_evicted(takes_evicted)).unwrap();
+        let space = Space::builder().host(mib(16)).device(gpu.clone()).faults(Faults::Signal).build().unwrap();
+        let mut region = space.region(mib(8)).unwrap();
+        region.typed_mut::<u64>().iter_mut().enumerate().for_each(|(i, w)| *w = i as u64);
+        let base = region.as_ptr() as u64;
+        let kernel = move |lane: &Lane, items: Range<u64>| {
+            items.into_iter().try_for_each(|i| lane.store(base + i * 4096, lane.load::<u64>(base + i * 4096)? * 2))
+        };
+        // SAFETY: nobody else uses the region meanwhile.
+        let done = unsafe { gpu.launch(2048, kernel) }.unwrap().wait();
+        assert!(done.is_ok(), "{takes_evicted} {done:?} {:?} {:?}", space.statistics(), gpu.statistics());
+        let good = |(i, w): (usize, &u64)| *w == if i % 512 == 0 { 2 * i as u64 } else { i as u64 };
+        assert!(region.typed::<u64>().iter().enumerate().all(good));
+        space.check();
+    }
 }
 
 /// Pages that two sides write in turns are left where they are for a while.

@@ -61,6 +61,8 @@ enum Next {
     Pause,
     /// A launch holds it, for however long.
     Held,
+    /// There is no room on standby, where pages are on their way: make some first.
+    Crowded,
     /// Have it mapped on the CPU first.
     Home(Access),
     /// Take it from its place on a coherent device first.
@@ -145,6 +147,10 @@ impl<K: Kernel> Engine<K> {
                 Next::Pause if tries < AT_ONCE => crate::sync::yield_now(),
                 Next::Pause => crate::sync::sleep(PAUSE),
                 Next::Changing => self.wait_for_changes(),
+                Next::Crowded => {
+                    self.relieve_standby();
+                    crate::sync::yield_now();
+                }
                 Next::Home(access) => match self.fault(va, access, Wake::Yes, Patience::Waits) {
                     Ok(Outcome::Foreign) => return Err(FaultError::NotManaged(va.0)),
                     // It is asked for again, and found to be lost.
@@ -171,7 +177,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The block of `vpn` goes on in small pages: there is no room for it in one piece.
-    fn split_for_device(&self, vpn: Vpn) {
+    pub(super) fn split_for_device(&self, vpn: Vpn) {
         let work = self.contexts.take();
         if let Ok(entry) = self.table.lock(vpn)
             && entry.is_whole()
@@ -286,10 +292,12 @@ impl<K: Kernel> Engine<K> {
                         PageRange::new(vpn, most).intersect(PageRange::block(vpn.block())).intersect(region.range);
                     let rest = if entry.is_whole() { entry.range() } else { near };
                     drop(entry);
-                    return if self.walk(rest, work, |rest, work| self.set_some_aside(rest, work)) > 0 {
-                        Next::Again
-                    } else {
-                        Next::Pause
+                    let went = self.walk(rest, work, |rest, work| self.set_some_aside(rest, work));
+                    let (waiting, segments) = self.ring.waiting();
+                    return match went {
+                        0 if waiting > segments / 2 => Next::Crowded,
+                        0 => Next::Pause,
+                        _ => Next::Again,
                     };
                 }
                 Step::Home(access) => return Next::Home(access),

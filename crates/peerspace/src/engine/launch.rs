@@ -66,6 +66,17 @@ impl<K: Kernel> Engine<K> {
         Ok(())
     }
 
+    /// Splits the huge folios of which `ranges` mean a part alone: the device has no room for the rest of them (rule H2).
+    pub(crate) fn split_at_edges(&self, ranges: &[PageRange]) {
+        for range in ranges {
+            for piece in range.by_block() {
+                if piece != PageRange::block(piece.start.block()) {
+                    self.split_for_device(piece.start);
+                }
+            }
+        }
+    }
+
     /// Holds the page at `vpn`, or the block that it is mapped with. Returns what comes next.
     fn hold_one(&self, mmu: MmuId, vpn: Vpn) -> Result<Vpn, FaultError> {
         loop {

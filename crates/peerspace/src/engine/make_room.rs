@@ -7,16 +7,18 @@
 
 use super::context::Working;
 use super::detach::Moved;
-use super::fault::{Hold, Patience};
+use super::evict::Drained;
+use super::fault::{Hold, Outcome, Patience};
+use super::staging::{Ring, SEGMENT};
 use super::tier::Tier;
 use super::{Engine, Entry};
-use peerspace_core::addr::{BLOCK_PAGES, Order, Pages};
+use peerspace_core::addr::{Access, BLOCK_PAGES, Order, Pages, Vpn};
 use peerspace_core::devmap::InUse;
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Arrival, Backing, Frame};
 use peerspace_core::sharers::MmuId;
 use peerspace_core::sync::Ordering::Relaxed;
-use peerspace_os::{Done, Kernel};
+use peerspace_os::{Done, Kernel, Wake};
 
 /// Folios looked at before it is said that nothing can go now.
 const LOOK: u64 = 4096;
@@ -77,7 +79,7 @@ impl<K: Kernel> Engine<K> {
                             busy = true;
                             from = next.filter(|_| order == Order::BASE);
                         }
-                        (Gone::Held, _) => from = None,
+                        (Gone::Held, next) => from = next.filter(|_| order == Order::BASE),
                     }
                     if order == Order::BASE && self.with_tier(mmu, |tier| tier.has_folio(order)) == Some(true) {
                         return Room::Made;
@@ -182,7 +184,12 @@ impl<K: Kernel> Engine<K> {
                 }
             },
             (true, _) => match self.slot_and_charge(&mut work) {
-                Ok(()) => Some(Berth::Page),
+                Ok(true) => Some(Berth::Page),
+                // Nothing leaves standby any more, so nothing can land there: it comes home, beyond the budget if need be.
+                Ok(false) => {
+                    drop(work);
+                    return (self.evict_home(folio.vpn), next);
+                }
                 Err(Hold::Changing) => {
                     drop(work);
                     self.wait_for_changes();
@@ -209,13 +216,58 @@ impl<K: Kernel> Engine<K> {
         (gone, next)
     }
 
-    /// Charges a page, and sees to it that there is a slot for it on standby.
-    fn slot_and_charge(&self, work: &mut Working<'_>) -> Result<(), Hold> {
+    /// Charges a page, and sees to it that there is a slot for it on standby. False when there is none to be had.
+    fn slot_and_charge(&self, work: &mut Working<'_>) -> Result<bool, Hold> {
         let (waiting, segments) = self.ring.waiting();
-        if waiting > segments / 2 {
-            let _ = self.drain_oldest(work);
+        if waiting > segments / 2 && !matches!(self.drain_oldest(work), Drained::Freed(1..)) {
+            return Ok(false);
         }
-        self.charge(1, work, Patience::Waits)
+        self.charge(1, work, Patience::Waits).map(|()| true)
+    }
+
+    /// Makes room on standby where nothing can leave it because no device has room: what has been there longest is mapped again.
+    pub(super) fn relieve_standby(&self) {
+        let mut pages = arrayvec::ArrayVec::<Vpn, { SEGMENT as usize }>::new();
+        {
+            let _work = self.contexts.take();
+            let Some(segment) = self.ring.oldest() else { return self.ring.close_filling() };
+            let slots = Ring::<K::Words>::segment(segment);
+            for frame in (slots.first..slots.first + slots.count).filter_map(|slot| self.ring.occupant(slot)) {
+                // It may be taken back and freed at any moment (H10).
+                if self.get_frame(frame) {
+                    pages.push(self.memmap.vpn(frame));
+                    self.put_frame(frame);
+                }
+            }
+            self.ring.put_off(segment);
+        }
+        for vpn in pages {
+            let standby = matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Standby { .. }));
+            if standby {
+                let _ = self.fault(self.geometry.va(vpn), Access::Write, Wake::Yes, Patience::Waits);
+            }
+        }
+        let mut work = self.contexts.take();
+        for _ in 0..self.ring.waiting().0 {
+            let _ = self.drain_oldest(&mut work);
+        }
+    }
+
+    /// Has the CPU map the page at `vpn`, which is on a device alone.
+    fn evict_home(&self, vpn: Vpn) -> Gone {
+        {
+            let _work = self.contexts.take();
+            match self.table.try_lock(vpn) {
+                Ok(Some(entry)) if !matches!(entry.state(), State::Mapped { held: true, .. }) => {
+                    drop(self.recall(entry));
+                }
+                _ => return Gone::Busy,
+            }
+        }
+        match self.fault(self.geometry.va(vpn), Access::Write, Wake::Yes, Patience::Waits) {
+            Ok(Outcome::Resolved) => Gone::Yes,
+            _ => Gone::Busy,
+        }
     }
 
     fn return_berth(&self, berth: Option<Berth>) {
