@@ -72,6 +72,8 @@ impl<K: Kernel> Engine<K> {
                 Some((State::Host { .. }, true)) => return Err(NoCollapse::Huge),
                 Some((State::Host { writable: true, .. }, false)) => {}
                 Some((State::Poisoned { .. }, _)) => return Err(NoCollapse::Unsuitable),
+                // A device uses it: it is where it is wanted.
+                Some((state, _)) if state.is_on_mmus() => return Err(NoCollapse::Busy),
                 Some(_) => {
                     let _ = self.fault(self.geometry.va(vpn), Access::Write, Wake::Yes, fault::Patience::Waits);
                     self.track(vpn);
@@ -245,6 +247,7 @@ impl<K: Kernel> Engine<K> {
             match self.table.look(vpn).map(|(entry, whole)| (entry.state(), whole)) {
                 Some((State::Host { writable, .. }, false)) => clean += !writable as u64,
                 Some((State::Poisoned { .. }, _) | (_, true)) | None => return None,
+                Some((state, _)) if state.is_on_mmus() => return None,
                 Some(_) => missing += 1,
             }
             if missing > MOST_MISSING || clean > MOST_CLEAN {
