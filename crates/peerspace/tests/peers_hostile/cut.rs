@@ -1,0 +1,129 @@
+//! Devices that come and go while they are used, and ports that are asked for nonsense (rules G4, G5, G13, Z3).
+
+use super::*;
+
+/// Uses the region by the chip, at random, until the port is cut. How many accesses went well.
+fn use_until_cut(chip: &Chip, base: u64, pages: u64, seed: u64) -> u64 {
+    let mut x = seed * 2 + 1;
+    for n in 0.. {
+        x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        let i = (x >> 33) % pages;
+        let va = base + i * PAGE;
+        let done = match x >> 20 & 7 {
+            0 => chip.add(va + 64, 1),
+            1..=3 => chip.store(va, word(i as usize)),
+            _ => chip.load(va).map(|w| assert_eq!(w, word(i as usize))),
+        };
+        match done {
+            Ok(()) => {}
+            Err(FaultError::Cut) => return n,
+            Err(e) => panic!("page {i}: {e}"),
+        }
+    }
+    unreachable!()
+}
+
+/// Rule Z3.
+#[test]
+fn z3_a_device_is_taken_away_while_it_runs() {
+    for (faults, dense, info) in all() {
+        let chips: Vec<Chip> = ["a", "b"].map(|name| Chip::new(name, 1 << 20, info.clone())).into();
+        let space = space_of(faults, 16 * MIB, &[&chips[0], &chips[1]]);
+        let region = region_of(&space, 8 * MIB, dense);
+        let base = region.as_ptr() as u64;
+        for (k, chip) in chips.iter().enumerate() {
+            std::thread::scope(|scope| {
+                let users: Vec<_> =
+                    (0..2).map(|n| scope.spawn(move || use_until_cut(chip, base, 2048, 10 * k as u64 + n))).collect();
+                std::thread::sleep(Duration::from_millis(30));
+                within(Duration::from_secs(20), "a detach", || space.detach(space.devices()[1]).unwrap());
+                users.into_iter().for_each(|user| assert!(user.join().unwrap() > 10, "{info:?}"));
+            });
+            assert_eq!(chip.port().read(base, &mut [0]), Err(FaultError::Cut));
+            space.check();
+        }
+        assert_eq!(space.devices().len(), 1);
+        let words = region.typed::<u64>();
+        assert!((0..2048).all(|i| words[i * 512] == word(i) && words[i * 512 + 511] == word(i)), "{info:?}");
+        space.check();
+    }
+}
+
+/// As many devices as a table word has bits for, and no more.
+#[test]
+fn one_device_too_many_is_refused() {
+    let chips: Vec<Chip> = (0..12).map(|n| Chip::exclusive(&format!("chip {n}"), MIB as u64)).collect();
+    let space = space_of(Faults::Signal, 16 * MIB, &chips.iter().collect::<Vec<_>>());
+    let region = region_of(&space, 2 * MIB, false);
+    let one_more = Chip::exclusive("one more", MIB as u64);
+    let e = space.attach(one_more.clone()).unwrap_err().to_string();
+    assert!(e.contains("one more") && e.contains("12 devices with an MMU"), "{e}");
+    for round in 0..3 {
+        for (k, chip) in chips.iter().enumerate() {
+            assert_eq!(chip.load(at(&region, k)), Ok(word(k)), "round {round}");
+            assert_eq!(chip.load(at(&region, 99)), Ok(word(99)));
+        }
+    }
+    space.check();
+    // Where one goes, there is room for another.
+    space.detach(space.devices()[5]).unwrap();
+    space.attach(one_more.clone()).unwrap();
+    assert_eq!(one_more.load(at(&region, 99)), Ok(word(99)));
+    assert!(is_filled(&region));
+    space.check();
+}
+
+/// Rule G13: a device that comes late has to be able to translate what there is.
+#[test]
+fn g13_a_device_that_cannot_have_a_region_is_not_attached() {
+    let space = space_of(Faults::Signal, 16 * MIB, &[]);
+    let region = region_of(&space, 2 * MIB, false);
+    let start = format!("{:#x}", region.as_ptr() as u64);
+    let low = Chip::new("low", MIB as u64, MmuDescriptor::new(Mode::Exclusive).addresses(0..1 << 30));
+    let busy = Chip::exclusive("busy", MIB as u64);
+    busy.take_addresses(at(&region, 3)..at(&region, 4));
+    for (chip, name) in [(&low, "low"), (&busy, "busy")] {
+        let e = space.attach(chip.clone()).unwrap_err().to_string();
+        assert!(e.contains(name) && e.contains(&start) && e.contains("cannot translate"), "{e}");
+    }
+    assert_eq!(space.devices().len(), 1);
+    assert!(is_filled(&region));
+    space.check();
+}
+
+#[test]
+fn g5_a_space_goes_while_its_devices_fault() {
+    for (faults, dense, info) in all() {
+        let chip = Chip::new("chip", 1 << 20, info);
+        let space = space_of(faults, 16 * MIB, &[&chip]);
+        let region = region_of(&space, 8 * MIB, dense);
+        let base = region.as_ptr() as u64;
+        std::thread::scope(|scope| {
+            let users: Vec<_> = (0..2)
+                .map(|n| {
+                    let chip = &chip;
+                    scope.spawn(move || {
+                        let mut x: u64 = n;
+                        loop {
+                            x = x.wrapping_mul(7).wrapping_add(3);
+                            match chip.load(base + x % 2048 * PAGE) {
+                                Ok(w) => assert_eq!(w, word((x % 2048) as usize)),
+                                // The region has gone first.
+                                Err(FaultError::NotManaged(_)) => {}
+                                Err(FaultError::Cut) => return,
+                                Err(e) => panic!("{e}"),
+                            }
+                        }
+                    })
+                })
+                .collect();
+            std::thread::sleep(Duration::from_millis(20));
+            within(Duration::from_secs(20), "the end of a space", || {
+                drop(region);
+                drop(space);
+            });
+            users.into_iter().for_each(|user| user.join().unwrap());
+        });
+        assert_eq!(chip.load(base), Err(FaultError::Cut));
+    }
+}

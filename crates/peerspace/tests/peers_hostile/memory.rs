@@ -1,0 +1,85 @@
+//! What the program does to memory that devices use: protecting, unmapping, discarding, pinning (rules G4, G5, H5, Z8).
+
+use super::*;
+use peerspace::Use;
+use std::sync::atomic::AtomicU64;
+
+/// Anonymous memory of the program's own.
+struct Mapped {
+    start: *mut u8,
+    len: usize,
+}
+
+// SAFETY: it is plain memory; the tests access it by atomics.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    fn new(len: usize) -> Mapped {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping.
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        assert_ne!(start, libc::MAP_FAILED);
+        let memory = Mapped { start: start.cast(), len };
+        (0..len / page()).for_each(|i| (0..512).for_each(|k| memory.word(i, k).store(word(i), SeqCst)));
+        memory
+    }
+
+    fn word(&self, page: usize, k: usize) -> &AtomicU64 {
+        assert!(page * 4096 + k * 8 + 8 <= self.len);
+        // SAFETY: it lies in the mapping, as long as the test has not unmapped it, and is aligned.
+        unsafe { &*self.start.add(page * 4096 + k * 8).cast() }
+    }
+
+    fn va(&self, page: usize) -> u64 {
+        self.start as u64 + page as u64 * PAGE
+    }
+
+    fn advise(&self, pages: std::ops::Range<usize>, advice: i32) {
+        // SAFETY: pages of the mapping, whose content the test gives up.
+        let done = unsafe { libc::madvise(self.start.add(pages.start * 4096).cast(), pages.len() * 4096, advice) };
+        assert_eq!(done, 0);
+    }
+
+    fn protect(&self, permission: i32) {
+        // SAFETY: the test writes to it no more where it must not.
+        assert_eq!(unsafe { libc::mprotect(self.start.cast(), self.len, permission) }, 0);
+    }
+
+    fn unmap(&self) {
+        // SAFETY: the test refers to it no more.
+        assert_eq!(unsafe { libc::munmap(self.start.cast(), self.len) }, 0);
+    }
+}
+
+/// Short pins of others, such as those of `try_read`, are no reason to fail.
+#[test]
+fn h5_short_pins_fail_no_fault() {
+    let chip = Chip::exclusive("chip", CHIP);
+    let space = space_of(Faults::Signal, 16 * MIB, &[&chip]);
+    let region = region_of(&space, 2 * MIB, false);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (region, stop) = (&region, &stop);
+        scope.spawn(move || {
+            let mut bytes = vec![0; 4 * 4096];
+            stop_when(stop, |n| region.try_read(n as usize % 4 * 4096, &mut bytes).unwrap())
+        });
+        for n in 0..4000 {
+            let i = n % 8;
+            assert_eq!(chip.load(at(region, i)), Ok(word(i)), "fault {n}");
+        }
+        stop.store(true, SeqCst);
+    });
+    space.check();
+}
+
+static TOUCHED: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn touch(_: i32) {
+    let at = TOUCHED.load(SeqCst);
+    if at != 0 {
+        // SAFETY: the test keeps a region there as long as signals come.
+        unsafe { (*(at as *const AtomicU64)).fetch_add(1, SeqCst) };
+    }
+}
