@@ -123,6 +123,33 @@ fn all() -> impl Iterator<Item = (Faults, bool, MmuDescriptor)> {
     BOTH.into_iter().flat_map(of)
 }
 
+/// A device that says that it has entered translations, and has not, is told so in the end.
+#[test]
+fn a_device_that_forgets_translations_makes_no_headway() {
+    for info in modes() {
+        let chip = Chip::new("chip", CHIP, info.clone());
+        let space = space_of(Faults::Signal, 16 * MIB, &[&chip]);
+        let region = region_of(&space, 4 * MIB, false);
+        chip.trouble().forget_map.store(true, SeqCst);
+        // One thread; and two, each with a page of its own.
+        let tries: [&[usize]; 2] = [&[5], &[6, 900]];
+        for pages in tries {
+            within(Duration::from_secs(20), "a fault without headway", || {
+                std::thread::scope(|scope| {
+                    for i in pages {
+                        let (chip, va) = (&chip, at(&region, *i));
+                        scope.spawn(move || assert_eq!(chip.load(va), Err(FaultError::NoHeadway(va))));
+                    }
+                });
+            });
+        }
+        chip.trouble().forget_map.store(false, SeqCst);
+        assert_eq!(chip.load(at(&region, 5)), Ok(word(5)), "{info:?}");
+        space.check();
+        assert!(is_filled(&region));
+    }
+}
+
 fn never(trouble: &Trouble) {
     trouble.never_unmap.store(true, SeqCst);
 }

@@ -163,7 +163,8 @@ pub trait Mmu: Send + Sync {
         let _ = port;
     }
 
-    /// Enters translations, in place of those there are for the same addresses.
+    /// Enters translations, in place of those there are for the same addresses. They stay until they are taken away: where a
+    /// device faults on and on although nothing has been taken away, its fault fails with [`FaultError::NoHeadway`].
     ///
     /// # Errors
     /// When it could not enter all of them. The space takes away all of the batch then.

@@ -362,7 +362,7 @@ impl<K: Kernel> Engine<K> {
         }
         let got = Pages(entry.range().end - vpn);
         drop(entry);
-        if mmu.note_fault(vpn, already) > FRUITLESS {
+        if mmu.note_fault(vpn, already, FRUITLESS) {
             return Next::Fail(FaultError::NoHeadway(va.0));
         }
         Next::Done(got)

@@ -34,6 +34,11 @@ use peerspace_core::words::Words;
 use peerspace_os::Kernel;
 use std::time::Instant;
 
+/// Pages with which a device may be in trouble at once, and still be found out.
+const SLOTS: usize = 16;
+const COUNT_BITS: u32 = 20;
+const COUNT: u64 = (1 << COUNT_BITS) - 1;
+
 /// What the space knows of a device's MMU.
 pub(crate) struct MmuState {
     pub(crate) id: MmuId,
@@ -42,9 +47,10 @@ pub(crate) struct MmuState {
     pub(crate) streams: Streams,
     /// Where the search for cold pages goes on.
     pub(crate) hand: AtomicU64,
-    /// The page of the last fault, and how often in a row it faulted although it was mapped already.
-    last: AtomicU64,
-    fruitless: AtomicU64,
+    /// Faults on pages that it had already, since it was given the last one that it had not: the page (plus one, by its low
+    /// bits) and how often. Each page has its slot, so that threads of the device that are in trouble with different pages
+    /// do not hide each other's.
+    fruitless: [AtomicU64; SLOTS],
     pub(crate) counters: MmuCounters,
 }
 
@@ -71,19 +77,24 @@ impl MmuState {
             info,
             streams: Streams::new(),
             hand: AtomicU64::new(0),
-            last: AtomicU64::new(u64::MAX),
-            fruitless: AtomicU64::new(0),
+            fruitless: [const { AtomicU64::new(0) }; SLOTS],
             counters: MmuCounters::default(),
         }
     }
 
-    /// Notes a fault at `vpn`; `already`: it had what it asks for. How many of the kind there were in a row.
-    pub(crate) fn note_fault(&self, vpn: Vpn, already: bool) -> u64 {
-        if !already || self.last.swap(vpn.0, Relaxed) != vpn.0 {
-            self.fruitless.store(0, Relaxed);
-            return 0;
+    /// Notes a fault at `vpn`; `already`: it had what it asks for. True if there were more than `most` of the kind in a row;
+    /// they are counted anew then.
+    pub(crate) fn note_fault(&self, vpn: Vpn, already: bool, most: u64) -> bool {
+        if !already {
+            self.fruitless.iter().filter(|slot| slot.load(Relaxed) != 0).for_each(|slot| slot.store(0, Relaxed));
+            return false;
         }
-        self.fruitless.fetch_add(1, Relaxed) + 1
+        let slot = &self.fruitless[(vpn.0 ^ vpn.0 >> 6) as usize % SLOTS];
+        let (page, seen) = ((vpn.0 + 1) << COUNT_BITS, slot.load(Relaxed));
+        let count = if seen >> COUNT_BITS == page >> COUNT_BITS { (seen & COUNT) + 1 } else { 1 };
+        // Two threads at once may count as one.
+        slot.store(if count > most { 0 } else { page | count.min(COUNT) }, Relaxed);
+        count > most
     }
 }
 
