@@ -299,7 +299,8 @@ impl<K: Kernel> Engine<K> {
         access: impl FnOnce() -> bool,
     ) -> Result<(), FaultError> {
         let vpn = self.geometry.vpn(va);
-        if len == 0 || self.geometry.vpn(Va(va.0 + len as u64 - 1)) != vpn {
+        let last = va.0.checked_add(len as u64).filter(|_| len > 0);
+        if last.is_none_or(|end| self.geometry.vpn(Va(end - 1)) != vpn) {
             return Err(FaultError::NotMapped(va.0));
         }
         let work = self.contexts.take();

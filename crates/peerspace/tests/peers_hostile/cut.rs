@@ -127,3 +127,40 @@ fn g5_a_space_goes_while_its_devices_fault() {
         assert_eq!(chip.load(base), Err(FaultError::Cut));
     }
 }
+
+/// Rule G4: permission, range and alignment are checked first.
+#[test]
+fn g4_addresses_that_mean_nothing_are_refused() {
+    for (faults, _, info) in all().filter(|(_, dense, _)| !dense) {
+        let chip = Chip::new("chip", MIB as u64, info.addresses(0..u64::MAX));
+        let space = space_of(faults, 16 * MIB, &[&chip]);
+        let region = region_of(&space, 2 * MIB, false);
+        let (start, end) = (at(&region, 0), at(&region, 512));
+        let nowhere =
+            [0, 1, 8, PAGE - 1, 1 << 20, 1 << 47, (1 << 47) - 1, 1 << 48, 1 << 57, 1 << 63, 0xffff_8000_0000_0000];
+        let last = [u64::MAX - 7, u64::MAX - 1, u64::MAX];
+        let port = chip.port();
+        for va in nowhere.into_iter().chain(last).chain([end, end + 1, start - 1]) {
+            for access in [DeviceAccess::Read, DeviceAccess::Write, DeviceAccess::Atomic] {
+                let e = port.fault(va, access).unwrap_err();
+                assert!(matches!(e, FaultError::NotManaged(_) | FaultError::OutOfReach(_)), "{va:#x}: {e}");
+            }
+            for len in [0, 1, 8, 4096, 10_000] {
+                let mut bytes = vec![7; len];
+                assert!(matches!(port.read(va, &mut bytes), Err(FaultError::NotMapped(_))), "{va:#x}, {len}");
+                assert!(matches!(port.write(va, &bytes), Err(FaultError::NotMapped(_))), "{va:#x}, {len}");
+            }
+            port.note_remote(va, u32::MAX);
+        }
+        // Inside, an address of any byte names its page; a range that reaches over the end of one is refused.
+        port.fault(start + 4093, DeviceAccess::Read).unwrap();
+        assert_eq!(chip.load(start + 8), Ok(word(0)));
+        for (va, len) in [(start + 4090, 8), (start, 4097), (end - 4, 8), (end - 1, 2)] {
+            let _ = port.fault(va, DeviceAccess::Write);
+            assert_eq!(port.read(va, &mut vec![0; len]), Err(FaultError::NotMapped(va)), "{va:#x}");
+            assert_eq!(port.write(va, &vec![0; len]), Err(FaultError::NotMapped(va)), "{va:#x}");
+        }
+        assert!(is_filled(&region));
+        space.check();
+    }
+}
