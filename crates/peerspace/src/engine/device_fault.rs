@@ -133,7 +133,8 @@ impl<K: Kernel> Engine<K> {
         loop {
             let next = {
                 let mut work = self.contexts.take();
-                let tier = self.tiers.by_mmu(mmu).filter(|tier| !tier.has_failed()).ok_or(FaultError::Cut)?;
+                // Not while it is being taken away: what it was given now would be left over.
+                let tier = self.tiers.open_by_mmu(mmu).filter(|tier| !tier.has_failed()).ok_or(FaultError::Cut)?;
                 self.attempt_for_device(&tier, vpn, access, (here, most), (&mut stays, &mut waited), &mut work)
             };
             match next {

@@ -251,13 +251,18 @@ impl<K: Kernel> Engine<K> {
 
     /// [Recalls](Engine::recall) whatever devices map of `pages`.
     pub(crate) fn recall_pages(&self, pages: PageRange) {
+        self.recall_where(pages, |state| state.is_on_mmus());
+    }
+
+    /// The same for entries whose state is `such`, which only those are that devices map.
+    pub(crate) fn recall_where(&self, pages: PageRange, such: impl Fn(State) -> bool) {
         let mut at = pages.start;
         while at < pages.end {
             let Some((seen, whole)) = self.table.look(at) else {
                 at = Vpn(at.block_start().0 + BLOCK_PAGES);
                 continue;
             };
-            if seen.state().is_on_mmus()
+            if such(seen.state())
                 && let Ok(entry) = self.table.lock(at)
             {
                 drop(self.recall(entry));

@@ -49,6 +49,37 @@ fn z3_a_device_is_taken_away_while_it_runs() {
     }
 }
 
+/// Rules G5, Z3: what a device maps that has gone is known to nobody, least of all to the next one with its number.
+#[test]
+fn g5_the_next_device_has_nothing_of_the_one_before() {
+    let old = Chip::new("old", 4 << 20, MmuDescriptor::new(Mode::Replicate).zero_page());
+    let far = Chip::new("far", 4 << 20, MmuDescriptor::new(Mode::Share).remote());
+    let space = space_of(Faults::Signal, 16 * MIB, &[&old, &far]);
+    let region = region_of(&space, 2 * MIB, false);
+    let zeros = space.region(mib(2)).unwrap();
+    for i in 0..64 {
+        assert_eq!((old.load(at(&zeros, i)), old.load(at(&region, i))), (Ok(0), Ok(word(i))));
+        assert_eq!(far.load(at(&region, 100 + i)), Ok(word(100 + i)));
+    }
+    space.devices()[1..].iter().for_each(|id| space.detach(*id).unwrap());
+    assert_eq!((old.target(at(&zeros, 1)), far.target(at(&region, 101))), (None, None), "they were told to let go");
+    space.check();
+    // These can do neither zeros nor the host's memory.
+    let next = ["a", "b"].map(|name| Chip::new(name, 4 << 20, MmuDescriptor::new(Mode::Replicate)));
+    for chip in &next {
+        space.attach(chip.clone()).unwrap();
+    }
+    for chip in &next {
+        for (region, i) in [(&zeros, 1), (&region, 1), (&region, 101)] {
+            chip.load(at(region, i)).unwrap();
+            let target = chip.target(at(region, i));
+            assert!(matches!(target, Some((Target::Own(_), _))), "{target:?}");
+        }
+    }
+    space.check();
+    assert!(is_filled(&region));
+}
+
 /// As many devices as a table word has bits for, and no more.
 #[test]
 fn one_device_too_many_is_refused() {
