@@ -80,6 +80,30 @@ fn g5_the_next_device_has_nothing_of_the_one_before() {
     assert!(is_filled(&region));
 }
 
+/// Rule Z3: a detach that fails leaves the device in use as before, its port included.
+#[test]
+fn z3_a_device_that_cannot_be_taken_away_goes_on() {
+    let chip = Chip::exclusive("chip", 24 << 20);
+    catch_lost_accesses();
+    let builder = Space::builder().host(mib(4)).device(Soft::new(mib(2)).unwrap()).device(chip.clone());
+    let space = builder.faults(Faults::Signal).build().unwrap();
+    let region = space.region(mib(16)).unwrap();
+    (0..4096).for_each(|i| chip.store(at(&region, i), word(i)).unwrap());
+    let id = space.devices()[1];
+    for _ in 0..2 {
+        let e = space.detach(id).unwrap_err();
+        assert!(matches!(e, Error::NoRoom { .. }), "{e}");
+        (0..4096).for_each(|i| assert_eq!(chip.load(at(&region, i)), Ok(word(i))));
+    }
+    assert_eq!(chip.attached(), 1, "a device gets one port");
+    let more = space.attach(Soft::new(mib(32)).unwrap()).unwrap();
+    space.detach(id).unwrap();
+    assert_eq!(chip.load(at(&region, 0)), Err(FaultError::Cut));
+    assert!((0..4096).all(|i| region.typed::<u64>()[i * 512] == word(i)));
+    assert!(space.devices().contains(&more));
+    space.check();
+}
+
 /// As many devices as a table word has bits for, and no more.
 #[test]
 fn one_device_too_many_is_refused() {
