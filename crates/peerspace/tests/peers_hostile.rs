@@ -171,6 +171,48 @@ fn panics_in_mmu(trouble: &Trouble) {
     trouble.panic_in("mmu");
 }
 
+/// Rules G5, Z9: a device that does not let go is cut off. What it alone had is lost; what others have too is not.
+#[test]
+fn g5_a_device_that_does_not_let_go_is_cut_off() {
+    let ways = [never, refuses, panics_in_unmap, panics_in_is_done, panics_in_mmu];
+    for (n, ((faults, dense, info), how)) in all().zip(ways.into_iter().cycle()).enumerate() {
+        let chip = Chip::new("chip", CHIP, info.clone().deadline(Duration::from_millis(300)));
+        let other = Chip::exclusive("other", CHIP);
+        let space = space_of(faults, 16 * MIB, &[&chip, &other]);
+        let mut region = region_of(&space, 4 * MIB, dense);
+        let used = if dense { 0..512 } else { 100..200 };
+        used.clone().for_each(|i| assert_eq!(chip.load(at(&region, i)), Ok(word(i))));
+        how(chip.trouble());
+        let what = format!("{n}: {info:?} {dense}");
+        // One deadline, and never again.
+        within(Duration::from_secs(10), &what, || {
+            if info.mode == Mode::Exclusive {
+                let lost = lost_of(&region);
+                // By blocks, or in runs, the device may have got more than it asked for.
+                let all = used.clone().all(|i| lost.contains(&i));
+                assert!(all && lost.len() <= used.len() + 64, "{what}: {lost:?}");
+                let va = at(&region, lost[0]);
+                assert!(matches!(other.load(va), Err(FaultError::Lost(at, _)) if at == va), "{what}");
+                region.discard(0..4 * MIB).unwrap();
+            } else {
+                // Somebody wants to be alone with it.
+                other.store(at(&region, used.start), word(used.start)).unwrap();
+                assert_eq!(lost_of(&region), Vec::<usize>::new(), "{what}");
+            }
+        });
+        // It keeps no access: neither through its port, nor by what it was given before.
+        let va = at(&region, used.start);
+        assert_eq!(chip.port().fault(va, DeviceAccess::Read), Err(FaultError::Cut), "{what}");
+        assert_eq!(chip.port().read(va, &mut [0; 8]), Err(FaultError::Cut), "{what}");
+        assert_eq!(chip.port().write(va, &[1; 8]), Err(FaultError::Cut), "{what}");
+        fill(region.typed_mut());
+        assert_eq!(other.load(va), Ok(word(used.start)));
+        space.check();
+        assert!(is_filled(&region), "{what}");
+        chip.trouble().panic_in("");
+    }
+}
+
 /// A device that takes its time to let go keeps its promises.
 #[test]
 fn g5_a_device_that_lets_go_in_time_loses_nothing() {

@@ -146,7 +146,12 @@ impl<W: Words> Tier<W> {
 
     /// Takes translations away. When this returns the device uses them no more, or is cut off.
     pub(crate) fn unmap(&self, range: VaRange) {
-        let Some((state, mmu)) = self.live_mmu() else { return };
+        if self.mmu.is_none() || self.has_failed() {
+            return;
+        }
+        let Some((state, mmu)) = self.live_mmu() else {
+            return self.quarantine(&format!("it did not let go of {range}: it has no MMU any more"));
+        };
         state.counters.recalls.fetch_add(1, Relaxed);
         let begun = unwinding(|| mmu.unmap(range.start.0..range.end.0));
         let why = match begun {
