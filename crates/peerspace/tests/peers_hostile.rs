@@ -75,6 +75,15 @@ fn within<T>(limit: Duration, what: &str, work: impl FnOnce() -> T) -> T {
     result
 }
 
+/// Waits for something that others do.
+fn wait_until(mut done: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < Duration::from_secs(30), "nobody makes headway");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Looks at every page: it has its word, or is lost. Returns the lost ones.
 fn lost_of(region: &Region) -> Vec<usize> {
     let mut bytes = vec![0; page()];
@@ -264,11 +273,13 @@ fn panics_of_devices_stay_with_them() {
             );
         }
         assert!(bad <= 300, "{function}: {bad}");
-        assert!(!matches!(function, "map" | "store") || bad == 300, "{function}: {bad}");
+        // What comes from the other device is not stored.
+        let least = [("map", 300), ("store", 190)].iter().find(|f| f.0 == function).map_or(0, |f| f.1);
+        assert!(bad >= least, "{function}: {bad}");
         drop(space.region(mib(2)));
         chip.trouble().panic_in("");
         let lost = lost_of(&region);
-        assert!(function == "load" || lost.is_empty(), "{function}: {lost:?}");
+        assert_eq!(function == "load", !lost.is_empty(), "{function}: {lost:?}");
         space.check();
     }
     // At the beginning the device, or the space, is refused, and says why.

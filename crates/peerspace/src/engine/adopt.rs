@@ -188,7 +188,7 @@ impl<K: Kernel> Engine<K> {
                 let (entry, whole) = self.table.look(vpn)?;
                 at = vpn + 1;
                 match entry.state() {
-                    State::Standby { .. } | State::Device { .. } => return Some(vpn),
+                    State::Standby { .. } | State::Device { .. } | State::Mapped { .. } => return Some(vpn),
                     _ if whole => at = vpn.block_start() + BLOCK_PAGES,
                     _ => {}
                 }
@@ -203,6 +203,11 @@ impl<K: Kernel> Engine<K> {
         for vpn in self.away(pages) {
             let mut work = self.contexts.take();
             let Ok(entry) = self.table.lock(vpn) else { continue };
+            if let State::Mapped { held: true, .. } = entry.state() {
+                // A launch relies on it; whoever waits for all to be home asks again.
+                continue;
+            }
+            let entry = self.recall(entry);
             if entry.is_whole() {
                 self.split_whole(entry, &work.counters);
             } else if self.make_native(entry, &mut work) == Err(Hold::Changing) {

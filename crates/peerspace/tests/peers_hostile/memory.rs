@@ -52,6 +52,28 @@ impl Mapped {
     }
 }
 
+/// Memory given back to the kernel comes home from devices as well, mapped there or not.
+#[test]
+fn g1_memory_given_back_comes_home_from_devices() {
+    for (faults, written, info) in all() {
+        let chip = Chip::new("chip", CHIP, info);
+        let space = space_of(faults, 16 * MIB, &[&chip]);
+        let memory = Mapped::new(4 * MIB);
+        let adopted = space.adopt(memory.start, memory.len).unwrap();
+        for i in 0..1024 {
+            let va = memory.va(i);
+            if written { chip.store(va, word(i)).unwrap() } else { assert_eq!(chip.load(va), Ok(word(i))) }
+        }
+        chip.add(memory.va(1), 0).unwrap();
+        adopted.release().unwrap();
+        assert!((0..1024).all(|i| (0..512).all(|k| memory.word(i, k).load(SeqCst) == word(i))));
+        assert!(matches!(chip.port().fault(memory.va(1), DeviceAccess::Read), Err(FaultError::NotManaged(_))));
+        assert_eq!(chip.target(memory.va(1)), None);
+        space.check();
+        memory.unmap();
+    }
+}
+
 /// Short pins of others, such as those of `try_read`, are no reason to fail.
 #[test]
 fn h5_short_pins_fail_no_fault() {
