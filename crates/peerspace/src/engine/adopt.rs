@@ -165,9 +165,12 @@ impl<K: Kernel> Engine<K> {
             let (mut there, mut tracked) = (0, 0);
             let _ = self.kernel.present_runs(range, &mut |run| there += self.geometry.pages_in(run.len()).0 as i64);
             let charged = self.budget.charged();
-            let _ = self.regions.remove(pages, |_| {});
-            self.discard(pages, &self.contexts.all()[0].as_ref().counters);
-            self.release_table(pages);
+            // The program may have unmapped some of it long ago.
+            for piece in self.pieces(pages).map(|region| region.range) {
+                let _ = self.regions.remove(piece, |_| {});
+                self.discard(piece, &self.contexts.all()[0].as_ref().counters);
+                self.release_table(piece);
+            }
             tracked += charged - self.budget.charged();
             self.budget.add_native((tracked - there).min(0));
             drop(rest);

@@ -259,7 +259,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The parts of regions that lie in `pages`, as they are when they are asked for.
-    fn pieces(&self, pages: PageRange) -> impl Iterator<Item = RegionInfo> + '_ {
+    pub(super) fn pieces(&self, pages: PageRange) -> impl Iterator<Item = RegionInfo> + '_ {
         let mut at = pages.start;
         std::iter::from_fn(move || {
             let region = self.regions.next(at).filter(|r| r.range.start < pages.end)?;

@@ -74,6 +74,21 @@ fn g1_memory_given_back_comes_home_from_devices() {
     }
 }
 
+/// Adopted memory that the program has unmapped may be given up all the same, as often as there is such memory.
+#[test]
+fn g5_adopted_memory_that_was_unmapped_can_be_given_up() {
+    let space = space_of(Faults::Signal, 16 * MIB, &[]);
+    for _ in 0..10 {
+        let memory = Mapped::new(8 * MIB);
+        let adopted = space.adopt(memory.start, memory.len).unwrap();
+        memory.unmap();
+        drop(adopted);
+        let region = region_of(&space, 2 * MIB, false);
+        assert!(is_filled(&region));
+    }
+    space.check();
+}
+
 /// Short pins of others, such as those of `try_read`, are no reason to fail.
 #[test]
 fn h5_short_pins_fail_no_fault() {
