@@ -245,14 +245,32 @@ impl<K: Kernel> Engine<K> {
         if access.writes() && region.attributes.has(Attributes::DEVICES_READ) {
             return Next::Fail(FaultError::ReadOnly(va.0));
         }
-        if adopted && access.writes() {
-            // The program may have made it read-only.
-            match self.kernel.mapping_at(va) {
-                Ok(Some(_)) => {}
-                Ok(None) => return Next::Fail(FaultError::ReadOnly(va.0)),
+        let mut writable = true;
+        if adopted {
+            let range = self.addresses(entry.range());
+            // No message tells that the program has made it read-only.
+            match self.kernel.allowed_at(va) {
+                Ok(Some((m, _))) if entry.is_whole() && !(m.start <= range.start && range.end <= m.end) => {
+                    // One part of the block may be written, another not.
+                    let entry = self.recall(entry);
+                    self.split_whole(entry, &work.counters);
+                    return Next::Again;
+                }
+                Ok(Some((_, allowed))) => writable = allowed == Access::Write,
+                // It has been unmapped, and the news is on the way.
+                Ok(None) if self.gate.enter(work.context()).is_none() || self.kernel.is_changing() => {
+                    return Next::Changing;
+                }
+                Ok(None) if self.region(vpn) != Some(region) => return Next::Again,
+                Ok(None) => return Next::Fail(FaultError::NotManaged(va.0)),
                 Err(_) => return Next::Pause,
             }
+            if access.writes() && !writable {
+                return Next::Fail(FaultError::ReadOnly(va.0));
+            }
         }
+        // The kernel moves nothing out of memory that is read-only.
+        let wish = if !writable && wish == Wish::Migrate { Wish::Replicate } else { wish };
         if adopted && entry.state() == State::Empty && self.is_native(&entry, vpn) {
             let range = entry.range().intersect(region.range);
             drop(entry);
@@ -268,7 +286,9 @@ impl<K: Kernel> Engine<K> {
         };
         loop {
             match on_device_fault(entry.state(), request, |pfn| tier.range.contains(pfn.pfn())) {
-                Step::Enter(state, grant) => return self.enter_for_device(entry, state, grant, tier, mmu, vpn),
+                Step::Enter(state, grant) => {
+                    return self.enter_for_device(entry, state, (grant, writable), tier, mmu, vpn);
+                }
                 Step::Recall => entry = self.recall(entry),
                 Step::Protect | Step::Replicate(_) if self.is_pinned_entry(&entry) => {
                     // The kernel may write there without asking anybody.
@@ -318,7 +338,7 @@ impl<K: Kernel> Engine<K> {
                         Ok(grant) => {
                             mmu.counters.replicated.fetch_add(order.pages().0, Relaxed);
                             let state = entry.state();
-                            return self.enter_for_device(entry, state, grant, tier, mmu, vpn);
+                            return self.enter_for_device(entry, state, (grant, writable), tier, mmu, vpn);
                         }
                         Err(stay) => return self.stayed(stay, entry, order, work),
                     }
@@ -339,12 +359,12 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    /// Commits `state`, and has the device enter the translation.
+    /// Commits `state`, and has the device enter the translation, `writable` if the program itself may write there.
     fn enter_for_device(
         &self,
         mut entry: Entry<'_, K>,
         state: State,
-        grant: peerspace_core::coherence::Grant,
+        (grant, writable): (peerspace_core::coherence::Grant, bool),
         tier: &Tier<K::Words>,
         mmu: &MmuState,
         vpn: Vpn,
@@ -352,7 +372,8 @@ impl<K: Kernel> Engine<K> {
         let va = self.geometry.va(vpn);
         let already = entry.state() == state;
         entry.set(state);
-        let mapping = self.target_of(tier, &entry, grant);
+        let mut mapping = self.target_of(tier, &entry, grant);
+        mapping.writable &= writable;
         if mapping.to == crate::device::mmu::Target::Host {
             mmu.counters.remote.fetch_add(1, Relaxed);
         }

@@ -52,6 +52,43 @@ impl Mapped {
     }
 }
 
+/// Rule G4: the program's own permissions hold for devices.
+#[test]
+fn g4_memory_made_read_only_is_read_only_on_devices() {
+    for (faults, touched, info) in all() {
+        let chip = Chip::new("chip", CHIP, info);
+        let space = space_of(faults, 16 * MIB, &[&chip]);
+        let memory = Mapped::new(MIB);
+        let adopted = space.adopt(memory.start, memory.len).unwrap();
+        // Pages that the space knows, and some that it has never heard of.
+        if touched {
+            (0..64).for_each(|i| assert_eq!(chip.load(memory.va(i)), Ok(word(i))));
+            // Home again, what came ahead included: what a device has it keeps, as nobody tells of the change.
+            (0..256).for_each(|i| assert_eq!(memory.word(i, 0).load(SeqCst), word(i)));
+        }
+        memory.protect(libc::PROT_READ);
+        within(Duration::from_secs(20), "accesses to what is read-only", || {
+            for i in 0..128 {
+                let va = memory.va(i);
+                assert_eq!(chip.store(va, 1), Err(FaultError::ReadOnly(va)));
+                assert_eq!(chip.add(va, 1), Err(FaultError::ReadOnly(va)));
+                assert_eq!(chip.load(va), Ok(word(i)));
+                // Also when it has what it reads.
+                assert_eq!(chip.store(va, 1), Err(FaultError::ReadOnly(va)));
+                assert_eq!(memory.word(i, 0).load(SeqCst), word(i));
+            }
+        });
+        memory.protect(libc::PROT_READ | libc::PROT_WRITE);
+        (0..128).for_each(|i| chip.store(memory.va(i), word(i)).unwrap());
+        adopted.release().unwrap();
+        for i in 0..256 {
+            assert_eq!(memory.word(i, 0).load(SeqCst), word(i), "page {i}, {touched} {faults:?}");
+        }
+        space.check();
+        memory.unmap();
+    }
+}
+
 /// Memory given back to the kernel comes home from devices as well, mapped there or not.
 #[test]
 fn g1_memory_given_back_comes_home_from_devices() {
