@@ -126,6 +126,61 @@ fn g5_adopted_memory_that_was_unmapped_can_be_given_up() {
     space.check();
 }
 
+/// Rule G5: what the program unmaps is gone for devices before it can be used again.
+#[test]
+fn g5_memory_that_is_unmapped_under_a_device_is_gone() {
+    for (faults, once, info) in all() {
+        let chip = Chip::new("chip", CHIP, info);
+        let space = space_of(faults, 16 * MIB, &[&chip]);
+        for round in 0..if once { 1 } else { 10 } {
+            let memory = Mapped::new(MIB);
+            let adopted = space.adopt(memory.start, memory.len).unwrap();
+            let (stop, uses) = (AtomicBool::new(false), AtomicU64::new(0));
+            std::thread::scope(|scope| {
+                for k in 0..2 {
+                    let (chip, memory, stop, uses) = (&chip, &memory, &stop, &uses);
+                    scope.spawn(move || {
+                        let mut gone = 0;
+                        stop_when(stop, |n| {
+                            uses.fetch_add(1, SeqCst);
+                            let i = (n * 7 + k) as usize % 256;
+                            let done = match n % 3 {
+                                0 => chip.store(memory.va(i), word(i)),
+                                _ => chip.load(memory.va(i)).map(|w| assert_eq!(w, word(i))),
+                            };
+                            match done {
+                                Ok(()) => assert_eq!(gone, 0, "what is gone is back"),
+                                Err(FaultError::NotManaged(_)) => gone += 1,
+                                Err(e) => panic!("{e}"),
+                            }
+                        });
+                    });
+                }
+                wait_until(|| uses.load(SeqCst) > 300);
+                memory.unmap();
+                // Something else is put in its place, which devices have no part in.
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+                // SAFETY: the place is free, or the call fails.
+                let other = unsafe { libc::mmap(memory.start.cast(), memory.len, 3, flags, -1, 0) };
+                if other == memory.start.cast() {
+                    (0..256).for_each(|i| memory.word(i, 1).store(77, SeqCst));
+                }
+                let before = uses.load(SeqCst);
+                wait_until(|| uses.load(SeqCst) > before + 100);
+                stop.store(true, SeqCst);
+                if other == memory.start.cast() {
+                    let same =
+                        (0..256).all(|i| memory.word(i, 0).load(SeqCst) == 0 && memory.word(i, 1).load(SeqCst) == 77);
+                    assert!(same, "round {round}: a device wrote to what is not managed");
+                    memory.unmap();
+                }
+            });
+            drop(adopted);
+            space.check();
+        }
+    }
+}
+
 /// Short pins of others, such as those of `try_read`, are no reason to fail.
 #[test]
 fn h5_short_pins_fail_no_fault() {
