@@ -181,6 +181,54 @@ fn g5_memory_that_is_unmapped_under_a_device_is_gone() {
     }
 }
 
+/// Rules G3, G5: what is discarded reads as zeros, for everybody.
+#[test]
+fn g5_what_is_discarded_is_zeros_for_devices_and_the_cpu() {
+    for (faults, adopts, info) in all() {
+        let what = format!("{faults:?} {adopts} {info:?}");
+        let chip = Chip::new("chip", CHIP, info);
+        let space = space_of(faults, 16 * MIB, &[&chip]);
+        let mut region = space.region(mib(2)).unwrap();
+        let owned = Mapped::new(2 * MIB);
+        let adopted = space.adopt(owned.start, owned.len).unwrap();
+        let memory = if adopts { &owned } else { &Mapped { start: region.as_ptr(), len: 2 * MIB } };
+        for round in 1..12u64 {
+            // Not often the same: what goes to and fro is made to stay for a while.
+            let pages = (round / 2 * 32) as usize..(round / 2 * 32 + 32) as usize;
+            // On the CPU, on the device, on both; and never used.
+            for i in pages.clone() {
+                memory.word(i, 3).store(round, SeqCst);
+                match i % 4 {
+                    0 => chip.store(memory.va(i) + 32, round).unwrap(),
+                    1 => assert_eq!(chip.load(memory.va(i) + 24), Ok(round)),
+                    _ => {}
+                }
+            }
+            if adopts {
+                // The program's own call returns when the news is received; devices hear of it a moment later.
+                memory.advise(pages.clone(), libc::MADV_DONTNEED);
+                pages.clone().for_each(|i| wait_until(|| chip.load(memory.va(i) + 24) == Ok(0)));
+            } else {
+                region.discard(pages.start * 4096..pages.end * 4096).unwrap();
+            }
+            for i in pages {
+                let by_cpu = || memory.word(i, 3).load(SeqCst);
+                let by_chip = || chip.load(memory.va(i) + 24).unwrap();
+                let seen = if i % 3 == 0 {
+                    (by_cpu(), by_chip())
+                } else {
+                    let c = by_chip();
+                    (by_cpu(), c)
+                };
+                assert_eq!(seen, (0, 0), "{what}, round {round}, page {i}");
+            }
+        }
+        space.check();
+        adopted.release().unwrap();
+        owned.unmap();
+    }
+}
+
 /// Short pins of others, such as those of `try_read`, are no reason to fail.
 #[test]
 fn h5_short_pins_fail_no_fault() {
