@@ -271,11 +271,24 @@ impl<K: Kernel> Engine<K> {
         }
         // The kernel moves nothing out of memory that is read-only.
         let wish = if !writable && wish == Wish::Migrate { Wish::Replicate } else { wish };
-        if adopted && entry.state() == State::Empty && self.is_native(&entry, vpn) {
+        let going = || self.going.may_hold(entry.range());
+        // Also where the space has populated everything itself: what the program gives up (MADV_FREE) may be there yet.
+        if entry.state() == State::Empty && self.is_native(&entry, vpn) {
             let range = entry.range().intersect(region.range);
+            if going() {
+                // What was discarded a moment ago is not to be taken in hand before it is gone.
+                return Next::Pause;
+            }
             drop(entry);
             return self.take_native_for(vpn, range, wish, work);
         }
+        // Nor is what may go in a moment to be read where it is: whoever reads it then would wait for it.
+        let wish = match wish {
+            Wish::Migrate => wish,
+            _ if !going() => wish,
+            _ if writable => Wish::Migrate,
+            _ => return Next::Pause,
+        };
         let request = Request {
             mmu: mmu.id,
             write: access == DeviceAccess::Write,
@@ -317,7 +330,7 @@ impl<K: Kernel> Engine<K> {
                     let (waiting, segments) = self.ring.waiting();
                     return match went {
                         0 if waiting > segments / 2 => Next::Crowded,
-                        0 => Next::Pause,
+                        0 => self.pause_or_home(va),
                         _ => Next::Again,
                     };
                 }
@@ -359,6 +372,15 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
+    /// What comes next where a page that the table says is mapped cannot be had: it may have been discarded before the news
+    /// was acted on, and come back, and gone. A fault of the CPU finds that out.
+    fn pause_or_home(&self, va: Va) -> Next {
+        match self.kernel.is_present(va) {
+            Ok(false) => Next::Home(Access::Read),
+            _ => Next::Pause,
+        }
+    }
+
     /// Commits `state`, and has the device enter the translation, `writable` if the program itself may write there.
     fn enter_for_device(
         &self,
@@ -376,6 +398,9 @@ impl<K: Kernel> Engine<K> {
         mapping.writable &= writable;
         if mapping.to == crate::device::mmu::Target::Host {
             mmu.counters.remote.fetch_add(1, Relaxed);
+            if already && let Next::Home(access) = self.pause_or_home(va) {
+                return Next::Home(access);
+            }
         }
         if let Err(e) = tier.enter(&[mapping]) {
             // The data is where it was; nobody has it mapped but who had before, if that can be said.

@@ -229,6 +229,87 @@ fn g5_what_is_discarded_is_zeros_for_devices_and_the_cpu() {
     }
 }
 
+/// The same while the device goes on reading and writing: it sees what was there, or zeros, and does not come to a halt.
+#[test]
+fn g5_discarding_what_a_device_is_using_ends_well() {
+    for (faults, adopts, info) in all() {
+        let (far, what) = (info.remote, format!("{faults:?} {adopts} {info:?}"));
+        let chip = Chip::new("chip", CHIP, info);
+        let space = space_of(faults, 16 * MIB, &[&chip]);
+        let region = space.region(mib(2)).unwrap();
+        let owned = Mapped::new(2 * MIB);
+        let adopted = space.adopt(owned.start, owned.len).unwrap();
+        let memory = if adopts { &owned } else { &Mapped { start: region.as_ptr(), len: 2 * MIB } };
+        memory.advise(0..64, libc::MADV_DONTNEED);
+        let stop = AtomicBool::new(false);
+        within(Duration::from_secs(30), &what, || {
+            std::thread::scope(|scope| {
+                let (chip, stop, what) = (&chip, &stop, &what);
+                scope.spawn(move || {
+                    let done = stop_when(stop, |n| {
+                        let va = memory.va(n as usize % 8);
+                        // At once, however often the page goes to and fro.
+                        if n % 2 == 0 && !far {
+                            chip.add(va + 8, 1).unwrap();
+                        } else if n % 9 == 0 {
+                            chip.store(va + 8, n).unwrap();
+                        }
+                        if far || chip.target(va).is_some() {
+                            let seen = chip.load(va);
+                            assert!(matches!(seen, Ok(0 | 0x5a5a)), "{what}: {seen:x?}");
+                        }
+                    });
+                    assert!(done > 20, "{what}: {done} accesses");
+                });
+                let end = Instant::now() + Duration::from_millis(700);
+                let mut rounds = 0;
+                while Instant::now() < end {
+                    let i = rounds % 8;
+                    rounds += 1;
+                    memory.word(i, 0).store(0x5a5a, SeqCst);
+                    memory.advise(i..i + 1, libc::MADV_DONTNEED);
+                    assert_eq!(memory.word(i, 0).load(SeqCst), 0, "{what}: the program sees what it has discarded");
+                }
+                stop.store(true, SeqCst);
+            });
+        });
+        space.check();
+        adopted.release().unwrap();
+        owned.unmap();
+    }
+}
+
+/// MADV_FREE leaves the pages there until the kernel wants them: there is one memory all the same.
+#[test]
+fn g5_what_is_given_up_lazily_is_one_memory_for_all() {
+    for (faults, adopts, info) in all() {
+        let what = format!("{faults:?} {adopts} {info:?}");
+        let chip = Chip::new("chip", CHIP, info);
+        let space = space_of(faults, 16 * MIB, &[&chip]);
+        let region = space.region(mib(2)).unwrap();
+        let owned = Mapped::new(2 * MIB);
+        let adopted = space.adopt(owned.start, owned.len).unwrap();
+        let memory = if adopts { &owned } else { &Mapped { start: region.as_ptr(), len: 2 * MIB } };
+        within(Duration::from_secs(30), &what, || {
+            for i in 0..3 {
+                memory.word(i, 0).store(5, SeqCst);
+                memory.advise(i..i + 1, libc::MADV_FREE);
+                let seen = memory.word(i, 0).load(SeqCst);
+                assert!(seen == 0 || seen == 5, "{what}");
+                memory.word(i, 0).store(6, SeqCst);
+                assert_eq!(chip.load(memory.va(i)), Ok(6), "{what}");
+                chip.store(memory.va(i), 7).unwrap();
+                assert_eq!(memory.word(i, 0).load(SeqCst), 7, "{what}");
+                memory.word(i, 0).store(8, SeqCst);
+                assert_eq!(chip.load(memory.va(i)), Ok(8), "{what}");
+            }
+        });
+        space.check();
+        adopted.release().unwrap();
+        owned.unmap();
+    }
+}
+
 /// Short pins of others, such as those of `try_read`, are no reason to fail.
 #[test]
 fn h5_short_pins_fail_no_fault() {
