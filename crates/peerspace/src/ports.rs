@@ -45,13 +45,16 @@ impl PortOps for Link {
     fn read(&self, va: u64, to: &mut [u8]) -> Result<(), FaultError> {
         let engine = self.engine()?;
         let kernel = &engine.kernel;
-        engine.remote_access(self.mmu, Va(va), to.len(), false, || kernel.read_mapped(Va(va), to))
+        // As above: whoever takes the page away waits for the access.
+        without_signals(|| engine.remote_access(self.mmu, Va(va), to.len(), false, || kernel.read_mapped(Va(va), to)))
     }
 
     fn write(&self, va: u64, from: &[u8]) -> Result<(), FaultError> {
         let engine = self.engine()?;
         let kernel = &engine.kernel;
-        engine.remote_access(self.mmu, Va(va), from.len(), true, || kernel.write_mapped(Va(va), from))
+        without_signals(|| {
+            engine.remote_access(self.mmu, Va(va), from.len(), true, || kernel.write_mapped(Va(va), from))
+        })
     }
 
     fn note_remote(&self, va: u64, accesses: u32) {

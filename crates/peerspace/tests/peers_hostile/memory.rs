@@ -341,3 +341,53 @@ extern "C" fn touch(_: i32) {
         unsafe { (*(at as *const AtomicU64)).fetch_add(1, SeqCst) };
     }
 }
+
+/// A handler of the program's own may use managed memory, also while its thread accesses memory for a device.
+#[test]
+fn signals_in_the_midst_of_a_remote_access_do_no_harm() {
+    for faults in BOTH {
+        let chip = Chip::new("chip", CHIP, MmuDescriptor::new(Mode::Share).remote());
+        let near = Chip::new("near", CHIP, MmuDescriptor::new(Mode::Replicate));
+        let space = space_of(faults, 16 * MIB, &[&chip, &near]);
+        let region = region_of(&space, 2 * MIB, false);
+        // SAFETY: a zeroed sigaction is valid, and the handler has the right type.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = touch as *const () as usize;
+            action.sa_flags = libc::SA_RESTART;
+            assert_eq!(libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()), 0);
+        }
+        TOUCHED.store(at(&region, 9), SeqCst);
+        let stop = AtomicBool::new(false);
+        within(Duration::from_secs(30), "remote accesses with signals", || {
+            std::thread::scope(|scope| {
+                let (chip, near, region, stop) = (&chip, &near, &region, &stop);
+                let (me, user) = std::sync::mpsc::channel();
+                scope.spawn(move || {
+                    // SAFETY: asks for nothing.
+                    me.send(unsafe { libc::pthread_self() }).unwrap();
+                    stop_when(stop, |n| {
+                        let i = n as usize % 4 + 4;
+                        assert_eq!(chip.load(at(region, i) + 64), Ok(word(i)));
+                    });
+                });
+                let thread = user.recv().unwrap();
+                // Each time the handler's write has the devices let go of what they may only read.
+                let page = Mapped { start: at(region, 9) as *mut u8, len: 4096 };
+                for n in 0..300 {
+                    assert_eq!(near.load(at(region, 9)), Ok(word(9) + n));
+                    assert_eq!(chip.load(at(region, 9)), Ok(word(9) + n));
+                    assert_eq!(chip.target(at(region, 9)), Some((Target::Host, false)));
+                    // SAFETY: the thread runs until it is told to stop.
+                    unsafe { libc::pthread_kill(thread, libc::SIGUSR2) };
+                    while page.word(0, 0).load(SeqCst) == word(9) + n {
+                        std::thread::yield_now();
+                    }
+                }
+                stop.store(true, SeqCst);
+            });
+        });
+        TOUCHED.store(0, SeqCst);
+        space.check();
+    }
+}
