@@ -325,13 +325,11 @@ impl<K: Kernel> Engine<K> {
             Some(tier) if !tier.has_failed() => {}
             _ => return Err(FaultError::Cut),
         }
-        let allowed = match self.table.look(vpn) {
-            Some((entry, _)) if !(self.table.is_locked(vpn) || write && self.is_for_reading(vpn)) => {
-                match entry.state() {
-                    State::Shared { sharers, writable, .. } => sharers.has(mmu) && (writable || !write),
-                    _ => false,
-                }
-            }
+        // The lock first. Whoever takes it from here on sees this access; had the state been read before, somebody could take
+        // the page away, and be done, between the two.
+        let barred = self.table.is_locked(vpn) || write && self.is_for_reading(vpn);
+        let allowed = match self.table.look(vpn).map(|(entry, _)| entry.state()) {
+            Some(State::Shared { sharers, writable, .. }) => !barred && sharers.has(mmu) && (writable || !write),
             _ => false,
         };
         // Even so, memory that the program owns may just have been unmapped.
