@@ -100,14 +100,19 @@ impl Contexts {
 
     /// Takes a free context; waits for one if all are taken.
     pub(crate) fn take(&self) -> Working<'_> {
-        let n = self.all.len() - 1;
-        let first = crate::engine::cpu() % n;
         loop {
-            if let Some(work) = (0..n).find_map(|i| self.try_take((first + i) % n)) {
+            if let Some(work) = self.take_if_any() {
                 return work;
             }
             self.pause();
         }
+    }
+
+    /// Takes a context, if one is free.
+    pub(crate) fn take_if_any(&self) -> Option<Working<'_>> {
+        let n = self.all.len() - 1;
+        let first = crate::engine::cpu() % n;
+        (0..n).find_map(|i| self.try_take((first + i) % n))
     }
 
     fn pause(&self) {

@@ -313,13 +313,11 @@ impl<K: Kernel> Engine<K> {
         if last.is_none_or(|end| self.geometry.vpn(Va(end - 1)) != vpn) {
             return Err(FaultError::NotMapped(va.0));
         }
-        let work = self.contexts.take();
+        // Nothing is waited for here, but in the device's fault: whoever acts on a change, or forks, may be waiting for the
+        // device to unmap, and the device for its accesses to end.
+        let Some(work) = self.contexts.take_if_any() else { return Err(FaultError::NotMapped(va.0)) };
         let context = work.context();
-        let Some(_section) = self.gate.enter(context) else {
-            drop(work);
-            self.wait_for_changes();
-            return Err(FaultError::NotMapped(va.0));
-        };
+        let Some(_section) = self.gate.enter(context) else { return Err(FaultError::NotMapped(va.0)) };
         let _remote = Remote::begin(context);
         match self.tiers.by_mmu(mmu) {
             Some(tier) if !tier.has_failed() => {}

@@ -41,6 +41,8 @@ pub(crate) struct Trouble {
     pub(crate) gone: AtomicBool,
     /// The function of this name panics.
     panics_in: Mutex<&'static str>,
+    /// Nothing is unmapped while an access to the host is under way.
+    pub(crate) minds_host: AtomicBool,
     /// Unmapping is done when it has been asked for so many times whether it is.
     pub(crate) late: AtomicU64,
     failed_before: Mutex<BTreeSet<u64>>,
@@ -192,7 +194,7 @@ impl Chip {
                     Some((Target::Host, writable))
                         if how == DeviceAccess::Read || writable && how == DeviceAccess::Write =>
                     {
-                        drop(table);
+                        let table = self.0.trouble.minds_host.load(SeqCst).then_some(table);
                         let mut buffer = vec![0; len];
                         let done = match how {
                             DeviceAccess::Read => self.port().read(va, &mut buffer).map(|()| bytes(&mut buffer)),
@@ -201,6 +203,7 @@ impl Chip {
                                 self.port().write(va, &buffer)
                             }
                         };
+                        drop(table);
                         match done {
                             Err(FaultError::NotMapped(_)) => {}
                             done => return done,

@@ -332,6 +332,45 @@ fn h5_short_pins_fail_no_fault() {
     space.check();
 }
 
+/// A device may wait with unmapping until its accesses to the host are over: they wait for nothing.
+#[test]
+fn g5_a_device_that_waits_for_its_accesses_keeps_nobody_waiting() {
+    for faults in BOTH {
+        let chip = Chip::new("chip", CHIP, MmuDescriptor::new(Mode::Share).remote());
+        chip.trouble().minds_host.store(true, SeqCst);
+        let other = Chip::exclusive("other", CHIP);
+        let space = space_of(faults, 16 * MIB, &[&chip, &other]);
+        let region = region_of(&space, 2 * MIB, false);
+        let stop = AtomicBool::new(false);
+        within(Duration::from_secs(30), "discarding what is accessed on the host", || {
+            std::thread::scope(|scope| {
+                let (chip, other, region, stop) = (&chip, &other, &region, &stop);
+                for k in 0..2 {
+                    scope.spawn(move || {
+                        stop_when(stop, |n| {
+                            let i = (n as usize * 2 + k) % 16;
+                            let seen = chip.load(at(region, i)).unwrap();
+                            assert!(seen == word(i) || seen == 0);
+                        });
+                    });
+                }
+                let memory = Mapped { start: region.as_ptr(), len: 2 * MIB };
+                for n in 0..300 {
+                    let i = n % 16;
+                    memory.word(i, 0).store(word(i), SeqCst);
+                    match n % 3 {
+                        0 => memory.advise(i..i + 1, libc::MADV_DONTNEED),
+                        1 => other.add(memory.va(i) + 8, 1).unwrap(),
+                        _ => drop(space_of(faults, 16 * MIB, &[])),
+                    }
+                }
+                stop.store(true, SeqCst);
+            });
+        });
+        space.check();
+    }
+}
+
 static TOUCHED: AtomicU64 = AtomicU64::new(0);
 
 extern "C" fn touch(_: i32) {
