@@ -172,7 +172,7 @@ impl<K: Kernel> Engine<K> {
             }
             tries += 1;
             if tries > AT_ONCE && started.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
-                return Err(FaultError::NoHeadway(va.0));
+                return Err(if stays { FaultError::Pinned(va.0) } else { FaultError::NoHeadway(va.0) });
             }
         }
     }
@@ -306,7 +306,7 @@ impl<K: Kernel> Engine<K> {
                 Step::Protect | Step::Replicate(_) if self.is_pinned_entry(&entry) => {
                     // The kernel may write there without asking anybody.
                     *stays = true;
-                    return if mmu.info.remote { Next::Again } else { Next::Pause };
+                    return if mmu.info.remote && !request.atomic { Next::Again } else { Next::Pause };
                 }
                 Step::Protect => {
                     let State::Host { pfn, dirt, .. } = entry.state() else { unreachable!("it is mapped") };
@@ -320,7 +320,7 @@ impl<K: Kernel> Engine<K> {
                     if self.is_pinned_entry(&entry) {
                         // What is pinned stays on the host (rule Z8); the device can use it there.
                         *stays = true;
-                        return if mmu.info.remote { Next::Again } else { Next::Pause };
+                        return if mmu.info.remote && !request.atomic { Next::Again } else { Next::Pause };
                     }
                     let near =
                         PageRange::new(vpn, most).intersect(PageRange::block(vpn.block())).intersect(region.range);

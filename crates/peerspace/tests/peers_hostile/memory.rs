@@ -310,6 +310,46 @@ fn g5_what_is_given_up_lazily_is_one_memory_for_all() {
     }
 }
 
+/// Rules H5, Z8: what is pinned stays on the host. A device that can uses it there; one that cannot waits, and is told in the
+/// end.
+#[test]
+fn z8_what_is_pinned_stays_on_the_host() {
+    for (faults, dense, info) in all() {
+        let far = info.remote;
+        let what = format!("{dense} {info:?}");
+        let chip = Chip::new("chip", CHIP, info.clone());
+        let space = space_of(faults, 16 * MIB, &[&chip]);
+        let region = region_of(&space, 2 * MIB, dense);
+        let va = at(&region, 7);
+        assert_eq!(chip.load(va), Ok(word(7)));
+        let held = space.make_resident(va as *const u8, 4096, Use::Write).unwrap();
+        if far {
+            chip.store(va, word(7)).unwrap();
+            assert_eq!(chip.target(va), Some((Target::Host, true)), "{what}");
+        }
+        // What is let go of in time is waited for.
+        std::thread::scope(|scope| {
+            let user = scope.spawn(|| chip.add(va + 8, 0));
+            std::thread::sleep(Duration::from_millis(100));
+            drop(held);
+            assert_eq!(user.join().unwrap(), Ok(()), "{what}");
+        });
+        assert!(matches!(chip.target(va), Some((Target::Own(_), true))), "{what}");
+        space.check();
+        assert!(is_filled(&region));
+    }
+    // And what is not is given up.
+    let chip = Chip::exclusive("chip", CHIP);
+    let space = space_of(Faults::Signal, 16 * MIB, &[&chip]);
+    let region = region_of(&space, 2 * MIB, false);
+    let va = at(&region, 7);
+    let held = space.make_resident(va as *const u8, 4096, Use::Write).unwrap();
+    let e = within(Duration::from_secs(15), "a fault on what is pinned", || chip.load(va)).unwrap_err();
+    assert!(matches!(e, FaultError::Pinned(at) if at == va), "{e}");
+    drop(held);
+    assert_eq!(chip.load(va), Ok(word(7)));
+}
+
 /// Short pins of others, such as those of `try_read`, are no reason to fail.
 #[test]
 fn h5_short_pins_fail_no_fault() {
