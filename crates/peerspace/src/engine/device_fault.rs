@@ -63,6 +63,8 @@ enum Next {
     Held,
     /// There is no room on standby, where pages are on their way: make some first.
     Crowded,
+    /// It is to stay where it is for so long.
+    Truce(Duration),
     /// Have it mapped on the CPU first.
     Home(Access),
     /// Take it from its place on a coherent device first.
@@ -129,13 +131,13 @@ impl<K: Kernel> Engine<K> {
         let va = self.geometry.va(vpn);
         let mut started: Option<Instant> = None;
         let mut tries = 0;
-        let (mut stays, mut waited) = (false, false);
+        let (mut stays, mut waited, mut peace) = (false, false, here);
         loop {
             let next = {
                 let mut work = self.contexts.take();
                 // Not while it is being taken away: what it was given now would be left over.
                 let tier = self.tiers.open_by_mmu(mmu).filter(|tier| !tier.has_failed()).ok_or(FaultError::Cut)?;
-                self.attempt_for_device(&tier, vpn, access, (here, most), (&mut stays, &mut waited), &mut work)
+                self.attempt_for_device(&tier, vpn, access, (here, most), (&mut stays, &mut waited, peace), &mut work)
             };
             match next {
                 Next::Done(pages) => return Ok(pages),
@@ -143,6 +145,12 @@ impl<K: Kernel> Engine<K> {
                 Next::Again => {}
                 Next::Held => {
                     crate::sync::sleep(PAUSE);
+                    continue;
+                }
+                // Without a context, which faults of the CPU need to go on.
+                Next::Truce(wait) => {
+                    crate::sync::sleep(wait);
+                    peace = true;
                     continue;
                 }
                 Next::Pause if tries < AT_ONCE => crate::sync::yield_now(),
@@ -194,7 +202,7 @@ impl<K: Kernel> Engine<K> {
         vpn: Vpn,
         access: DeviceAccess,
         (here, most): (bool, Pages),
-        (stays, waited): (&mut bool, &mut bool),
+        (stays, waited, peace): (&mut bool, &mut bool, bool),
         work: &mut Working<'_>,
     ) -> Next {
         let va = self.geometry.va(vpn);
@@ -217,9 +225,9 @@ impl<K: Kernel> Engine<K> {
         let first = if whole { vpn.block_start() } else { vpn };
         let choice = self.choose(region, first, mmu, access);
         let mut wish = if here && access.writes() { Wish::Migrate } else { choice.wish };
-        if let Some(wait) = choice.wait.filter(|_| !here) {
+        if let Some(wait) = choice.wait.filter(|_| !peace) {
             // It goes to and fro, and cannot be accessed where it is: it stays there for a while at least.
-            crate::sync::sleep(wait);
+            return Next::Truce(wait);
         }
         if *stays && mmu.info.remote {
             wish = Wish::Remote;

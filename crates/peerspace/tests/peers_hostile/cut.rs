@@ -222,3 +222,37 @@ fn g4_addresses_that_mean_nothing_are_refused() {
         space.check();
     }
 }
+
+/// Rule G8: pages that go to and fro between devices are left alone for a while, and nobody else has to wait for that.
+#[test]
+fn g8_a_war_of_devices_keeps_nobody_else_waiting() {
+    let chips = ["a", "b"].map(|name| Chip::exclusive(name, MIB as u64));
+    let space = space_of(Faults::Signal, 16 * MIB, &[&chips[0], &chips[1]]);
+    let region = region_of(&space, 2 * MIB, false);
+    let mut other = space.region(mib(8)).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // More threads than a processor has contexts for.
+        for n in 0..32 {
+            let (chip, region, stop) = (&chips[n % 2], &region, &stop);
+            scope.spawn(move || {
+                stop_when(stop, |_| {
+                    chip.store(at(region, n / 2), word(n / 2)).unwrap();
+                    std::thread::sleep(Duration::from_micros(200));
+                });
+            });
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        let mut longest = Duration::ZERO;
+        for i in 0..200 {
+            let begin = Instant::now();
+            other.typed_mut::<u64>()[i * 512] = 1;
+            longest = longest.max(begin.elapsed());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        stop.store(true, SeqCst);
+        assert!(longest < Duration::from_millis(250), "a fault of the CPU took {longest:?}");
+    });
+    assert!(is_filled(&region));
+    space.check();
+}
