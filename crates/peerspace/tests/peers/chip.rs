@@ -37,6 +37,8 @@ pub(crate) struct Trouble {
     pub(crate) every_other_load: AtomicBool,
     /// Copies from peers fail, after they have left something else in the place of the bytes.
     pub(crate) bad_peers: AtomicBool,
+    /// It says when it is attached that it compares.
+    pub(crate) compares: AtomicBool,
     /// It is gone.
     pub(crate) gone: AtomicBool,
     /// The function of this name panics.
@@ -262,7 +264,13 @@ impl Device for Chip {
     fn describe(&self) -> Descriptor {
         let mut info = Descriptor::private(self.0.name.clone(), self.0.bytes / PAGE);
         info.takes_evicted = false;
+        info.compares = self.0.trouble.compares.load(SeqCst);
         info
+    }
+
+    fn holds(&self, page: u64, bytes: &[u8]) -> Result<bool, DeviceError> {
+        let range = self.range(page, bytes.len()).ok_or(DeviceError::Unsupported)?;
+        Ok(self.0.memory.lock().unwrap()[range] == *bytes)
     }
 
     fn store(&self, batch: &mut [Store<'_>]) {

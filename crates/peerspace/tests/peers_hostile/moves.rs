@@ -47,6 +47,38 @@ fn g16_what_does_not_get_to_the_device_stays_where_it_is() {
     }
 }
 
+/// A page that the device has in two states: written there over and over, while its stores fail now and then.
+#[test]
+fn g16_copies_that_could_not_be_written_over_are_not_believed() {
+    for dense in [false, true] {
+        let chip = Chip::exclusive("chip", CHIP);
+        // What it may hold yet is asked for, instead of protecting the page at home.
+        chip.trouble().compares.store(true, SeqCst);
+        let space = space_of(Faults::Signal, 16 * MIB, &[&chip]);
+        let mut region = region_of(&space, 2 * MIB, dense);
+        for round in 0..6u64 {
+            chip.trouble().mend();
+            for i in 0..512 {
+                chip.store(at(&region, i) + 8, round).unwrap();
+            }
+            // Home, written there now and then, and on the way back it fails.
+            for i in 0..512 {
+                assert_eq!(region.typed::<u64>()[i * 512 + 1], round);
+                if round % 2 == 0 {
+                    region.typed_mut::<u64>()[i * 512 + 2] = round;
+                }
+            }
+            chip.trouble().bad_stores.store(1, SeqCst);
+            (0..512).for_each(|i| drop(chip.load(at(&region, i))));
+            space.check();
+            let last = round / 2 * 2;
+            assert!((0..512).all(|i| region.typed::<u64>()[i * 512 + 1] == round));
+            assert!((0..512).all(|i| region.typed::<u64>()[i * 512 + 2] == last));
+            space.check();
+        }
+    }
+}
+
 /// Rule Z8: what fails in passing is tried again.
 #[test]
 fn z8_loads_that_fail_in_passing_lose_nothing() {
