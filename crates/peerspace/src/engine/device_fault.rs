@@ -290,6 +290,11 @@ impl<K: Kernel> Engine<K> {
             drop(entry);
             return self.take_native_for(vpn, range, wish, work);
         }
+        // What is not there because it has just been unmapped is not zeros.
+        let changing = || self.gate.enter(work.context()).is_none() || self.kernel.is_changing();
+        if adopted && entry.state() == State::Empty && changing() {
+            return Next::Changing;
+        }
         // Nor is what may go in a moment to be read where it is: whoever reads it then would wait for it.
         let wish = match wish {
             Wish::Migrate => wish,

@@ -116,7 +116,7 @@ fn g1_memory_given_back_comes_home_from_devices() {
 fn g5_adopted_memory_that_was_unmapped_can_be_given_up() {
     let space = space_of(Faults::Signal, 16 * MIB, &[]);
     for _ in 0..10 {
-        let memory = Mapped::new(8 * MIB);
+        let memory = Mapped::new(MIB);
         let adopted = space.adopt(memory.start, memory.len).unwrap();
         memory.unmap();
         drop(adopted);
