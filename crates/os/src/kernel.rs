@@ -21,7 +21,7 @@
 //! - None of the calls on the fault path allocates, touches region memory, or takes a lock that a user of region
 //!   memory could hold.
 
-use peerspace_core::addr::{Geometry, Pages, Va, VaRange};
+use peerspace_core::addr::{Access, Geometry, Pages, Va, VaRange};
 use peerspace_core::sync::Park;
 use peerspace_core::words::Words;
 use rustix::fd::BorrowedFd;
@@ -312,6 +312,13 @@ pub trait Kernel: Send + Sync + 'static {
     /// # Errors
     /// When it cannot be found out.
     fn mapping_at(&self, va: Va) -> Result<Option<VaRange>, Trouble>;
+
+    /// What the program may do with memory of its own at `va`, and the mapping of which that holds; `None` where it has
+    /// mapped nothing of the kind, or may not even read: no message tells of a change of permissions.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn allowed_at(&self, va: Va) -> Result<Option<(VaRange, Access)>, Trouble>;
 
     // --- memory of devices, in the place of a region's ---
 

@@ -47,12 +47,11 @@ impl Space {
     pub fn detach(&self, device: DeviceId) -> Result<(), Error> {
         let engine = self.engine();
         // What it runs gets nothing more from here on.
-        let connected = self.ports().cut(device);
+        let port = self.ports().cut(device);
         let mmu = self.mmu_of(device).ok();
         let detached = without_signals(|| engine.detach(device.0));
-        if detached.is_err() && connected {
-            // It could translate everything before.
-            let _ = self.ports().connect(engine, device);
+        if let (Err(_), Some(port)) = (&detached, port) {
+            self.ports().restore(engine, port);
         }
         let name = || {
             let mut all = engine.tiers.iter();

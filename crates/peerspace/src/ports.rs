@@ -45,13 +45,16 @@ impl PortOps for Link {
     fn read(&self, va: u64, to: &mut [u8]) -> Result<(), FaultError> {
         let engine = self.engine()?;
         let kernel = &engine.kernel;
-        engine.remote_access(self.mmu, Va(va), to.len(), false, || kernel.read_mapped(Va(va), to))
+        // As above: whoever takes the page away waits for the access.
+        without_signals(|| engine.remote_access(self.mmu, Va(va), to.len(), false, || kernel.read_mapped(Va(va), to)))
     }
 
     fn write(&self, va: u64, from: &[u8]) -> Result<(), FaultError> {
         let engine = self.engine()?;
         let kernel = &engine.kernel;
-        engine.remote_access(self.mmu, Va(va), from.len(), true, || kernel.write_mapped(Va(va), from))
+        without_signals(|| {
+            engine.remote_access(self.mmu, Va(va), from.len(), true, || kernel.write_mapped(Va(va), from))
+        })
     }
 
     fn note_remote(&self, va: u64, accesses: u32) {
@@ -60,6 +63,10 @@ impl PortOps for Link {
         }
     }
 }
+
+/// A port that was cut, and may be restored.
+#[must_use = "dropping it cuts the port for good"]
+pub(crate) struct CutPort(DeviceId, Arc<Link>);
 
 /// All ports of a space.
 #[derive(Default)]
@@ -95,13 +102,22 @@ impl Ports {
         Ok(())
     }
 
-    /// Cuts the port of device `id`, and waits until nothing goes through it. True if there was one.
-    pub(crate) fn cut(&self, id: DeviceId) -> bool {
-        let link = {
+    /// Cuts the port of device `id`, if it has one, and waits until nothing goes through it.
+    pub(crate) fn cut(&self, id: DeviceId) -> Option<CutPort> {
+        let (id, link) = {
             let mut all = self.all();
-            all.iter().position(|(of, _)| *of == id).map(|i| all.swap_remove(i).1)
+            let at = all.iter().position(|(of, _)| *of == id)?;
+            all.swap_remove(at)
         };
-        link.inspect(|link| link.cut()).is_some()
+        link.cut();
+        Some(CutPort(id, link))
+    }
+
+    /// Undoes [`cut`](Ports::cut): a device has one port as long as it belongs to the space.
+    pub(crate) fn restore(&self, engine: &Shared<Real>, CutPort(id, link): CutPort) {
+        let put = link.engine.put(engine.clone());
+        debug_assert!(put.is_ok(), "a port that was cut is empty");
+        self.all().push((id, link));
     }
 
     /// Cuts all ports.

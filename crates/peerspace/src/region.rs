@@ -236,6 +236,8 @@ impl Region {
         let discarded = engine
             .discard_in_place(engine.geometry.pages_inside(whole), |rest| engine.discard_now(engine.addresses(rest)));
         discarded.map_err(|why| Error::Kernel { what: format!("discard {range}"), why })?;
+        // The kernel waits until the news is received; devices have to have heard of it (rule G5).
+        engine.await_devices();
         lost()
     }
 }

@@ -162,7 +162,7 @@ impl Memory {
         }
     }
 
-    fn kind(&self, vpn: u64) -> Option<Kind> {
+    pub(super) fn kind(&self, vpn: u64) -> Option<Kind> {
         self.places.get(&vpn).map(|p| p.kind)
     }
 

@@ -18,7 +18,8 @@
 //!   by those addresses any more before they are mapped again. Whoever does not answer before the
 //!   [deadline](MmuDescriptor::deadline) is *quarantined*: its port is cut, nothing is asked of it again, and what it alone
 //!   holds is lost (rule Z9).
-//! - [`Mmu`] functions return soon and never call the port: they are called with pages locked.
+//! - [`Mmu`] functions return soon and never call the port: they are called with pages locked. They may wait for accesses under
+//!   way, those by [`Port::read`] and [`Port::write`] included, which wait for nothing; not for a [`Port::fault`].
 //! - Nothing is accessed by the address of memory that lies on the host but through the port ([`Port::read`],
 //!   [`Port::write`]): so it can be cut off.
 //!
@@ -163,7 +164,8 @@ pub trait Mmu: Send + Sync {
         let _ = port;
     }
 
-    /// Enters translations, in place of those there are for the same addresses.
+    /// Enters translations, in place of those there are for the same addresses. They stay until they are taken away: where a
+    /// device faults on and on although nothing has been taken away, its fault fails with [`FaultError::NoHeadway`].
     ///
     /// # Errors
     /// When it could not enter all of them. The space takes away all of the batch then.

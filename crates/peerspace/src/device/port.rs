@@ -23,6 +23,11 @@ pub enum FaultError {
     /// There is no room for the page on the device, and none can be made.
     #[error("there is no room on the device for the page of address {0:#x}")]
     NoRoom(u64),
+    /// Somebody relies on the page staying on the host, where the device cannot access it (rule Z8).
+    #[error(
+        "the page of address {0:#x} is kept resident on the host, and the device cannot access it there: let it go first"
+    )]
+    Pinned(u64),
     /// The device did not do what was asked of it.
     #[error("the device failed with the page of address {0:#x}: {1}")]
     Device(u64, super::DeviceError),

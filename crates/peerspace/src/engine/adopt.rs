@@ -165,9 +165,12 @@ impl<K: Kernel> Engine<K> {
             let (mut there, mut tracked) = (0, 0);
             let _ = self.kernel.present_runs(range, &mut |run| there += self.geometry.pages_in(run.len()).0 as i64);
             let charged = self.budget.charged();
-            let _ = self.regions.remove(pages, |_| {});
-            self.discard(pages, &self.contexts.all()[0].as_ref().counters);
-            self.release_table(pages);
+            // The program may have unmapped some of it long ago.
+            for piece in self.pieces(pages).map(|region| region.range) {
+                let _ = self.regions.remove(piece, |_| {});
+                self.discard(piece, &self.contexts.all()[0].as_ref().counters);
+                self.release_table(piece);
+            }
             tracked += charged - self.budget.charged();
             self.budget.add_native((tracked - there).min(0));
             drop(rest);
@@ -188,7 +191,7 @@ impl<K: Kernel> Engine<K> {
                 let (entry, whole) = self.table.look(vpn)?;
                 at = vpn + 1;
                 match entry.state() {
-                    State::Standby { .. } | State::Device { .. } => return Some(vpn),
+                    State::Standby { .. } | State::Device { .. } | State::Mapped { .. } => return Some(vpn),
                     _ if whole => at = vpn.block_start() + BLOCK_PAGES,
                     _ => {}
                 }
@@ -203,6 +206,11 @@ impl<K: Kernel> Engine<K> {
         for vpn in self.away(pages) {
             let mut work = self.contexts.take();
             let Ok(entry) = self.table.lock(vpn) else { continue };
+            if let State::Mapped { held: true, .. } = entry.state() {
+                // A launch relies on it; whoever waits for all to be home asks again.
+                continue;
+            }
+            let entry = self.recall(entry);
             if entry.is_whole() {
                 self.split_whole(entry, &work.counters);
             } else if self.make_native(entry, &mut work) == Err(Hold::Changing) {

@@ -149,6 +149,16 @@ impl<K: Kernel> Engine<K> {
         self.gate.wait_open(&park);
     }
 
+    /// Waits until what has been received has been acted on, if there are devices that could still use what is discarded. Not
+    /// for threads that receive.
+    pub(crate) fn await_devices(&self) {
+        if self.tiers.iter().any(|tier| tier.mmu_id().is_some()) {
+            while self.gate.turn_if_open().is_none() {
+                self.gate.wait_open(&self.kernel.park());
+            }
+        }
+    }
+
     /// Calls `each` with the locked entries of `pages`, whole blocks as whole blocks where they lie inside. Blocks
     /// that lie inside only in part are split first.
     fn each_entry(&self, pages: PageRange, counters: &Counters, mut each: impl FnMut(Entry<'_, K>)) {
@@ -259,7 +269,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The parts of regions that lie in `pages`, as they are when they are asked for.
-    fn pieces(&self, pages: PageRange) -> impl Iterator<Item = RegionInfo> + '_ {
+    pub(super) fn pieces(&self, pages: PageRange) -> impl Iterator<Item = RegionInfo> + '_ {
         let mut at = pages.start;
         std::iter::from_fn(move || {
             let region = self.regions.next(at).filter(|r| r.range.start < pages.end)?;

@@ -11,6 +11,9 @@ use peerspace_core::sync::{AtomicU32, Ordering, fence, spin_hint};
 use peerspace_os::own::{Buffer, Own, Vec};
 use std::ops::{Deref, DerefMut};
 
+/// Looks for a free context before the processor is given to others.
+const SPINS: u32 = 64;
+
 /// One of the places to work at.
 #[derive(Debug)]
 pub(crate) struct Context {
@@ -100,14 +103,26 @@ impl Contexts {
 
     /// Takes a free context; waits for one if all are taken.
     pub(crate) fn take(&self) -> Working<'_> {
-        let n = self.all.len() - 1;
-        let first = crate::engine::cpu() % n;
-        loop {
-            if let Some(work) = (0..n).find_map(|i| self.try_take((first + i) % n)) {
+        // The threads of devices may be many more than there are contexts, or processors.
+        for _ in 0..SPINS {
+            if let Some(work) = self.take_if_any() {
                 return work;
             }
             self.pause();
         }
+        loop {
+            crate::sync::yield_now();
+            if let Some(work) = self.take_if_any() {
+                return work;
+            }
+        }
+    }
+
+    /// Takes a context, if one is free.
+    pub(crate) fn take_if_any(&self) -> Option<Working<'_>> {
+        let n = self.all.len() - 1;
+        let first = crate::engine::cpu() % n;
+        (0..n).find_map(|i| self.try_take((first + i) % n))
     }
 
     fn pause(&self) {

@@ -5,6 +5,7 @@
 //!     |  not enough room elsewhere? -> restore, and say what is missing
 //!  evict: folio by folio, in the order of the device; the descriptors say whose data they hold
 //!     |  room ran out after all?    -> restore; what went is elsewhere, what did not is where it was
+//!  recall: what a device that runs code maps without holding it: zeros, and memory of the host
 //!  drain: wait for the references that exist
 //!  free: descriptors, allocator, range of pfns
 //! ```
@@ -84,7 +85,12 @@ impl<K: Kernel> Engine<K> {
             drop(tier);
             self.tiers.revoke(id).ok_or(DetachError::NotThere)?
         };
+        // Whoever found the device before it was closed is done with it: from here on it is given nothing.
+        drop(self.rest());
         let moved = self.reserve_elsewhere(base).and_then(|()| self.evict_all(base, &mut buffer, &turn, false));
+        if moved.is_ok() {
+            self.recall_from(base);
+        }
         let _work = self.contexts.take();
         self.tiers.iter().for_each(|tier| tier.unreserve(u64::MAX));
         if let Err(e) = moved {
@@ -131,6 +137,22 @@ impl<K: Kernel> Engine<K> {
             } else if !moved {
                 crate::sync::yield_now();
             }
+        }
+    }
+
+    /// Takes away what the device at `base`, of which nothing is in use, maps of zeros and of the host's memory: its number is
+    /// going to be another's (rule G5).
+    fn recall_from(&self, base: DevicePfn) {
+        let mmu = {
+            let _work = self.contexts.take();
+            self.tiers.of(base).mmu_id()
+        };
+        if let Some(mmu) = mmu {
+            let shares = |state| match state {
+                State::Zero { sharers } | State::Shared { sharers, .. } => sharers.has(mmu),
+                _ => false,
+            };
+            self.regions.iter().for_each(|region| self.recall_where(region.range, shares));
         }
     }
 

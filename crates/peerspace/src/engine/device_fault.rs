@@ -63,6 +63,8 @@ enum Next {
     Held,
     /// There is no room on standby, where pages are on their way: make some first.
     Crowded,
+    /// It is to stay where it is for so long.
+    Truce(Duration),
     /// Have it mapped on the CPU first.
     Home(Access),
     /// Take it from its place on a coherent device first.
@@ -129,12 +131,13 @@ impl<K: Kernel> Engine<K> {
         let va = self.geometry.va(vpn);
         let mut started: Option<Instant> = None;
         let mut tries = 0;
-        let (mut stays, mut waited) = (false, false);
+        let (mut stays, mut waited, mut peace) = (false, false, here);
         loop {
             let next = {
                 let mut work = self.contexts.take();
-                let tier = self.tiers.by_mmu(mmu).filter(|tier| !tier.has_failed()).ok_or(FaultError::Cut)?;
-                self.attempt_for_device(&tier, vpn, access, (here, most), (&mut stays, &mut waited), &mut work)
+                // Not while it is being taken away: what it was given now would be left over.
+                let tier = self.tiers.open_by_mmu(mmu).filter(|tier| !tier.has_failed()).ok_or(FaultError::Cut)?;
+                self.attempt_for_device(&tier, vpn, access, (here, most), (&mut stays, &mut waited, peace), &mut work)
             };
             match next {
                 Next::Done(pages) => return Ok(pages),
@@ -142,6 +145,12 @@ impl<K: Kernel> Engine<K> {
                 Next::Again => {}
                 Next::Held => {
                     crate::sync::sleep(PAUSE);
+                    continue;
+                }
+                // Without a context, which faults of the CPU need to go on.
+                Next::Truce(wait) => {
+                    crate::sync::sleep(wait);
+                    peace = true;
                     continue;
                 }
                 Next::Pause if tries < AT_ONCE => crate::sync::yield_now(),
@@ -171,7 +180,7 @@ impl<K: Kernel> Engine<K> {
             }
             tries += 1;
             if tries > AT_ONCE && started.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
-                return Err(FaultError::NoHeadway(va.0));
+                return Err(if stays { FaultError::Pinned(va.0) } else { FaultError::NoHeadway(va.0) });
             }
         }
     }
@@ -193,7 +202,7 @@ impl<K: Kernel> Engine<K> {
         vpn: Vpn,
         access: DeviceAccess,
         (here, most): (bool, Pages),
-        (stays, waited): (&mut bool, &mut bool),
+        (stays, waited, peace): (&mut bool, &mut bool, bool),
         work: &mut Working<'_>,
     ) -> Next {
         let va = self.geometry.va(vpn);
@@ -216,9 +225,9 @@ impl<K: Kernel> Engine<K> {
         let first = if whole { vpn.block_start() } else { vpn };
         let choice = self.choose(region, first, mmu, access);
         let mut wish = if here && access.writes() { Wish::Migrate } else { choice.wish };
-        if let Some(wait) = choice.wait.filter(|_| !here) {
+        if let Some(wait) = choice.wait.filter(|_| !peace) {
             // It goes to and fro, and cannot be accessed where it is: it stays there for a while at least.
-            crate::sync::sleep(wait);
+            return Next::Truce(wait);
         }
         if *stays && mmu.info.remote {
             wish = Wish::Remote;
@@ -244,19 +253,55 @@ impl<K: Kernel> Engine<K> {
         if access.writes() && region.attributes.has(Attributes::DEVICES_READ) {
             return Next::Fail(FaultError::ReadOnly(va.0));
         }
-        if adopted && access.writes() {
-            // The program may have made it read-only.
-            match self.kernel.mapping_at(va) {
-                Ok(Some(_)) => {}
-                Ok(None) => return Next::Fail(FaultError::ReadOnly(va.0)),
+        let mut writable = true;
+        if adopted {
+            let range = self.addresses(entry.range());
+            // No message tells that the program has made it read-only.
+            match self.kernel.allowed_at(va) {
+                Ok(Some((m, _))) if entry.is_whole() && !(m.start <= range.start && range.end <= m.end) => {
+                    // One part of the block may be written, another not.
+                    let entry = self.recall(entry);
+                    self.split_whole(entry, &work.counters);
+                    return Next::Again;
+                }
+                Ok(Some((_, allowed))) => writable = allowed == Access::Write,
+                // It has been unmapped, and the news is on the way.
+                Ok(None) if self.gate.enter(work.context()).is_none() || self.kernel.is_changing() => {
+                    return Next::Changing;
+                }
+                Ok(None) if self.region(vpn) != Some(region) => return Next::Again,
+                Ok(None) => return Next::Fail(FaultError::NotManaged(va.0)),
                 Err(_) => return Next::Pause,
             }
+            if access.writes() && !writable {
+                return Next::Fail(FaultError::ReadOnly(va.0));
+            }
         }
-        if adopted && entry.state() == State::Empty && self.is_native(&entry, vpn) {
+        // The kernel moves nothing out of memory that is read-only.
+        let wish = if !writable && wish == Wish::Migrate { Wish::Replicate } else { wish };
+        let going = || self.going.may_hold(entry.range());
+        // Also where the space has populated everything itself: what the program gives up (MADV_FREE) may be there yet.
+        if entry.state() == State::Empty && self.is_native(&entry, vpn) {
             let range = entry.range().intersect(region.range);
+            if going() {
+                // What was discarded a moment ago is not to be taken in hand before it is gone.
+                return Next::Pause;
+            }
             drop(entry);
             return self.take_native_for(vpn, range, wish, work);
         }
+        // What is not there because it has just been unmapped is not zeros.
+        let changing = || self.gate.enter(work.context()).is_none() || self.kernel.is_changing();
+        if adopted && entry.state() == State::Empty && changing() {
+            return Next::Changing;
+        }
+        // Nor is what may go in a moment to be read where it is: whoever reads it then would wait for it.
+        let wish = match wish {
+            Wish::Migrate => wish,
+            _ if !going() => wish,
+            _ if writable => Wish::Migrate,
+            _ => return Next::Pause,
+        };
         let request = Request {
             mmu: mmu.id,
             write: access == DeviceAccess::Write,
@@ -267,12 +312,14 @@ impl<K: Kernel> Engine<K> {
         };
         loop {
             match on_device_fault(entry.state(), request, |pfn| tier.range.contains(pfn.pfn())) {
-                Step::Enter(state, grant) => return self.enter_for_device(entry, state, grant, tier, mmu, vpn),
+                Step::Enter(state, grant) => {
+                    return self.enter_for_device(entry, state, (grant, writable), tier, mmu, vpn);
+                }
                 Step::Recall => entry = self.recall(entry),
                 Step::Protect | Step::Replicate(_) if self.is_pinned_entry(&entry) => {
                     // The kernel may write there without asking anybody.
                     *stays = true;
-                    return if mmu.info.remote { Next::Again } else { Next::Pause };
+                    return if mmu.info.remote && !request.atomic { Next::Again } else { Next::Pause };
                 }
                 Step::Protect => {
                     let State::Host { pfn, dirt, .. } = entry.state() else { unreachable!("it is mapped") };
@@ -286,7 +333,7 @@ impl<K: Kernel> Engine<K> {
                     if self.is_pinned_entry(&entry) {
                         // What is pinned stays on the host (rule Z8); the device can use it there.
                         *stays = true;
-                        return if mmu.info.remote { Next::Again } else { Next::Pause };
+                        return if mmu.info.remote && !request.atomic { Next::Again } else { Next::Pause };
                     }
                     let near =
                         PageRange::new(vpn, most).intersect(PageRange::block(vpn.block())).intersect(region.range);
@@ -296,7 +343,7 @@ impl<K: Kernel> Engine<K> {
                     let (waiting, segments) = self.ring.waiting();
                     return match went {
                         0 if waiting > segments / 2 => Next::Crowded,
-                        0 => Next::Pause,
+                        0 => self.pause_or_home(va),
                         _ => Next::Again,
                     };
                 }
@@ -317,7 +364,7 @@ impl<K: Kernel> Engine<K> {
                         Ok(grant) => {
                             mmu.counters.replicated.fetch_add(order.pages().0, Relaxed);
                             let state = entry.state();
-                            return self.enter_for_device(entry, state, grant, tier, mmu, vpn);
+                            return self.enter_for_device(entry, state, (grant, writable), tier, mmu, vpn);
                         }
                         Err(stay) => return self.stayed(stay, entry, order, work),
                     }
@@ -338,12 +385,21 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    /// Commits `state`, and has the device enter the translation.
+    /// What comes next where a page that the table says is mapped cannot be had: it may have been discarded before the news
+    /// was acted on, and come back, and gone. A fault of the CPU finds that out.
+    fn pause_or_home(&self, va: Va) -> Next {
+        match self.kernel.is_present(va) {
+            Ok(false) => Next::Home(Access::Read),
+            _ => Next::Pause,
+        }
+    }
+
+    /// Commits `state`, and has the device enter the translation, `writable` if the program itself may write there.
     fn enter_for_device(
         &self,
         mut entry: Entry<'_, K>,
         state: State,
-        grant: peerspace_core::coherence::Grant,
+        (grant, writable): (peerspace_core::coherence::Grant, bool),
         tier: &Tier<K::Words>,
         mmu: &MmuState,
         vpn: Vpn,
@@ -351,9 +407,13 @@ impl<K: Kernel> Engine<K> {
         let va = self.geometry.va(vpn);
         let already = entry.state() == state;
         entry.set(state);
-        let mapping = self.target_of(tier, &entry, grant);
+        let mut mapping = self.target_of(tier, &entry, grant);
+        mapping.writable &= writable;
         if mapping.to == crate::device::mmu::Target::Host {
             mmu.counters.remote.fetch_add(1, Relaxed);
+            if already && let Next::Home(access) = self.pause_or_home(va) {
+                return Next::Home(access);
+            }
         }
         if let Err(e) = tier.enter(&[mapping]) {
             // The data is where it was; nobody has it mapped but who had before, if that can be said.
@@ -362,7 +422,7 @@ impl<K: Kernel> Engine<K> {
         }
         let got = Pages(entry.range().end - vpn);
         drop(entry);
-        if mmu.note_fault(vpn, already) > FRUITLESS {
+        if mmu.note_fault(vpn, already, FRUITLESS) {
             return Next::Fail(FaultError::NoHeadway(va.0));
         }
         Next::Done(got)

@@ -8,6 +8,7 @@
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
 use peerspace_core::addr::PageRange;
+use peerspace_core::sync::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// How long.
@@ -19,11 +20,13 @@ const RANGES: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Going {
     ranges: Mutex<ArrayVec<(PageRange, Instant), RANGES>>,
+    /// How many there are: mostly none, which is found out without the lock.
+    count: AtomicUsize,
 }
 
 impl Going {
     pub(crate) fn new() -> Going {
-        Going { ranges: Mutex::new(ArrayVec::new_const()) }
+        Going { ranges: Mutex::new(ArrayVec::new_const()), count: AtomicUsize::new(0) }
     }
 
     /// The program discards `pages` now.
@@ -38,11 +41,18 @@ impl Going {
             *range = PageRange { start: range.start.min(pages.start), end: range.end.max(pages.end) };
             *then = now;
         }
+        // Relaxed: whoever must see it has locked an entry that is locked after this to be emptied.
+        self.count.store(ranges.len(), Relaxed);
     }
 
     /// Whether some of `pages` may be about to go.
     pub(crate) fn may_hold(&self, pages: PageRange) -> bool {
-        let ranges = self.ranges.lock();
+        if self.count.load(Relaxed) == 0 {
+            return false;
+        }
+        let mut ranges = self.ranges.lock();
+        ranges.retain(|(_, then)| then.elapsed() < WHILE);
+        self.count.store(ranges.len(), Relaxed);
         ranges
             .iter()
             .any(|(range, then)| range.start < pages.end && pages.start < range.end && then.elapsed() < WHILE)

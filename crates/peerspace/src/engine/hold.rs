@@ -177,7 +177,8 @@ impl<K: Kernel> Engine<K> {
 
     /// The same, by somebody who has a context.
     pub(super) fn track_here(&self, vpn: Vpn) {
-        while let Ok(entry) = self.table.lock(vpn)
+        while self.region(vpn).is_some()
+            && let Ok(entry) = self.table.lock(vpn)
             && entry.state() == State::Empty
             && self.kernel.is_present(self.geometry.va(vpn)).unwrap_or(false)
         {
@@ -191,6 +192,11 @@ impl<K: Kernel> Engine<K> {
 
     /// Takes a native page into the table where it is.
     fn track_native(&self, entry: Entry<'_, K>) {
+        // With the entry locked: what is discarded or unmapped from here on takes it back. Whatever has been put in the place
+        // of a region that has gone is none of ours.
+        if self.region(entry.vpn()).is_none() {
+            return;
+        }
         if entry.is_whole() {
             return entry.split_evenly();
         }

@@ -34,6 +34,11 @@ use peerspace_core::words::Words;
 use peerspace_os::Kernel;
 use std::time::Instant;
 
+/// Pages with which a device may be in trouble at once, and still be found out.
+const SLOTS: usize = 16;
+const COUNT_BITS: u32 = 20;
+const COUNT: u64 = (1 << COUNT_BITS) - 1;
+
 /// What the space knows of a device's MMU.
 pub(crate) struct MmuState {
     pub(crate) id: MmuId,
@@ -42,9 +47,10 @@ pub(crate) struct MmuState {
     pub(crate) streams: Streams,
     /// Where the search for cold pages goes on.
     pub(crate) hand: AtomicU64,
-    /// The page of the last fault, and how often in a row it faulted although it was mapped already.
-    last: AtomicU64,
-    fruitless: AtomicU64,
+    /// Faults on pages that it had already, since it was given the last one that it had not: the page (plus one, by its low
+    /// bits) and how often. Each page has its slot, so that threads of the device that are in trouble with different pages
+    /// do not hide each other's.
+    fruitless: [AtomicU64; SLOTS],
     pub(crate) counters: MmuCounters,
 }
 
@@ -71,19 +77,24 @@ impl MmuState {
             info,
             streams: Streams::new(),
             hand: AtomicU64::new(0),
-            last: AtomicU64::new(u64::MAX),
-            fruitless: AtomicU64::new(0),
+            fruitless: [const { AtomicU64::new(0) }; SLOTS],
             counters: MmuCounters::default(),
         }
     }
 
-    /// Notes a fault at `vpn`; `already`: it had what it asks for. How many of the kind there were in a row.
-    pub(crate) fn note_fault(&self, vpn: Vpn, already: bool) -> u64 {
-        if !already || self.last.swap(vpn.0, Relaxed) != vpn.0 {
-            self.fruitless.store(0, Relaxed);
-            return 0;
+    /// Notes a fault at `vpn`; `already`: it had what it asks for. True if there were more than `most` of the kind in a row;
+    /// they are counted anew then.
+    pub(crate) fn note_fault(&self, vpn: Vpn, already: bool, most: u64) -> bool {
+        if !already {
+            self.fruitless.iter().filter(|slot| slot.load(Relaxed) != 0).for_each(|slot| slot.store(0, Relaxed));
+            return false;
         }
-        self.fruitless.fetch_add(1, Relaxed) + 1
+        let slot = &self.fruitless[(vpn.0 ^ vpn.0 >> 6) as usize % SLOTS];
+        let (page, seen) = ((vpn.0 + 1) << COUNT_BITS, slot.load(Relaxed));
+        let count = if seen >> COUNT_BITS == page >> COUNT_BITS { (seen & COUNT) + 1 } else { 1 };
+        // Two threads at once may count as one.
+        slot.store(if count > most { 0 } else { page | count.min(COUNT) }, Relaxed);
+        count > most
     }
 }
 
@@ -135,7 +146,12 @@ impl<W: Words> Tier<W> {
 
     /// Takes translations away. When this returns the device uses them no more, or is cut off.
     pub(crate) fn unmap(&self, range: VaRange) {
-        let Some((state, mmu)) = self.live_mmu() else { return };
+        if self.mmu.is_none() || self.has_failed() {
+            return;
+        }
+        let Some((state, mmu)) = self.live_mmu() else {
+            return self.quarantine(&format!("it did not let go of {range}: it has no MMU any more"));
+        };
         state.counters.recalls.fetch_add(1, Relaxed);
         let begun = unwinding(|| mmu.unmap(range.start.0..range.end.0));
         let why = match begun {
@@ -240,13 +256,18 @@ impl<K: Kernel> Engine<K> {
 
     /// [Recalls](Engine::recall) whatever devices map of `pages`.
     pub(crate) fn recall_pages(&self, pages: PageRange) {
+        self.recall_where(pages, |state| state.is_on_mmus());
+    }
+
+    /// The same for entries whose state is `such`, which only those are that devices map.
+    pub(crate) fn recall_where(&self, pages: PageRange, such: impl Fn(State) -> bool) {
         let mut at = pages.start;
         while at < pages.end {
             let Some((seen, whole)) = self.table.look(at) else {
                 at = Vpn(at.block_start().0 + BLOCK_PAGES);
                 continue;
             };
-            if seen.state().is_on_mmus()
+            if such(seen.state())
                 && let Ok(entry) = self.table.lock(at)
             {
                 drop(self.recall(entry));
@@ -288,28 +309,25 @@ impl<K: Kernel> Engine<K> {
         access: impl FnOnce() -> bool,
     ) -> Result<(), FaultError> {
         let vpn = self.geometry.vpn(va);
-        if len == 0 || self.geometry.vpn(Va(va.0 + len as u64 - 1)) != vpn {
+        let last = va.0.checked_add(len as u64).filter(|_| len > 0);
+        if last.is_none_or(|end| self.geometry.vpn(Va(end - 1)) != vpn) {
             return Err(FaultError::NotMapped(va.0));
         }
-        let work = self.contexts.take();
+        // Nothing is waited for here, but in the device's fault: whoever acts on a change, or forks, may be waiting for the
+        // device to unmap, and the device for its accesses to end.
+        let Some(work) = self.contexts.take_if_any() else { return Err(FaultError::NotMapped(va.0)) };
         let context = work.context();
-        let Some(_section) = self.gate.enter(context) else {
-            drop(work);
-            self.wait_for_changes();
-            return Err(FaultError::NotMapped(va.0));
-        };
+        let Some(_section) = self.gate.enter(context) else { return Err(FaultError::NotMapped(va.0)) };
         let _remote = Remote::begin(context);
         match self.tiers.by_mmu(mmu) {
             Some(tier) if !tier.has_failed() => {}
             _ => return Err(FaultError::Cut),
         }
-        let allowed = match self.table.look(vpn) {
-            Some((entry, _)) if !(self.table.is_locked(vpn) || write && self.is_for_reading(vpn)) => {
-                match entry.state() {
-                    State::Shared { sharers, writable, .. } => sharers.has(mmu) && (writable || !write),
-                    _ => false,
-                }
-            }
+        // The lock first. Whoever takes it from here on sees this access; had the state been read before, somebody could take
+        // the page away, and be done, between the two.
+        let barred = self.table.is_locked(vpn) || write && self.is_for_reading(vpn);
+        let allowed = match self.table.look(vpn).map(|(entry, _)| entry.state()) {
+            Some(State::Shared { sharers, writable, .. }) => !barred && sharers.has(mmu) && (writable || !write),
             _ => false,
         };
         // Even so, memory that the program owns may just have been unmapped.

@@ -133,10 +133,22 @@ impl<W: Words> Tiers<W> {
 
     /// The device with this MMU, also while it is being taken away.
     pub(crate) fn by_mmu(&self, mmu: MmuId) -> Option<TierRef<'_, W>> {
+        self.with_mmu(mmu, |slot| slot.get_as_owner(super::cpu()).ok())
+    }
+
+    /// The device with this MMU, unless it is being taken away.
+    pub(crate) fn open_by_mmu(&self, mmu: MmuId) -> Option<TierRef<'_, W>> {
+        self.with_mmu(mmu, |slot| slot.get(super::cpu()).ok())
+    }
+
+    fn with_mmu<'a>(
+        &'a self,
+        mmu: MmuId,
+        get: impl FnOnce(&'a Slot<Box<Tier<W>>>) -> Option<TierRef<'a, W>>,
+    ) -> Option<TierRef<'a, W>> {
         let i = self.mmus[mmu.0 as usize].load(peerspace_core::sync::Ordering::Acquire).checked_sub(1)? as usize;
-        let tier = self.slots[i].get_as_owner(super::cpu()).ok()?;
         // Another one may have come to be there since.
-        tier.mmu.as_ref().is_some_and(|state| state.id == mmu).then_some(tier)
+        get(&self.slots[i]).filter(|tier| tier.mmu.as_ref().is_some_and(|state| state.id == mmu))
     }
 
     /// Begins to take device `id` away: nobody gets a reference to it any more, except who owns a page of it, and no page of

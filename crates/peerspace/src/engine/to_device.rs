@@ -94,7 +94,7 @@ impl<K: Kernel> Engine<K> {
     /// Writes a frame on standby to `tier`: over the copy that it has there, if it has one, and not at all if that is the same.
     fn store_frame(
         &self,
-        entry: &Entry<'_, K>,
+        entry: &mut Entry<'_, K>,
         frame: Frame,
         dirt: peerspace_core::entry::Dirt,
         tier: &Tier<K::Words>,
@@ -121,10 +121,7 @@ impl<K: Kernel> Engine<K> {
             if self.kernel.read_staged(staged, |bytes| store(tier, page, bytes)).is_ok() {
                 return Ok(page);
             }
-            self.memmap.set_backing(frame, Backing::None);
-            if let State::Standby { .. } = entry.state() {
-                self.free_backing(backing, order);
-            }
+            self.forget_copy(entry, frame);
             return Err(Stay::Failed(DeviceError::Io(rustix::io::Errno::IO.raw_os_error())));
         }
         let page = take(tier, order, entry.vpn())?;

@@ -2,11 +2,12 @@
 //!
 //! An access holds the lock, so an `unmap` that has returned is over. It minds the contract: what is mapped, and with which
 //! permission, and it can be told to break it.
+#![allow(dead_code)] // each test uses its part
 
 use peerspace::device::mmu::{DeviceAccess, FaultError, Mapping, Mmu, MmuDescriptor, Mode, Port, Progress, Target};
 use peerspace::device::{Descriptor, Device, DeviceError, DevicePages, Load, PeerCopy, Store};
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -30,8 +31,23 @@ pub(crate) struct Trouble {
     pub(crate) bad_loads: AtomicU64,
     /// Loads return fewer bytes.
     pub(crate) short_loads: AtomicBool,
+    /// Stores and loads are returned without a word about what became of them.
+    pub(crate) unanswered: AtomicBool,
+    /// Each page fails to be loaded the first time, and again after it has been loaded.
+    pub(crate) every_other_load: AtomicBool,
+    /// Copies from peers fail, after they have left something else in the place of the bytes.
+    pub(crate) bad_peers: AtomicBool,
+    /// It says when it is attached that it compares.
+    pub(crate) compares: AtomicBool,
     /// It is gone.
     pub(crate) gone: AtomicBool,
+    /// The function of this name panics.
+    panics_in: Mutex<&'static str>,
+    /// Nothing is unmapped while an access to the host is under way.
+    pub(crate) minds_host: AtomicBool,
+    /// Unmapping is done when it has been asked for so many times whether it is.
+    pub(crate) late: AtomicU64,
+    failed_before: Mutex<BTreeSet<u64>>,
     count: AtomicU64,
 }
 
@@ -39,6 +55,33 @@ impl Trouble {
     fn strikes(&self, one_in: &AtomicU64) -> bool {
         let n = one_in.load(SeqCst);
         n > 0 && self.count.fetch_add(1, SeqCst) % n == n - 1
+    }
+
+    /// Has the function of this name panic from now on; none for "".
+    pub(crate) fn panic_in(&self, function: &'static str) {
+        *self.panics_in.lock().unwrap() = function;
+    }
+
+    /// All is well from now on, unless it is gone.
+    pub(crate) fn mend(&self) {
+        for flag in [&self.refuse_map, &self.forget_map, &self.never_unmap, &self.refuse_unmap, &self.short_loads] {
+            flag.store(false, SeqCst);
+        }
+        for flag in [&self.unanswered, &self.every_other_load, &self.bad_peers] {
+            flag.store(false, SeqCst);
+        }
+        [&self.bad_stores, &self.bad_loads, &self.late].iter().for_each(|n| n.store(0, SeqCst));
+        self.panic_in("");
+    }
+
+    fn enters(&self, function: &str) {
+        let panics = *self.panics_in.lock().unwrap() == function;
+        assert!(!panics, "on purpose, in {function}");
+    }
+
+    fn fails_first(&self, page: u64) -> bool {
+        let mut before = self.failed_before.lock().unwrap();
+        self.every_other_load.load(SeqCst) && (before.insert(page) || !before.remove(&page))
     }
 }
 
@@ -48,6 +91,10 @@ struct Inner {
     memory: Mutex<Vec<u8>>,
     table: Mutex<BTreeMap<u64, (Target, bool)>>,
     port: OnceLock<Port>,
+    /// How often it was given one.
+    attached: AtomicU64,
+    /// What is being unmapped, and how often it is asked for yet; the number is the fence.
+    doing: Mutex<Vec<(Range<u64>, u64)>>,
     trouble: Trouble,
     direct: bool,
     bytes: u64,
@@ -76,6 +123,8 @@ impl Chip {
             memory: Mutex::new(vec![0xcc; bytes as usize]),
             table: Mutex::default(),
             port: OnceLock::new(),
+            attached: AtomicU64::new(0),
+            doing: Mutex::default(),
             trouble: Trouble::default(),
             direct,
             bytes,
@@ -97,6 +146,11 @@ impl Chip {
 
     pub(crate) fn port(&self) -> &Port {
         self.0.port.get().expect("attached")
+    }
+
+    /// How often it was given a port.
+    pub(crate) fn attached(&self) -> u64 {
+        self.0.attached.load(SeqCst)
     }
 
     pub(crate) fn take_addresses(&self, range: Range<u64>) {
@@ -142,7 +196,7 @@ impl Chip {
                     Some((Target::Host, writable))
                         if how == DeviceAccess::Read || writable && how == DeviceAccess::Write =>
                     {
-                        drop(table);
+                        let table = self.0.trouble.minds_host.load(SeqCst).then_some(table);
                         let mut buffer = vec![0; len];
                         let done = match how {
                             DeviceAccess::Read => self.port().read(va, &mut buffer).map(|()| bytes(&mut buffer)),
@@ -151,6 +205,7 @@ impl Chip {
                                 self.port().write(va, &buffer)
                             }
                         };
+                        drop(table);
                         match done {
                             Err(FaultError::NotMapped(_)) => {}
                             done => return done,
@@ -192,6 +247,13 @@ impl Chip {
         self.access(va, DeviceAccess::Atomic, add, 8)
     }
 
+    /// Has no translation of these addresses any more.
+    fn forget(&self, addresses: Range<u64>) {
+        let mut table = self.0.table.lock().unwrap();
+        let gone: Vec<u64> = table.range(addresses).map(|(va, _)| *va).collect();
+        gone.iter().for_each(|va| assert!(table.remove(va).is_some()));
+    }
+
     fn range(&self, page: u64, len: usize) -> Option<Range<usize>> {
         let at = (page * PAGE) as usize;
         (at as u64 + len as u64 <= self.0.bytes).then(|| at..at + len)
@@ -202,12 +264,22 @@ impl Device for Chip {
     fn describe(&self) -> Descriptor {
         let mut info = Descriptor::private(self.0.name.clone(), self.0.bytes / PAGE);
         info.takes_evicted = false;
+        info.compares = self.0.trouble.compares.load(SeqCst);
         info
     }
 
+    fn holds(&self, page: u64, bytes: &[u8]) -> Result<bool, DeviceError> {
+        let range = self.range(page, bytes.len()).ok_or(DeviceError::Unsupported)?;
+        Ok(self.0.memory.lock().unwrap()[range] == *bytes)
+    }
+
     fn store(&self, batch: &mut [Store<'_>]) {
+        self.0.trouble.enters("store");
         for store in batch {
             let trouble = &self.0.trouble;
+            if trouble.unanswered.load(SeqCst) {
+                continue;
+            }
             store.result = match self.range(store.page, store.bytes.len()) {
                 _ if trouble.gone.load(SeqCst) => Err(DeviceError::Gone),
                 _ if trouble.strikes(&trouble.bad_stores) => Err(DeviceError::Io(5)),
@@ -222,11 +294,16 @@ impl Device for Chip {
     }
 
     fn load(&self, batch: &mut [Load<'_>]) {
+        self.0.trouble.enters("load");
         for load in batch {
             let trouble = &self.0.trouble;
+            if trouble.unanswered.load(SeqCst) {
+                continue;
+            }
             load.result = match self.range(load.page, load.bytes.len()) {
                 _ if trouble.gone.load(SeqCst) => Err(DeviceError::Gone),
                 _ if trouble.strikes(&trouble.bad_loads) => Err(DeviceError::Io(5)),
+                _ if trouble.fails_first(load.page) => Err(DeviceError::Io(5)),
                 _ if trouble.short_loads.load(SeqCst) => Err(DeviceError::Short { got: 7, wanted: load.bytes.len() }),
                 None => Err(DeviceError::Unsupported),
                 Some(range) => {
@@ -238,15 +315,37 @@ impl Device for Chip {
         }
     }
 
-    fn freed(&self, _: DevicePages) {}
+    fn freed(&self, _: DevicePages) {
+        self.0.trouble.enters("freed");
+    }
 
     fn mmu(&self) -> Option<&dyn Mmu> {
+        self.0.trouble.enters("mmu");
         Some(self)
     }
 
+    fn clear(&self, pages: DevicePages) -> Result<(), DeviceError> {
+        self.0.trouble.enters("clear");
+        match self.range(pages.first, (pages.count * PAGE) as usize) {
+            _ if self.0.trouble.gone.load(SeqCst) => Err(DeviceError::Gone),
+            None => Err(DeviceError::Unsupported),
+            Some(range) => {
+                self.0.memory.lock().unwrap()[range].fill(0);
+                Ok(())
+            }
+        }
+    }
+
     fn copy_from(&self, peer: &dyn Device, batch: &mut [PeerCopy]) {
+        self.0.trouble.enters("copy_from");
         let peer = peer.as_any().and_then(|any| any.downcast_ref::<Chip>());
         for copy in batch {
+            if self.0.trouble.bad_peers.load(SeqCst) {
+                let to = copy.to as usize..(copy.to + copy.bytes) as usize;
+                self.0.memory.lock().unwrap()[to].fill(0xdd);
+                copy.result = Err(DeviceError::Io(5));
+                continue;
+            }
             copy.result = match peer {
                 Some(peer) if self.0.direct && peer.0.direct && !peer.0.trouble.gone.load(SeqCst) => {
                     let from = copy.from as usize..(copy.from + copy.bytes) as usize;
@@ -272,10 +371,13 @@ impl Mmu for Chip {
     }
 
     fn attached(&self, port: Port) {
+        self.0.trouble.enters("attached");
         let _ = self.0.port.set(port);
+        self.0.attached.fetch_add(1, SeqCst);
     }
 
     fn map(&self, batch: &[Mapping]) -> Result<(), DeviceError> {
+        self.0.trouble.enters("map");
         if self.0.trouble.refuse_map.load(SeqCst) {
             return Err(DeviceError::Io(12));
         }
@@ -296,23 +398,46 @@ impl Mmu for Chip {
     }
 
     fn unmap(&self, addresses: Range<u64>) -> Result<Progress, DeviceError> {
+        self.0.trouble.enters("unmap");
         if self.0.trouble.refuse_unmap.load(SeqCst) {
             return Err(DeviceError::Io(16));
         }
         if self.0.trouble.never_unmap.load(SeqCst) {
             return Ok(Progress::Pending(1));
         }
-        let mut table = self.0.table.lock().unwrap();
-        let gone = addresses;
-        table.retain(|va, _| !gone.contains(va));
+        let late = self.0.trouble.late.load(SeqCst);
+        if late > 0 {
+            let mut doing = self.0.doing.lock().unwrap();
+            doing.push((addresses, late));
+            return Ok(Progress::Pending(doing.len() as u64 - 1));
+        }
+        self.forget(addresses);
         Ok(Progress::Done)
     }
 
-    fn is_done(&self, _: u64) -> Result<bool, DeviceError> {
-        Ok(false)
+    fn is_done(&self, fence: u64) -> Result<bool, DeviceError> {
+        self.0.trouble.enters("is_done");
+        let mut doing = self.0.doing.lock().unwrap();
+        let Some((addresses, left)) = doing.get_mut(fence as usize) else { return Ok(false) };
+        *left = left.saturating_sub(1);
+        if *left > 0 || self.0.trouble.never_unmap.load(SeqCst) {
+            return Ok(false);
+        }
+        self.forget(addresses.clone());
+        Ok(true)
+    }
+
+    fn release(&self, _: Range<u64>) {
+        self.0.trouble.enters("release");
+    }
+
+    fn take_accessed(&self, _: Range<u64>) -> bool {
+        self.0.trouble.enters("take_accessed");
+        false
     }
 
     fn reserve(&self, addresses: Range<u64>) -> bool {
+        self.0.trouble.enters("reserve");
         self.0.taken.lock().unwrap().iter().all(|t| t.end <= addresses.start || addresses.end <= t.start)
     }
 }
