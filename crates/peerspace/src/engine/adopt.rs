@@ -179,7 +179,7 @@ impl<K: Kernel> Engine<K> {
         self.away(pages).next().is_none()
     }
 
-    /// The pages of `pages` whose data is not mapped.
+    /// The pages of `pages` whose data is not mapped by the CPU alone.
     fn away(&self, pages: PageRange) -> impl Iterator<Item = Vpn> + '_ {
         let mut at = pages.start;
         std::iter::from_fn(move || {
@@ -189,6 +189,7 @@ impl<K: Kernel> Engine<K> {
                 at = vpn + 1;
                 match entry.state() {
                     State::Standby { .. } | State::Device { .. } => return Some(vpn),
+                    state if state.is_on_mmus() => return Some(vpn),
                     _ if whole => at = vpn.block_start() + BLOCK_PAGES,
                     _ => {}
                 }
@@ -203,8 +204,12 @@ impl<K: Kernel> Engine<K> {
         for vpn in self.away(pages) {
             let mut work = self.contexts.take();
             let Ok(entry) = self.table.lock(vpn) else { continue };
+            // What devices had of it they have no more (rule G5).
+            let entry = self.recall(entry);
             if entry.is_whole() {
-                self.split_whole(entry, &work.counters);
+                if let State::Standby { .. } | State::Device { .. } = entry.state() {
+                    self.split_whole(entry, &work.counters);
+                }
             } else if self.make_native(entry, &mut work) == Err(Hold::Changing) {
                 drop(work);
                 self.wait_for_changes();

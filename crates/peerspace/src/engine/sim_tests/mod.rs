@@ -13,6 +13,8 @@ mod chip;
 #[cfg(all(not(shuttle), feature = "process"))]
 mod detach;
 #[cfg(all(not(shuttle), feature = "process"))]
+mod device_edges;
+#[cfg(all(not(shuttle), feature = "process"))]
 mod folios;
 #[cfg(all(not(shuttle), feature = "process"))]
 mod holds;

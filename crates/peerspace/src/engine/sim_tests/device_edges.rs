@@ -1,0 +1,62 @@
+//! What once went wrong between devices that run code and the rest of the engine, and must not again: one small sequence each.
+
+use super::chip::{Chip, Fleet, Model, page_at};
+use super::{ABLE, Came, PAGE, Rig, Shelf};
+use crate::device::mmu::{FaultError, Mode, Target};
+use peerspace_core::addr::{Access, PageRange, Pages, Va, VaRange, Vpn};
+use peerspace_core::entry::State;
+use peerspace_os::Capabilities;
+use peerspace_os::Trouble;
+use peerspace_os::inject::{Call, Planned};
+use peerspace_os::own::{Box as OwnBox, Buffer, Own};
+use peerspace_os::sim::Allowed;
+use std::sync::atomic::Ordering::Relaxed;
+
+/// One thread plays all parts, with devices of these models, beside `shelf` if there is one.
+fn rig<const N: usize>(can: Capabilities, shelf: Option<Shelf>, models: [Model; N]) -> (Rig, Fleet, [Chip; N]) {
+    let rig = Rig::new(can, shelf, true);
+    let fleet = Fleet::default();
+    fleet.watch(&rig);
+    let chips = models.map(|model| Chip::join(&rig, &fleet, model));
+    (rig, fleet, chips)
+}
+
+fn adopted(rig: &Rig, pages: usize) -> VaRange {
+    let plain = rig.sim().map_plain((pages * PAGE) as u64);
+    (0..pages).for_each(|n| put(rig, page_at(plain, n), 100 + n as u64));
+    rig.engine.adopt(plain).unwrap();
+    plain
+}
+
+fn get(rig: &Rig, va: u64) -> Result<u64, Came> {
+    let mut word = [0; 8];
+    match rig.read(Va(va), &mut word) {
+        Came::Done => Ok(u64::from_ne_bytes(word)),
+        other => Err(other),
+    }
+}
+
+fn put(rig: &Rig, va: u64, word: u64) {
+    assert_eq!(rig.write(Va(va), &word.to_ne_bytes()), Came::Done);
+}
+
+fn state(rig: &Rig, va: u64) -> State {
+    rig.engine.table.look(Vpn(va / PAGE as u64)).unwrap().0.state()
+}
+
+/// G1, G5: memory that is given up comes home from devices, and they keep no translation of it.
+#[test]
+fn g5_what_is_given_up_is_no_devices_any_more() {
+    let models = [Model::new(4, Mode::Exclusive), Model::new(4, Mode::Replicate).zero_page()];
+    let (rig, fleet, [a, b]) = rig(ABLE, None, models);
+    let plain = adopted(&rig, 3);
+    a.put(&rig, page_at(plain, 0), 1).unwrap();
+    b.put(&rig, page_at(plain, 1), 2).unwrap();
+    assert_eq!(b.get(&rig, page_at(plain, 2)), Ok(102));
+    rig.engine.disown(plain).unwrap();
+    assert_eq!([0, 1, 2].map(|n| get(&rig, page_at(plain, n))), [Ok(1), Ok(2), Ok(102)]);
+    assert_eq!([a.mapped(), b.mapped()], [0, 0]);
+    assert_eq!([a.shelf().held(), b.shelf().held()], [0, 0]);
+    assert!(matches!(a.get(&rig, page_at(plain, 0)), Err(FaultError::NotManaged(_))));
+    fleet.check();
+}
