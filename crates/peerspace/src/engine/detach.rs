@@ -84,7 +84,10 @@ impl<K: Kernel> Engine<K> {
             drop(tier);
             self.tiers.revoke(id).ok_or(DetachError::NotThere)?
         };
-        let moved = self.reserve_elsewhere(base).and_then(|()| self.evict_all(base, &mut buffer, &turn, false));
+        let moved = self.reserve_elsewhere(base).and_then(|()| {
+            self.forget_sharer(base);
+            self.evict_all(base, &mut buffer, &turn, false)
+        });
         let _work = self.contexts.take();
         self.tiers.iter().for_each(|tier| tier.unreserve(u64::MAX));
         if let Err(e) = moved {
@@ -92,6 +95,14 @@ impl<K: Kernel> Engine<K> {
             return Err(e);
         }
         self.tiers.remove(base).ok_or(DetachError::NotThere)
+    }
+
+    /// Takes away what the device at `base`, which is closed, maps without having a page for it: zeros, and memory of the host.
+    fn forget_sharer(&self, base: DevicePfn) {
+        let _work = self.contexts.take();
+        if let Some(mmu) = self.tiers.of(base).mmu_id() {
+            self.recall_shared_by(mmu);
+        }
     }
 
     /// Keeps room for all that the device at `base` holds: on the others, and in RAM that is free.

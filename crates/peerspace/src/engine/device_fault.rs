@@ -226,6 +226,10 @@ impl<K: Kernel> Engine<K> {
         let Wanted { vpn, access, region, tier, mmu, wish, most } = wanted;
         let va = self.geometry.va(vpn);
         let Ok(mut entry) = self.table.lock(vpn) else { return Next::Again };
+        if tier.is_closed() {
+            // Who takes it away looks for what it maps only once.
+            return Next::Fail(FaultError::Cut);
+        }
         if self.region(vpn) != Some(region) {
             return Next::Again;
         }

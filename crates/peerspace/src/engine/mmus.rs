@@ -217,16 +217,38 @@ impl<K: Kernel> Engine<K> {
 
     /// [Recalls](Engine::recall) whatever devices map of `pages`.
     pub(crate) fn recall_pages(&self, pages: PageRange) {
+        self.recall_where(pages, State::is_on_mmus);
+    }
+
+    /// [Recalls](Engine::recall) what the device with `mmu` shares with others: it is [closed](Tier::is_closed), and its number
+    /// may be another's soon.
+    pub(crate) fn recall_shared_by(&self, mmu: MmuId) {
+        let shares = |state| match state {
+            State::Shared { sharers, .. } | State::Zero { sharers } => sharers.has(mmu),
+            _ => false,
+        };
+        self.regions.iter().for_each(|region| self.recall_where(region.range, shares));
+    }
+
+    /// [Recalls](Engine::recall) what of `pages` is in such a state. What is locked is waited for.
+    fn recall_where(&self, pages: PageRange, such: impl Fn(State) -> bool) {
         let mut at = pages.start;
         while at < pages.end {
+            // First whether it is locked: whoever locks it after that finds what the caller has changed before.
+            let locked = self.table.is_locked(at);
             let Some((seen, whole)) = self.table.look(at) else {
                 at = Vpn(at.block_start().0 + BLOCK_PAGES);
                 continue;
             };
-            if seen.state().is_on_mmus()
+            if (such(seen.state()) || locked)
                 && let Ok(entry) = self.table.lock(at)
             {
-                drop(self.recall(entry));
+                // Look again (H12).
+                let next = entry.range().end;
+                if such(entry.state()) {
+                    drop(self.recall(entry));
+                }
+                at = next;
                 continue;
             }
             at = if whole { Vpn(at.block_start().0 + BLOCK_PAGES) } else { at + 1 };

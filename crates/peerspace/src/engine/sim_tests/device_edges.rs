@@ -60,3 +60,29 @@ fn g5_what_is_given_up_is_no_devices_any_more() {
     assert!(matches!(a.get(&rig, page_at(plain, 0)), Err(FaultError::NotManaged(_))));
     fleet.check();
 }
+
+/// Z3, G5: a device that has gone has no translations, not of zeros and of the host's memory either; and the next one, which may
+/// get its number, is not taken for it.
+#[test]
+fn z3_a_device_that_has_gone_shares_nothing() {
+    let shelf = Shelf::new(100);
+    let models = [Model::new(4, Mode::Replicate).zero_page(), Model::new(1, Mode::Share).remote()];
+    let (rig, fleet, chips) = rig(ABLE, Some(shelf), models);
+    let region = rig.region(1);
+    put(&rig, page_at(region, 1), 7);
+    for chip in chips.iter().rev() {
+        assert_eq!([chip.get(&rig, page_at(region, 0)), chip.get(&rig, page_at(region, 1))], [Ok(0), Ok(7)]);
+        assert!(chip.mapped() > 0);
+        rig.engine.detach(chip.id()).map(drop).unwrap();
+        assert_eq!(chip.mapped(), 0);
+        // One that can neither map zeros nor access the host's memory.
+        let next = Chip::join(&rig, &fleet, Model::new(4, Mode::Replicate));
+        assert_eq!(next.mmu(), chip.mmu());
+        for (n, word) in [(0, 0), (1, 7)] {
+            assert_eq!(next.get(&rig, page_at(region, n)), Ok(word));
+            assert!(matches!(next.target(page_at(region, n)), Some(Target::Own(_))), "page {n}");
+        }
+        rig.engine.detach(next.id()).map(drop).unwrap();
+    }
+    fleet.check();
+}
