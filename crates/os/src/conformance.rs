@@ -3,7 +3,7 @@
 use crate::inject::Inject;
 use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
 use crate::sim::{Setup as SimSetup, Sim};
-use peerspace_core::addr::{Geometry, Pages, Va, VaRange};
+use peerspace_core::addr::{Access, Geometry, Pages, Va, VaRange};
 use peerspace_core::words::Words;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::AsFd;
@@ -86,6 +86,7 @@ fn pages_come_where_none_are<K: Kernel>(t: Tried<'_, K>) {
     assert_eq!(t.k.zero_in(t.pages(508, 8), Protect::No, Wake::No), stopped(0, Trouble::Absent));
     assert_eq!(t.there(8, 504), []);
     assert_eq!(t.k.mapping_at(t.pages(9, 1).start).unwrap().map(|r| r.contains(t.region.start)), Some(true));
+    assert_eq!(t.k.allowed_at(t.pages(9, 1).start), Ok(Some(Access::Write)));
 }
 
 fn pages_travel_whole<K: Kernel>(t: Tried<'_, K>) {
@@ -224,6 +225,7 @@ fn memory_of_a_device_comes_and_goes<K: Kernel>(t: Tried<'_, K>) {
     // It is no region memory any more.
     assert_eq!(t.copy(0, 1, 1, Protect::No), stopped(0, Trouble::Absent));
     assert_eq!(t.k.mapping_at(t.region.start), Ok(None));
+    assert_eq!(t.k.allowed_at(t.region.start), Ok(Some(Access::Write)));
     assert!(!t.k.is_changing());
     // What is cut off a file cannot be had.
     ftruncate(&file, block + block / 2).unwrap();

@@ -16,7 +16,7 @@
 //! tested.
 
 use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
-use peerspace_core::addr::{Geometry, Pages, Va, VaRange};
+use peerspace_core::addr::{Access, Geometry, Pages, Va, VaRange};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -397,6 +397,10 @@ impl<K: Kernel> Kernel for Inject<K> {
 
     fn mapping_at(&self, va: Va) -> Result<Option<VaRange>, Trouble> {
         self.whole(Call::MappingAt, || self.kernel.mapping_at(va))
+    }
+
+    fn allowed_at(&self, va: Va) -> Result<Option<Access>, Trouble> {
+        self.whole(Call::MappingAt, || self.kernel.allowed_at(va))
     }
 
     fn staging(&self) -> VaRange {

@@ -21,7 +21,7 @@
 //! - None of the calls on the fault path allocates, touches region memory, or takes a lock that a user of region
 //!   memory could hold.
 
-use peerspace_core::addr::{Geometry, Pages, Va, VaRange};
+use peerspace_core::addr::{Access, Geometry, Pages, Va, VaRange};
 use peerspace_core::sync::Park;
 use peerspace_core::words::Words;
 use rustix::fd::BorrowedFd;
@@ -312,6 +312,13 @@ pub trait Kernel: Send + Sync + 'static {
     /// # Errors
     /// When it cannot be found out.
     fn mapping_at(&self, va: Va) -> Result<Option<VaRange>, Trouble>;
+
+    /// What the program itself may do at `va`, at most: it may have changed that, which no message tells. `None` when it may do
+    /// nothing, or nothing is mapped there.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn allowed_at(&self, va: Va) -> Result<Option<Access>, Trouble>;
 
     // --- memory of devices, in the place of a region's ---
 

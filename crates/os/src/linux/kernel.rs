@@ -15,7 +15,7 @@ use super::staging::{Staging, Use};
 use super::uffd::{FAULT_WP, FAULT_WRITE, Mode, Partial, Uffd, event, feature};
 use crate::error::OsError;
 use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
-use peerspace_core::addr::{Geometry, Va, VaRange};
+use peerspace_core::addr::{Access, Geometry, Va, VaRange};
 use peerspace_core::plan::CLUSTER;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -583,6 +583,11 @@ impl Kernel for Linux {
 
     fn mapping_at(&self, va: Va) -> Result<Option<VaRange>, Trouble> {
         Ok(self.maps.at(va).map_err(trouble)?.filter(|v| !v.file && !v.shared).map(|v| v.range))
+    }
+
+    fn allowed_at(&self, va: Va) -> Result<Option<Access>, Trouble> {
+        let mapping = self.maps.at(va).map_err(trouble)?.filter(|m| m.read);
+        Ok(mapping.map(|m| if m.write { Access::Write } else { Access::Read }))
     }
 
     fn show(&self, range: VaRange, memory: SharedMemory<'_>) -> Result<(), Trouble> {

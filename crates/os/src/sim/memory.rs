@@ -166,6 +166,11 @@ impl Memory {
         self.places.get(&vpn).map(|p| p.kind)
     }
 
+    /// What the program may do at `vpn`.
+    pub(super) fn allowed(&self, vpn: Vpn) -> Allowed {
+        self.kind(vpn.0).map_or(Allowed::Nothing, |k| k.allowed)
+    }
+
     /// The kind of the mapping that all of `range` belongs to, if it is one.
     fn one_mapping(&self, range: PageRange) -> Option<Kind> {
         let kind = self.kind(range.start.0)?;

@@ -20,7 +20,7 @@ pub use words::SimWords;
 
 use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
 use memory::{Kind, Memory};
-use peerspace_core::addr::{BLOCK_PAGES, Geometry, PageRange, Pages, Va, VaRange, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, Geometry, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::sync::{AtomicU64, Ordering, Spin, spin_hint};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -471,6 +471,14 @@ impl Kernel for Sim {
     fn mapping_at(&self, va: Va) -> Result<Option<VaRange>, Trouble> {
         let mapping = self.step().mapping_at(self.geometry.vpn(va));
         Ok(mapping.map(|r| self.geometry.range(r)))
+    }
+
+    fn allowed_at(&self, va: Va) -> Result<Option<Access>, Trouble> {
+        Ok(match self.step().allowed(self.geometry.vpn(va)) {
+            Allowed::Nothing => None,
+            Allowed::Read => Some(Access::Read),
+            Allowed::Write => Some(Access::Write),
+        })
     }
 
     fn staging(&self) -> VaRange {

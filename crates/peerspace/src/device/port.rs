@@ -17,6 +17,9 @@ pub enum FaultError {
     /// The device may read there, not write.
     #[error("address {0:#x} can be read and not written")]
     ReadOnly(u64),
+    /// The program itself may not even read there.
+    #[error("address {0:#x} can neither be read nor written: the program has protected it")]
+    Protected(u64),
     /// The data is gone (rule Z9).
     #[error("what was at address {0:#x} is lost: {1}")]
     Lost(u64, String),

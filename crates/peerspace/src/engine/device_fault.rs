@@ -238,11 +238,18 @@ impl<K: Kernel> Engine<K> {
             return Next::Again;
         }
         let adopted = region.attributes.has(Attributes::ADOPTED);
-        if adopted && access.writes() {
-            // The program may have made it read-only.
-            match self.kernel.mapping_at(va) {
-                Ok(Some(_)) => {}
-                Ok(None) => return Next::Fail(FaultError::ReadOnly(va.0)),
+        let mut wish = wish;
+        if adopted {
+            // The program may have protected it, which nobody tells.
+            match self.kernel.allowed_at(va) {
+                Ok(Some(Access::Write)) => {}
+                Ok(Some(Access::Read)) if access.writes() => return Next::Fail(FaultError::ReadOnly(va.0)),
+                Ok(Some(Access::Read)) => match self.wish_for_protected(&entry, wish, mmu) {
+                    Ok(other) => wish = other,
+                    Err(next) => return next,
+                },
+                Ok(None) if self.kernel.is_changing() => return Next::Changing,
+                Ok(None) => return Next::Fail(FaultError::Protected(va.0)),
                 Err(_) => return Next::Pause,
             }
         }
@@ -322,6 +329,25 @@ impl<K: Kernel> Engine<K> {
                     let name = self.tiers.find(pfn).map_or("a device that is gone".into(), |t| t.info.name.clone());
                     return Next::Fail(FaultError::Lost(va.0, format!("device {name} could not give it back")));
                 }
+            }
+        }
+    }
+
+    /// How a device is to read a page that the program can only read. It cannot move, nor be the device's to write; and the kernel
+    /// moves no page out of such a mapping.
+    fn wish_for_protected(&self, entry: &Entry<'_, K>, wish: Wish, mmu: &MmuState) -> Result<Wish, Next> {
+        match entry.state() {
+            State::Poisoned { .. } | State::Mapped { held: true, .. } => Ok(wish),
+            // First it comes home.
+            State::Standby { .. } | State::Device { .. } | State::Mapped { .. } => Err(Next::Home(Access::Read)),
+            State::Zero { .. } if !mmu.info.zero_page => Err(Next::Home(Access::Read)),
+            State::Empty if !self.is_native(entry, entry.vpn()) => Err(Next::Home(Access::Read)),
+            _ if wish == Wish::Remote => Ok(wish),
+            _ if self.kernel.capabilities().write_protect => Ok(Wish::Replicate),
+            _ if mmu.info.remote => Ok(Wish::Remote),
+            _ => {
+                let va = self.geometry.va(entry.vpn());
+                Err(Next::Fail(FaultError::Device(va.0, crate::device::DeviceError::Unsupported)))
             }
         }
     }

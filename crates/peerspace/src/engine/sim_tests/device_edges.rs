@@ -86,3 +86,45 @@ fn z3_a_device_that_has_gone_shares_nothing() {
     }
     fleet.check();
 }
+
+/// G4: what the program has protected, devices may do no more with than the program.
+#[test]
+fn g4_devices_are_bound_by_what_the_program_protects() {
+    let models = [
+        Model::new(4, Mode::Exclusive),
+        Model::new(4, Mode::Replicate).zero_page(),
+        Model::new(1, Mode::Share).remote(),
+        Model { takes_evicted: true, ..Model::new(9, Mode::Exclusive) },
+    ];
+    let (rig, fleet, chips) = rig(ABLE, None, models);
+    for chip in &chips {
+        let plain = adopted(&rig, 2);
+        // One page that devices have not seen yet, one that one of them has written, and one that nobody has touched.
+        chip.put(&rig, page_at(plain, 1), 5).unwrap();
+        assert_eq!(get(&rig, page_at(plain, 1)), Ok(5));
+        rig.sim().mprotect(plain, Allowed::Read);
+        for (n, word) in [(0, 100), (1, 5)] {
+            let va = page_at(plain, n);
+            assert_eq!(chip.get(&rig, va), Ok(word), "page {n}");
+            // In place, a write is one of the host's.
+            assert!(!chip.maps(va, true) || chip.target(va) == Some(Target::Host), "page {n}");
+            assert_eq!(chip.put(&rig, va, 9), Err(FaultError::ReadOnly(va)));
+            assert_eq!(chip.add(&rig, va, 9), Err(FaultError::ReadOnly(va)));
+            assert_eq!(get(&rig, va), Ok(word));
+        }
+        rig.sim().mprotect(plain, Allowed::Write);
+        rig.sim().dontneed(plain);
+        rig.sim().mprotect(plain, Allowed::Read);
+        let va = page_at(plain, 0);
+        assert_eq!(chip.get(&rig, va), Ok(0), "a page that nobody has touched");
+        assert_eq!(chip.put(&rig, va, 9), Err(FaultError::ReadOnly(va)));
+        rig.sim().mprotect(plain, Allowed::Write);
+        rig.sim().dontneed(plain);
+        rig.sim().mprotect(plain, Allowed::Nothing);
+        assert_eq!(chip.get(&rig, va), Err(FaultError::Protected(va)));
+        rig.sim().mprotect(plain, Allowed::Write);
+        chip.put(&rig, va, 3).unwrap();
+        assert_eq!(get(&rig, va), Ok(3));
+    }
+    fleet.check();
+}
