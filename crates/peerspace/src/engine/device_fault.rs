@@ -149,7 +149,7 @@ impl<K: Kernel> Engine<K> {
                 },
                 Next::Leave(pfn) => {
                     if self.leave_place(pfn, vpn).is_err() {
-                        return Err(FaultError::NotManaged(va.0));
+                        return Err(FaultError::InPlace(va.0));
                     }
                 }
                 Next::Room(order) => match self.make_room(mmu, order) {
@@ -212,8 +212,8 @@ impl<K: Kernel> Engine<K> {
             crate::sync::sleep(wait);
         }
         if *stays {
-            if !mmu.info.remote {
-                return Next::Fail(FaultError::Device(va.0, crate::device::DeviceError::Unsupported));
+            if !mmu.info.remote || access == DeviceAccess::Atomic {
+                return Next::Fail(FaultError::Pinned(va.0));
             }
             wish = Wish::Remote;
         }
@@ -320,7 +320,7 @@ impl<K: Kernel> Engine<K> {
                 Step::Leave => {
                     let State::Coherent { pfn } = entry.state() else { unreachable!("it is in place") };
                     return match self.is_persistent(vpn) {
-                        true => Next::Fail(FaultError::NotManaged(va.0)),
+                        true => Next::Fail(FaultError::InPlace(va.0)),
                         false => Next::Leave(pfn),
                     };
                 }

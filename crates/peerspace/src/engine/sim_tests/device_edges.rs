@@ -128,3 +128,42 @@ fn g4_devices_are_bound_by_what_the_program_protects() {
     }
     fleet.check();
 }
+
+/// Z8, G14: what is pinned does not move; a device that needs it to is told so, at once.
+#[test]
+fn z8_what_is_pinned_stays_and_devices_are_told() {
+    let models = [Model::new(4, Mode::Exclusive), Model::new(4, Mode::Share).remote()];
+    let (rig, fleet, [blind, far]) = rig(ABLE, None, models);
+    let region = rig.region(1);
+    let va = region.start.0;
+    let pinned = PageRange::new(rig.engine.geometry.vpn(region.start), Pages(1));
+    rig.engine.hold_pages(pinned, Access::Write).unwrap();
+    assert_eq!(blind.get(&rig, va), Err(FaultError::Pinned(va)));
+    assert_eq!(far.add(&rig, va, 1), Err(FaultError::Pinned(va)));
+    far.put(&rig, va, 6).unwrap();
+    assert_eq!(get(&rig, va), Ok(6));
+    rig.engine.let_go(pinned);
+    assert_eq!(blind.get(&rig, va), Ok(6));
+    far.add(&rig, va, 1).unwrap();
+    assert_eq!(get(&rig, va), Ok(7));
+    fleet.check();
+}
+
+/// G8: what is in place on a coherent device and cannot be taken from there is said to be so.
+#[test]
+fn g4_what_does_not_leave_its_place_is_said_to_be_there() {
+    let can = Capabilities { huge: true, ..ABLE };
+    let (rig, fleet, [chip]) = rig(can, None, [Model::new(4, Mode::Exclusive)]);
+    let far = Shelf::new(512).coherent();
+    let id = rig.engine.attach(allocator_api2::unsize_box!(OwnBox::new_in(far, Own))).unwrap();
+    let region = rig.region(1);
+    let va = region.start.0;
+    put(&rig, va, 4);
+    let mut buffer = Buffer::new(512 * PAGE).unwrap();
+    rig.engine.migrate_block(rig.engine.geometry.vpn(region.start).block(), id, &mut buffer).unwrap();
+    let refuse = Planned { call: Call::Hide, after: 0, times: 1, trouble: Trouble::NoMemory, pages: Pages(0) };
+    rig.engine.kernel.plan(refuse);
+    assert_eq!(chip.get(&rig, va), Err(FaultError::InPlace(va)));
+    assert_eq!((chip.get(&rig, va), get(&rig, va)), (Ok(4), Ok(4)));
+    fleet.check();
+}
