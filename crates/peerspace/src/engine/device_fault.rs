@@ -20,7 +20,7 @@ use crate::device::mmu::DeviceAccess;
 use crate::device::port::FaultError;
 use peerspace_core::addr::{Access, Order, PageRange, Pages, Va, Vpn};
 use peerspace_core::coherence::{Request, Step, Wish, on_device_fault};
-use peerspace_core::entry::State;
+use peerspace_core::entry::{Dirt, State};
 use peerspace_core::plan::CLUSTER;
 use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_core::sharers::MmuId;
@@ -266,6 +266,7 @@ impl<K: Kernel> Engine<K> {
             zero_page: mmu.info.zero_page,
             protects: self.kernel.capabilities().write_protect,
         };
+        self.doubt_protection(&mut entry);
         loop {
             match on_device_fault(entry.state(), request, |pfn| tier.range.contains(pfn.pfn())) {
                 Step::Enter(state, grant) => return self.enter_for_device(entry, state, grant, tier, mmu, vpn),
@@ -349,6 +350,17 @@ impl<K: Kernel> Engine<K> {
                 let va = self.geometry.va(entry.vpn());
                 Err(Next::Fail(FaultError::Device(va.0, crate::device::DeviceError::Unsupported)))
             }
+        }
+    }
+
+    /// Protection that was set up before a fork is gone in the child (rule G12): the CPU may write, and so may have written.
+    fn doubt_protection(&self, entry: &mut Entry<'_, K>) {
+        let State::Host { pfn, writable: false, dirt } = entry.state() else { return };
+        let frame = self.frame_of(pfn, entry.is_whole());
+        if self.memmap.epoch(frame) != self.life() {
+            let dirt = if dirt == Dirt::Clean { Dirt::Unverified } else { dirt };
+            entry.set(State::Host { pfn, writable: true, dirt });
+            self.memmap.place(frame, entry.vpn(), self.life());
         }
     }
 

@@ -167,3 +167,25 @@ fn g4_what_does_not_leave_its_place_is_said_to_be_there() {
     assert_eq!((chip.get(&rig, va), get(&rig, va)), (Ok(4), Ok(4)));
     fleet.check();
 }
+
+/// G12: in a forked child no page is write-protected any more, whatever was said before: not a copy is given away on that.
+#[test]
+fn g12_protection_of_another_life_makes_no_copies() {
+    let models = [Model::new(4, Mode::Replicate), Model::new(4, Mode::Share).remote()];
+    let (rig, fleet, [copies, far]) = rig(ABLE, None, models);
+    let region = rig.region(1);
+    // A page that is read is clean, and protected.
+    let vas = [page_at(region, 0), page_at(region, 1)];
+    assert_eq!(vas.map(|va| get(&rig, va)), [Ok(0), Ok(0)]);
+    assert!(matches!(state(&rig, vas[0]), State::Host { writable: false, .. }));
+    rig.engine.contexts.freeze();
+    rig.engine.begin_life();
+    rig.sim().fork_in_child(rig.engine.regions.iter().map(|r| rig.engine.addresses(r.range)));
+    rig.engine.contexts.thaw();
+    assert_eq!((copies.get(&rig, vas[0]), far.get(&rig, vas[1])), (Ok(0), Ok(0)));
+    vas.iter().for_each(|va| put(&rig, *va, 8));
+    assert_eq!((copies.get(&rig, vas[0]), far.get(&rig, vas[1])), (Ok(8), Ok(8)));
+    assert_eq!(copies.get(&rig, vas[1]), Ok(8));
+    fleet.check();
+    rig.engine.check();
+}
