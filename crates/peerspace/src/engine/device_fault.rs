@@ -139,8 +139,14 @@ impl<K: Kernel> Engine<K> {
                     crate::sync::sleep(PAUSE);
                     continue;
                 }
-                Next::Pause if tries < AT_ONCE => crate::sync::yield_now(),
-                Next::Pause => crate::sync::sleep(PAUSE),
+                Next::Pause => {
+                    self.keep_staging_open();
+                    if tries < AT_ONCE {
+                        crate::sync::yield_now();
+                    } else {
+                        crate::sync::sleep(PAUSE);
+                    }
+                }
                 Next::Changing => self.wait_for_changes(),
                 Next::Home(access) => match self.fault(va, access, Wake::Yes, Patience::Waits) {
                     Ok(Outcome::Foreign) => return Err(FaultError::NotManaged(va.0)),
@@ -154,7 +160,11 @@ impl<K: Kernel> Engine<K> {
                 }
                 Next::Room(order) => match self.make_room(mmu, order) {
                     Room::Made => {}
-                    Room::Busy => crate::sync::sleep(PAUSE),
+                    Room::Busy => {
+                        self.keep_staging_open();
+                        crate::sync::sleep(PAUSE);
+                    }
+                    Room::None if self.with_tier(mmu, Tier::is_closed) != Some(false) => return Err(FaultError::Cut),
                     Room::None if order == Order::BASE => return Err(FaultError::NoRoom(va.0)),
                     // In small pages then.
                     Room::None => self.split_for_device(vpn),

@@ -7,16 +7,18 @@
 
 use super::context::Working;
 use super::detach::Moved;
+use super::evict::Drained;
 use super::fault::{Hold, Patience};
+use super::staging::Ring;
 use super::tier::Tier;
 use super::{Engine, Entry};
-use peerspace_core::addr::{BLOCK_PAGES, Order, Pages};
+use peerspace_core::addr::{Access, BLOCK_PAGES, Order, Pages};
 use peerspace_core::devmap::InUse;
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Arrival, Backing, Frame};
 use peerspace_core::sharers::MmuId;
 use peerspace_core::sync::Ordering::Relaxed;
-use peerspace_os::{Done, Kernel};
+use peerspace_os::{Done, Kernel, Wake};
 
 /// Folios looked at before it is said that nothing can go now.
 const LOOK: u64 = 4096;
@@ -66,7 +68,11 @@ impl<K: Kernel> Engine<K> {
                 Some(false) => {}
             }
             let spare = looked <= LOOK.min(pages);
-            let Some(window) = self.next_window(mmu, order, spare, &mut looked) else { return Room::None };
+            let Some(window) = self.next_window(mmu, order, spare, &mut looked) else {
+                // What is about to be freed is neither in use nor free for a moment.
+                busy |= self.with_tier(mmu, |tier| tier.used().0 > 0) == Some(true);
+                break;
+            };
             for folio in window {
                 let mut from = folio;
                 // A folio may be pages to the table; each goes by itself then.
@@ -92,7 +98,8 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    fn with_tier<T>(&self, mmu: MmuId, what: impl FnOnce(&Tier<K::Words>) -> T) -> Option<T> {
+    /// Asks the device with `mmu`, unless it has gone or failed.
+    pub(super) fn with_tier<T>(&self, mmu: MmuId, what: impl FnOnce(&Tier<K::Words>) -> T) -> Option<T> {
         let _work = self.contexts.take();
         self.tiers.by_mmu(mmu).filter(|tier| !tier.has_failed()).map(|tier| what(&tier))
     }
@@ -207,6 +214,30 @@ impl<K: Kernel> Engine<K> {
             state.counters.evicted.fetch_add(order.pages().0, Relaxed);
         }
         (gone, next)
+    }
+
+    /// Where the staging of small pages is full of what no device takes, brings home what has waited longest, beyond the limit if
+    /// need be: a page that is to move has to pass through there, whatever else is full (rule G7). To be called without a lock
+    /// and without a context.
+    pub(super) fn keep_staging_open(&self) {
+        if self.ring.has_room() {
+            return;
+        }
+        let segment = {
+            let mut work = self.contexts.take();
+            match self.drain_oldest(&mut work) {
+                Drained::Kept => self.ring.oldest(),
+                Drained::Freed(_) | Drained::Nothing => None,
+            }
+        };
+        let Some(segment) = segment else { return };
+        let slots = Ring::<K::Words>::segment(segment);
+        for frame in (slots.first..slots.first + slots.count).filter_map(|slot| self.ring.occupant(slot)) {
+            // Where it is by now is found out there.
+            let va = self.geometry.va(self.memmap.vpn(frame));
+            let _ = self.fault(va, Access::Read, Wake::Yes, Patience::Waits);
+        }
+        let _ = self.drain(segment, &mut self.contexts.take());
     }
 
     /// Charges a page, and sees to it that there is a slot for it on standby.

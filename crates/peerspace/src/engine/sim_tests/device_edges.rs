@@ -149,6 +149,21 @@ fn z8_what_is_pinned_stays_and_devices_are_told() {
     fleet.check();
 }
 
+/// G5: a device that is quarantined while room is made for its own fault is told that it is cut off.
+#[test]
+fn g5_a_device_that_keeps_a_page_is_cut_off() {
+    let (rig, fleet, [chip]) = rig(ABLE, Some(Shelf::new(100)), [Model::new(1, Mode::Exclusive)]);
+    let region = rig.region(1);
+    chip.put(&rig, page_at(region, 0), 1).unwrap();
+    chip.trouble().keeps.store(true, Relaxed);
+    let fault = || {
+        rig.engine.device_fault(chip.mmu(), Va(page_at(region, 1)), crate::device::mmu::DeviceAccess::Write, false)
+    };
+    assert_eq!(fault(), Err(FaultError::Cut));
+    assert_eq!((get(&rig, page_at(region, 0)), get(&rig, page_at(region, 1))), (Err(Came::Lost), Ok(0)));
+    fleet.check();
+}
+
 /// G8: what is in place on a coherent device and cannot be taken from there is said to be so.
 #[test]
 fn g4_what_does_not_leave_its_place_is_said_to_be_there() {
@@ -166,6 +181,27 @@ fn g4_what_does_not_leave_its_place_is_said_to_be_there() {
     assert_eq!(chip.get(&rig, va), Err(FaultError::InPlace(va)));
     assert_eq!((chip.get(&rig, va), get(&rig, va)), (Ok(4), Ok(4)));
     fleet.check();
+}
+
+/// G7: with nowhere else to go for what leaves a device, it goes home; also when the staging that it passes through is full.
+#[test]
+fn g7_a_device_is_not_stuck_where_nothing_takes_what_leaves_it() {
+    let (rig, fleet, [chip]) = rig(ABLE, None, [Model::new(1, Mode::Exclusive)]);
+    let region = rig.region(2);
+    let (_, segments) = rig.engine.ring.waiting();
+    let pages = ((segments + 2) * crate::engine::staging::SEGMENT) as usize;
+    for n in 0..pages {
+        chip.put(&rig, page_at(region, n), n as u64 + 1).unwrap();
+    }
+    rig.engine.check();
+    // What the CPU maps, too.
+    for n in 0..pages {
+        assert_eq!(get(&rig, page_at(region, n)), Ok(n as u64 + 1));
+        chip.put(&rig, page_at(region, n), n as u64 + 2).unwrap();
+    }
+    assert!((0..pages).all(|n| get(&rig, page_at(region, n)) == Ok(n as u64 + 2)));
+    fleet.check();
+    rig.engine.check();
 }
 
 /// G12: in a forked child no page is write-protected any more, whatever was said before: not a copy is given away on that.
