@@ -11,7 +11,7 @@
 //! then waits for the accesses that began before he looked ([`Engine::drain_remote`]):
 //!
 //! ```text
-//!  access:  remote += 1 (odd); fence; look: locked or not shared? -> leave       recall:  lock; fence; for each context:
+//!  access:  remote += 1 (odd); fence; locked? then: not shared? -> leave         recall:  lock; fence; for each context:
 //!           copy; remote += 1 (even)                                                      odd? -> wait until it changes
 //! ```
 //!
@@ -302,13 +302,12 @@ impl<K: Kernel> Engine<K> {
             Some(tier) if !tier.has_failed() => {}
             _ => return Err(FaultError::Cut),
         }
-        let allowed = match self.table.look(vpn) {
-            Some((entry, _)) if !self.table.is_locked(vpn) => match entry.state() {
-                State::Shared { sharers, writable, .. } => sharers.has(mmu) && (writable || !write),
+        // The lock first: a recall that was over between the two looks would go unseen the other way round.
+        let allowed = !self.table.is_locked(vpn)
+            && match self.table.look(vpn).map(|(entry, _)| entry.state()) {
+                Some(State::Shared { sharers, writable, .. }) => sharers.has(mmu) && (writable || !write),
                 _ => false,
-            },
-            _ => false,
-        };
+            };
         // Even so, memory that the program owns may just have been unmapped.
         if allowed && access() { Ok(()) } else { Err(FaultError::NotMapped(va.0)) }
     }
