@@ -225,3 +225,16 @@ fn g12_protection_of_another_life_makes_no_copies() {
     fleet.check();
     rig.engine.check();
 }
+
+/// G8: what is brought home leaves the device that works with it.
+#[test]
+fn g8_what_is_brought_home_leaves_its_device() {
+    let (rig, fleet, [chip]) = rig(ABLE, None, [Model::new(4, Mode::Exclusive)]);
+    let region = rig.region(1);
+    chip.put(&rig, page_at(region, 2), 5).unwrap();
+    let block = rig.engine.geometry.vpn(region.start).block();
+    rig.engine.migrate_home(block, PageRange::block(block)).unwrap();
+    assert!(matches!(state(&rig, page_at(region, 2)), State::Host { .. }), "{:?}", state(&rig, page_at(region, 2)));
+    assert_eq!((chip.mapped(), chip.shelf().held(), get(&rig, page_at(region, 2))), (0, 0, Ok(5)));
+    fleet.check();
+}
