@@ -14,6 +14,8 @@ mod chip;
 mod detach;
 #[cfg(all(not(shuttle), feature = "process"))]
 mod device_edges;
+#[cfg(all(not(shuttle), feature = "process"))]
+mod device_ops;
 #[cfg(shuttle)]
 mod device_races;
 #[cfg(all(not(shuttle), feature = "process"))]
