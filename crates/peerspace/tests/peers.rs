@@ -229,6 +229,46 @@ fn g4_a_region_for_reading_is_not_written_by_devices() {
     }
 }
 
+/// Rule G4, over the real kernel: which tells nobody when a program protects its memory.
+#[test]
+fn g4_memory_that_the_program_protects_is_no_devices_to_write() {
+    let chip = Chip::exclusive("chip", 4 << 20);
+    let space = space(&[&chip]);
+    // Two megabytes of its own, to be protected as a whole.
+    let len = 2 << 20;
+    // SAFETY: a new mapping, of nobody else's.
+    let memory = unsafe {
+        let (write, own) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        libc::mmap(std::ptr::null_mut(), len, write, own, -1, 0)
+    };
+    assert_ne!(memory, libc::MAP_FAILED);
+    let at = memory as u64;
+    // SAFETY: the mapping above, which stays until the end.
+    let words = unsafe { std::slice::from_raw_parts_mut(memory.cast::<u64>(), len / 8) };
+    words[0] = 5;
+    let adopted = space.adopt(memory.cast(), len).unwrap();
+    chip.store(at + PAGE, 6).unwrap();
+    assert_eq!(words[512], 6);
+    // SAFETY: as above; nobody writes to it until it is writable again.
+    let protect = |how| assert_eq!(unsafe { libc::mprotect(memory, len, how) }, 0);
+    protect(libc::PROT_READ);
+    assert_eq!((chip.load(at).unwrap(), chip.load(at + PAGE).unwrap(), chip.load(at + 2 * PAGE).unwrap()), (5, 6, 0));
+    assert_eq!(chip.store(at, 7), Err(FaultError::ReadOnly(at)));
+    assert_eq!((words[0], words[512]), (5, 6));
+    space.check();
+    protect(libc::PROT_READ | libc::PROT_WRITE);
+    chip.store(at, 7).unwrap();
+    assert_eq!(words[0], 7);
+    protect(libc::PROT_NONE);
+    let beyond = at + 8 * PAGE;
+    assert_eq!(chip.load(beyond), Err(FaultError::Protected(beyond)));
+    protect(libc::PROT_READ | libc::PROT_WRITE);
+    drop(adopted);
+    assert_eq!((words[0], words[512]), (7, 6));
+    // SAFETY: nobody uses it any more.
+    assert_eq!(unsafe { libc::munmap(memory, len) }, 0);
+}
+
 /// What no region covers is no device's to use.
 #[test]
 fn pointers_to_nowhere_are_refused() {

@@ -489,6 +489,14 @@ impl Memory {
         }
     }
 
+    /// Whether a page of the program's is there, and then whether a write to it would go on.
+    pub(super) fn mapped(&self, vpn: Vpn) -> Option<bool> {
+        match self.places.get(&vpn.0)? {
+            Place { content: Content::Page(page), kind } => Some(!(page.protected && kind.registered)),
+            _ => None,
+        }
+    }
+
     pub(super) fn is_huge(&self, vpn: Vpn) -> bool {
         self.huge.contains(&vpn.block())
     }

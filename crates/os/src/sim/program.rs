@@ -169,6 +169,11 @@ impl Sim {
         }
     }
 
+    /// Whether a page is mapped at `va`, and then whether a write to it would go on without a fault.
+    pub fn mapped(&self, va: Va) -> Option<bool> {
+        self.step().mapped(self.geometry.vpn(va))
+    }
+
     /// Whether access to the page at `va` raises SIGBUS.
     pub fn is_lost(&self, va: Va) -> bool {
         self.step().has_poison(self.geometry.vpn(va))

@@ -17,6 +17,12 @@ pub enum FaultError {
     /// The device may read there, not write.
     #[error("address {0:#x} can be read and not written")]
     ReadOnly(u64),
+    /// The program itself may not even read there.
+    #[error("address {0:#x} can neither be read nor written: the program has protected it")]
+    Protected(u64),
+    /// It is in place on a coherent or persistent device, and does not leave it.
+    #[error("what is at address {0:#x} is mapped in place on another device, and cannot be taken from there")]
+    InPlace(u64),
     /// The data is gone (rule Z9).
     #[error("what was at address {0:#x} is lost: {1}")]
     Lost(u64, String),

@@ -182,7 +182,7 @@ impl<K: Kernel> Engine<K> {
         self.away(pages).next().is_none()
     }
 
-    /// The pages of `pages` whose data is not mapped.
+    /// The pages of `pages` whose data is not mapped by the CPU alone.
     fn away(&self, pages: PageRange) -> impl Iterator<Item = Vpn> + '_ {
         let mut at = pages.start;
         std::iter::from_fn(move || {
@@ -191,7 +191,8 @@ impl<K: Kernel> Engine<K> {
                 let (entry, whole) = self.table.look(vpn)?;
                 at = vpn + 1;
                 match entry.state() {
-                    State::Standby { .. } | State::Device { .. } | State::Mapped { .. } => return Some(vpn),
+                    State::Standby { .. } | State::Device { .. } => return Some(vpn),
+                    state if state.is_on_mmus() => return Some(vpn),
                     _ if whole => at = vpn.block_start() + BLOCK_PAGES,
                     _ => {}
                 }
@@ -210,9 +211,12 @@ impl<K: Kernel> Engine<K> {
                 // A launch relies on it; whoever waits for all to be home asks again.
                 continue;
             }
+            // What devices had of it they have no more (rule G5).
             let entry = self.recall(entry);
             if entry.is_whole() {
-                self.split_whole(entry, &work.counters);
+                if let State::Standby { .. } | State::Device { .. } = entry.state() {
+                    self.split_whole(entry, &work.counters);
+                }
             } else if self.make_native(entry, &mut work) == Err(Hold::Changing) {
                 drop(work);
                 self.wait_for_changes();

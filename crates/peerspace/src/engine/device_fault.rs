@@ -20,7 +20,7 @@ use crate::device::mmu::DeviceAccess;
 use crate::device::port::FaultError;
 use peerspace_core::addr::{Access, Order, PageRange, Pages, Va, Vpn};
 use peerspace_core::coherence::{Request, Step, Wish, on_device_fault};
-use peerspace_core::entry::State;
+use peerspace_core::entry::{Dirt, State};
 use peerspace_core::plan::CLUSTER;
 use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_core::sharers::MmuId;
@@ -33,6 +33,8 @@ use std::time::{Duration, Instant};
 const FRUITLESS: u64 = 10_000;
 /// How long a fault goes on trying where the kernel or other threads are in the way.
 const PATIENCE: Duration = if cfg!(shuttle) { Duration::from_secs(1 << 30) } else { Duration::from_secs(10) };
+/// How long it waits for a page that is pinned.
+const PINNED: Duration = if cfg!(test) { Duration::ZERO } else { Duration::from_millis(250) };
 /// Between two tries, after the first few.
 const PAUSE: Duration = Duration::from_micros(50);
 const AT_ONCE: u32 = 16;
@@ -59,10 +61,10 @@ enum Next {
     Again,
     /// Look again, after whoever is in the way had time.
     Pause,
+    /// It is pinned to the host, where the device cannot use it: whoever relies on it may let it go.
+    Pinned,
     /// A launch holds it, for however long.
     Held,
-    /// There is no room on standby, where pages are on their way: make some first.
-    Crowded,
     /// It is to stay where it is for so long.
     Truce(Duration),
     /// Have it mapped on the CPU first.
@@ -153,13 +155,18 @@ impl<K: Kernel> Engine<K> {
                     peace = true;
                     continue;
                 }
-                Next::Pause if tries < AT_ONCE => crate::sync::yield_now(),
-                Next::Pause => crate::sync::sleep(PAUSE),
-                Next::Changing => self.wait_for_changes(),
-                Next::Crowded => {
-                    self.relieve_standby();
-                    crate::sync::yield_now();
+                Next::Pinned if started.get_or_insert_with(Instant::now).elapsed() >= PINNED => {
+                    return Err(FaultError::Pinned(va.0));
                 }
+                Next::Pause | Next::Pinned => {
+                    self.keep_staging_open();
+                    if tries < AT_ONCE {
+                        crate::sync::yield_now();
+                    } else {
+                        crate::sync::sleep(PAUSE);
+                    }
+                }
+                Next::Changing => self.wait_for_changes(),
                 Next::Home(access) => match self.fault(va, access, Wake::Yes, Patience::Waits) {
                     Ok(Outcome::Foreign) => return Err(FaultError::NotManaged(va.0)),
                     // It is asked for again, and found to be lost.
@@ -167,12 +174,16 @@ impl<K: Kernel> Engine<K> {
                 },
                 Next::Leave(pfn) => {
                     if self.leave_place(pfn, vpn).is_err() {
-                        return Err(FaultError::NotManaged(va.0));
+                        return Err(FaultError::InPlace(va.0));
                     }
                 }
                 Next::Room(order) => match self.make_room(mmu, order) {
                     Room::Made => {}
-                    Room::Busy => crate::sync::sleep(PAUSE),
+                    Room::Busy => {
+                        self.keep_staging_open();
+                        crate::sync::sleep(PAUSE);
+                    }
+                    Room::None if self.with_tier(mmu, Tier::is_closed) != Some(false) => return Err(FaultError::Cut),
                     Room::None if order == Order::BASE => return Err(FaultError::NoRoom(va.0)),
                     // In small pages then.
                     Room::None => self.split_for_device(vpn),
@@ -180,7 +191,7 @@ impl<K: Kernel> Engine<K> {
             }
             tries += 1;
             if tries > AT_ONCE && started.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
-                return Err(if stays { FaultError::Pinned(va.0) } else { FaultError::NoHeadway(va.0) });
+                return Err(FaultError::NoHeadway(va.0));
             }
         }
     }
@@ -241,6 +252,10 @@ impl<K: Kernel> Engine<K> {
         let Wanted { vpn, access, region, tier, mmu, wish, most } = wanted;
         let va = self.geometry.va(vpn);
         let Ok(mut entry) = self.table.lock(vpn) else { return Next::Again };
+        if tier.is_closed() {
+            // Who takes it away looks for what it maps only once.
+            return Next::Fail(FaultError::Cut);
+        }
         if self.region(vpn) != Some(region) {
             return Next::Again;
         }
@@ -270,7 +285,7 @@ impl<K: Kernel> Engine<K> {
                     return Next::Changing;
                 }
                 Ok(None) if self.region(vpn) != Some(region) => return Next::Again,
-                Ok(None) => return Next::Fail(FaultError::NotManaged(va.0)),
+                Ok(None) => return Next::Fail(FaultError::Protected(va.0)),
                 Err(_) => return Next::Pause,
             }
             if access.writes() && !writable {
@@ -278,7 +293,13 @@ impl<K: Kernel> Engine<K> {
             }
         }
         // The kernel moves nothing out of memory that is read-only.
-        let wish = if !writable && wish == Wish::Migrate { Wish::Replicate } else { wish };
+        let wish = match wish {
+            Wish::Migrate if !writable && !self.kernel.capabilities().write_protect && mmu.info.remote => {
+                Wish::Remote
+            }
+            Wish::Migrate if !writable => Wish::Replicate,
+            wish => wish,
+        };
         let going = || self.going.may_hold(entry.range());
         // Also where the space has populated everything itself: what the program gives up (MADV_FREE) may be there yet.
         if entry.state() == State::Empty && self.is_native(&entry, vpn) {
@@ -310,6 +331,7 @@ impl<K: Kernel> Engine<K> {
             zero_page: mmu.info.zero_page,
             protects: self.kernel.capabilities().write_protect,
         };
+        self.doubt_protection(&mut entry);
         loop {
             match on_device_fault(entry.state(), request, |pfn| tier.range.contains(pfn.pfn())) {
                 Step::Enter(state, grant) => {
@@ -319,7 +341,7 @@ impl<K: Kernel> Engine<K> {
                 Step::Protect | Step::Replicate(_) if self.is_pinned_entry(&entry) => {
                     // The kernel may write there without asking anybody.
                     *stays = true;
-                    return if mmu.info.remote && !request.atomic { Next::Again } else { Next::Pause };
+                    return if mmu.info.remote && !request.atomic { Next::Again } else { Next::Pinned };
                 }
                 Step::Protect => {
                     let State::Host { pfn, dirt, .. } = entry.state() else { unreachable!("it is mapped") };
@@ -333,16 +355,14 @@ impl<K: Kernel> Engine<K> {
                     if self.is_pinned_entry(&entry) {
                         // What is pinned stays on the host (rule Z8); the device can use it there.
                         *stays = true;
-                        return if mmu.info.remote && !request.atomic { Next::Again } else { Next::Pause };
+                        return if mmu.info.remote && !request.atomic { Next::Again } else { Next::Pinned };
                     }
                     let near =
                         PageRange::new(vpn, most).intersect(PageRange::block(vpn.block())).intersect(region.range);
                     let rest = if entry.is_whole() { entry.range() } else { near };
                     drop(entry);
                     let went = self.walk(rest, work, |rest, work| self.set_some_aside(rest, work));
-                    let (waiting, segments) = self.ring.waiting();
                     return match went {
-                        0 if waiting > segments / 2 => Next::Crowded,
                         0 => self.pause_or_home(va),
                         _ => Next::Again,
                     };
@@ -372,7 +392,7 @@ impl<K: Kernel> Engine<K> {
                 Step::Leave => {
                     let State::Coherent { pfn } = entry.state() else { unreachable!("it is in place") };
                     return match self.is_persistent(vpn) {
-                        true => Next::Fail(FaultError::NotManaged(va.0)),
+                        true => Next::Fail(FaultError::InPlace(va.0)),
                         false => Next::Leave(pfn),
                     };
                 }
@@ -391,6 +411,17 @@ impl<K: Kernel> Engine<K> {
         match self.kernel.is_present(va) {
             Ok(false) => Next::Home(Access::Read),
             _ => Next::Pause,
+        }
+    }
+
+    /// Protection that was set up before a fork is gone in the child (rule G12): the CPU may write, and so may have written.
+    fn doubt_protection(&self, entry: &mut Entry<'_, K>) {
+        let State::Host { pfn, writable: false, dirt } = entry.state() else { return };
+        let frame = self.frame_of(pfn, entry.is_whole());
+        if self.memmap.epoch(frame) != self.life() {
+            let dirt = if dirt == Dirt::Clean { Dirt::Unverified } else { dirt };
+            entry.set(State::Host { pfn, writable: true, dirt });
+            self.memmap.place(frame, entry.vpn(), self.life());
         }
     }
 

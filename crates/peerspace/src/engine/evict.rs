@@ -36,7 +36,14 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
 impl<K: Kernel> Engine<K> {
     /// Evicts everything in the segment that has waited longest.
     pub(crate) fn drain_oldest(&self, work: &mut Working<'_>) -> Drained {
-        let Some(segment) = self.ring.oldest() else { return Drained::Nothing };
+        match self.ring.oldest() {
+            Some(segment) => self.drain(segment, work),
+            None => Drained::Nothing,
+        }
+    }
+
+    /// Evicts everything in `segment`, which is the caller's: it waits again if something has to stay.
+    pub(super) fn drain(&self, segment: u32, work: &mut Working<'_>) -> Drained {
         let slots = super::staging::Ring::<K::Words>::segment(segment);
         let range = self.ring.range(slots);
         let mut left = false;

@@ -9,7 +9,7 @@ use super::context::Working;
 use super::detach::Moved;
 use super::evict::Drained;
 use super::fault::{Hold, Outcome, Patience};
-use super::staging::{Ring, SEGMENT};
+use super::staging::Ring;
 use super::tier::Tier;
 use super::{Engine, Entry};
 use peerspace_core::addr::{Access, BLOCK_PAGES, Order, Pages, Vpn};
@@ -68,7 +68,11 @@ impl<K: Kernel> Engine<K> {
                 Some(false) => {}
             }
             let spare = looked <= LOOK.min(pages);
-            let Some(window) = self.next_window(mmu, order, spare, &mut looked) else { return Room::None };
+            let Some(window) = self.next_window(mmu, order, spare, &mut looked) else {
+                // What is about to be freed is neither in use nor free for a moment.
+                busy |= self.with_tier(mmu, |tier| tier.used().0 > 0) == Some(true);
+                break;
+            };
             for folio in window {
                 let mut from = folio;
                 // A folio may be pages to the table; each goes by itself then.
@@ -94,7 +98,8 @@ impl<K: Kernel> Engine<K> {
         }
     }
 
-    fn with_tier<T>(&self, mmu: MmuId, what: impl FnOnce(&Tier<K::Words>) -> T) -> Option<T> {
+    /// Asks the device with `mmu`, unless it has gone or failed.
+    pub(super) fn with_tier<T>(&self, mmu: MmuId, what: impl FnOnce(&Tier<K::Words>) -> T) -> Option<T> {
         let _work = self.contexts.take();
         self.tiers.by_mmu(mmu).filter(|tier| !tier.has_failed()).map(|tier| what(&tier))
     }
@@ -216,6 +221,30 @@ impl<K: Kernel> Engine<K> {
         (gone, next)
     }
 
+    /// Where the staging of small pages is full of what no device takes, brings home what has waited longest, beyond the limit if
+    /// need be: a page that is to move has to pass through there, whatever else is full (rule G7). To be called without a lock
+    /// and without a context.
+    pub(super) fn keep_staging_open(&self) {
+        if self.ring.has_room() {
+            return;
+        }
+        let segment = {
+            let mut work = self.contexts.take();
+            match self.drain_oldest(&mut work) {
+                Drained::Kept => self.ring.oldest(),
+                Drained::Freed(_) | Drained::Nothing => None,
+            }
+        };
+        let Some(segment) = segment else { return };
+        let slots = Ring::<K::Words>::segment(segment);
+        for frame in (slots.first..slots.first + slots.count).filter_map(|slot| self.ring.occupant(slot)) {
+            // Where it is by now is found out there.
+            let va = self.geometry.va(self.memmap.vpn(frame));
+            let _ = self.fault(va, Access::Read, Wake::Yes, Patience::Waits);
+        }
+        let _ = self.drain(segment, &mut self.contexts.take());
+    }
+
     /// Charges a page, and sees to it that there is a slot for it on standby. False when there is none to be had.
     fn slot_and_charge(&self, work: &mut Working<'_>) -> Result<bool, Hold> {
         let (waiting, segments) = self.ring.waiting();
@@ -223,34 +252,6 @@ impl<K: Kernel> Engine<K> {
             return Ok(false);
         }
         self.charge(1, work, Patience::Waits).map(|()| true)
-    }
-
-    /// Makes room on standby where nothing can leave it because no device has room: what has been there longest is mapped again.
-    pub(super) fn relieve_standby(&self) {
-        let mut pages = arrayvec::ArrayVec::<Vpn, { SEGMENT as usize }>::new();
-        {
-            let _work = self.contexts.take();
-            let Some(segment) = self.ring.oldest() else { return self.ring.close_filling() };
-            let slots = Ring::<K::Words>::segment(segment);
-            for frame in (slots.first..slots.first + slots.count).filter_map(|slot| self.ring.occupant(slot)) {
-                // It may be taken back and freed at any moment (H10).
-                if self.get_frame(frame) {
-                    pages.push(self.memmap.vpn(frame));
-                    self.put_frame(frame);
-                }
-            }
-            self.ring.put_off(segment);
-        }
-        for vpn in pages {
-            let standby = matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Standby { .. }));
-            if standby {
-                let _ = self.fault(self.geometry.va(vpn), Access::Write, Wake::Yes, Patience::Waits);
-            }
-        }
-        let mut work = self.contexts.take();
-        for _ in 0..self.ring.waiting().0 {
-            let _ = self.drain_oldest(&mut work);
-        }
     }
 
     /// Has the CPU map the page at `vpn`, which is on a device alone.

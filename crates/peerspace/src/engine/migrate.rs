@@ -308,9 +308,12 @@ impl<K: Kernel> Engine<K> {
             for tries in 0.. {
                 let Some((entry, _)) = self.table.look(vpn) else { return Err(MigrateError::NotOwn) };
                 match entry.state() {
-                    State::Device { .. } if tries >= 2 * TRIES => return Err(MigrateError::Busy),
+                    State::Mapped { held: true, .. } => return Err(MigrateError::Busy),
+                    State::Device { .. } | State::Mapped { .. } if tries >= 2 * TRIES => {
+                        return Err(MigrateError::Busy);
+                    }
                     // To be written: then it needs no copy on the device any more.
-                    State::Device { .. } => {
+                    State::Device { .. } | State::Mapped { .. } => {
                         match self.resolve(Fault::ahead(vpn, Access::Write, Wake::Yes, HUGE_LEVEL)) {
                             Ok(Outcome::Refused) => return Err(MigrateError::NoMemory),
                             Ok(Outcome::Foreign) => return Err(MigrateError::NotOwn),

@@ -11,7 +11,7 @@
 //! then waits for the accesses that began before he looked ([`Engine::drain_remote`]):
 //!
 //! ```text
-//!  access:  remote += 1 (odd); fence; look: locked or not shared? -> leave       recall:  lock; fence; for each context:
+//!  access:  remote += 1 (odd); fence; locked? then: not shared? -> leave         recall:  lock; fence; for each context:
 //!           copy; remote += 1 (even)                                                      odd? -> wait until it changes
 //! ```
 //!
@@ -256,21 +256,28 @@ impl<K: Kernel> Engine<K> {
 
     /// [Recalls](Engine::recall) whatever devices map of `pages`.
     pub(crate) fn recall_pages(&self, pages: PageRange) {
-        self.recall_where(pages, |state| state.is_on_mmus());
+        self.recall_where(pages, State::is_on_mmus);
     }
 
-    /// The same for entries whose state is `such`, which only those are that devices map.
+    /// [Recalls](Engine::recall) what of `pages` is in such a state, which only that is that devices map. What is locked is waited for.
     pub(crate) fn recall_where(&self, pages: PageRange, such: impl Fn(State) -> bool) {
         let mut at = pages.start;
         while at < pages.end {
+            // First whether it is locked: whoever locks it after that finds what the caller has changed before.
+            let locked = self.table.is_locked(at);
             let Some((seen, whole)) = self.table.look(at) else {
                 at = Vpn(at.block_start().0 + BLOCK_PAGES);
                 continue;
             };
-            if such(seen.state())
+            if (such(seen.state()) || locked)
                 && let Ok(entry) = self.table.lock(at)
             {
-                drop(self.recall(entry));
+                // Look again (H12).
+                let next = entry.range().end;
+                if such(entry.state()) {
+                    drop(self.recall(entry));
+                }
+                at = next;
                 continue;
             }
             at = if whole { Vpn(at.block_start().0 + BLOCK_PAGES) } else { at + 1 };

@@ -231,6 +231,13 @@ impl<W: Words> Ring<W> {
         Pages(present as u64)
     }
 
+    /// Whether a slot can be had.
+    #[cfg(feature = "devices")]
+    pub(crate) fn has_room(&self) -> bool {
+        let s = self.state.lock();
+        s.filling.is_some() || s.free.len > 0
+    }
+
     /// Segments that wait, and all there are.
     pub(crate) fn waiting(&self) -> (u32, u32) {
         (self.state.lock().waiting.len as u32, self.segments)

@@ -16,7 +16,7 @@ use peerspace_core::buddy::Buddy;
 use peerspace_core::devmap::{DeviceMap, InUse};
 use peerspace_core::inverted::Inverted;
 use peerspace_core::pagemap::PfnRange;
-use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering, Ordering::Relaxed, fence};
 use peerspace_core::words::Words;
 use peerspace_os::own::{Box, Buffer};
 
@@ -50,6 +50,8 @@ pub(crate) struct Tier<W> {
     full: AtomicU64,
     strikes: AtomicU64,
     told_failing: AtomicBool,
+    /// What [`Room::closed`] says, for who has no use for the room.
+    closed: AtomicBool,
     /// It has failed as a whole: nothing can be had from it any more.
     failed: AtomicBool,
     /// Pages lost so far.
@@ -177,6 +179,7 @@ impl<W: Words> Tier<W> {
             full: AtomicU64::new(0),
             strikes: AtomicU64::new(0),
             told_failing: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             lost: AtomicU64::new(0),
             foreign: AtomicBool::new(false),
@@ -391,7 +394,18 @@ impl<W: Words> Tier<W> {
 
     /// Takes no more pages from now on, or does so again; but never of memory that is another process's.
     pub(crate) fn close(&self, closed: bool) {
-        self.room.lock().closed = closed || self.is_foreign();
+        let closed = closed || self.is_foreign();
+        self.room.lock().closed = closed;
+        // Pairs with the fence in is_closed.
+        self.closed.store(closed, Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Whether it is being taken away: nothing is mapped on it any more. For somebody who has an entry locked: either he sees
+    /// that it is closed, or who closed it sees the entry locked.
+    pub(crate) fn is_closed(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.closed.load(Relaxed)
     }
 
     /// In a forked child: leaves the memory and the books of the parent alone from here on.

@@ -44,6 +44,10 @@ impl Holds {
         }
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
     pub(super) fn let_all_go(&mut self, engine: &Tried) {
         while !self.all.is_empty() {
             self.let_go(engine, 0);
@@ -58,7 +62,8 @@ impl Holds {
     pub(super) fn check(&self, engine: &Tried) {
         for page in self.all.iter().filter(|h| h.kept).flat_map(|h| h.pages.iter()) {
             let state = engine.table.look(page).map(|(entry, _)| entry.state());
-            assert!(matches!(state, Some(State::Host { .. })), "{page:?} is held, and {state:?}");
+            let mapped = matches!(state, Some(State::Host { .. } | State::Shared { .. }));
+            assert!(mapped, "{page:?} is held, and {state:?}");
         }
     }
 }

@@ -2,15 +2,22 @@
 //!
 //! [`Rig`] is an engine, its kernel and a program's memory in one process without a single page fault: an access is a
 //! call that goes to the engine when it meets a page that is not there, as a signal handler would ([`Rig::read`]).
-//! [`Shelf`] is a device that minds the contract it is used by, and fails as it is told to.
+//! [`Shelf`] is a device that minds the contract it is used by, and fails as it is told to; a [`chip`] is one that runs code.
 //!
-//! `oracle` tries random sequences of everything a program and the engine can do, one at a time; `races` has several
-//! threads do it at once, in the interleavings that a model checker chooses.
+//! `oracle` tries random sequences of everything a program and the engine can do, one at a time, and `device_ops` adds what
+//! devices do; `races` and `device_races` have several threads do it at once, in the interleavings that a model checker chooses.
 
 #[cfg(all(not(shuttle), feature = "process"))]
 mod areas;
+mod chip;
 #[cfg(all(not(shuttle), feature = "process"))]
 mod detach;
+#[cfg(all(not(shuttle), feature = "process"))]
+mod device_edges;
+#[cfg(all(not(shuttle), feature = "process"))]
+mod device_ops;
+#[cfg(shuttle)]
+mod device_races;
 #[cfg(all(not(shuttle), feature = "process"))]
 mod folios;
 #[cfg(all(not(shuttle), feature = "process"))]
@@ -61,6 +68,8 @@ struct Mood {
     room: usize,
     /// One load in so many fails, but never the same page twice in a row; 0 for none.
     flaky: u64,
+    /// One store in so many fails; 0 for none.
+    bad_stores: u64,
     failed: HashSet<u64>,
     random: u64,
     /// Loads of bad pages so far, each page counted once.
@@ -110,6 +119,11 @@ impl Shelf {
         self.mood.lock().flaky = one_in;
     }
 
+    /// Has one store in `one_in` fail; 0 for none.
+    pub(super) fn set_bad_stores(&self, one_in: u64) {
+        self.mood.lock().bad_stores = one_in;
+    }
+
     /// Has no more than `pages` pages taken from now on.
     pub(super) fn set_room(&self, pages: usize) {
         self.mood.lock().room = pages;
@@ -124,6 +138,17 @@ impl Shelf {
             let at = (seed as usize).wrapping_add(i * 7) % held.len();
             m.bad.insert(held[at]);
         }
+    }
+
+    /// Whether transfers may fail.
+    pub(super) fn is_troubled(&self) -> bool {
+        let m = self.mood.lock();
+        m.flaky > 0 || m.bad_stores > 0 || !m.bad.is_empty() || m.room < usize::MAX
+    }
+
+    /// Gives `what` the bytes of `page`, if it holds any.
+    fn with<T>(&self, page: u64, what: impl FnOnce(&mut [u8]) -> T) -> Option<T> {
+        self.mood.lock().held.get_mut(&page).map(|bytes| what(bytes))
     }
 
     /// Pages that could not be read when they were asked for.
@@ -145,6 +170,12 @@ impl Shelf {
 }
 
 impl Mood {
+    /// Whether the next transfer is one in `one_in`.
+    fn strikes(random: &mut u64, one_in: u64) -> bool {
+        *random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        one_in > 0 && (*random >> 33).is_multiple_of(one_in)
+    }
+
     fn load(&mut self, first: u64, bytes: &mut [u8], memory: Option<&OwnedFd>) -> Result<(), DeviceError> {
         for (i, out) in bytes.chunks_exact_mut(PAGE).enumerate() {
             let page = first + i as u64;
@@ -156,8 +187,7 @@ impl Mood {
                 self.losses += self.lost.insert(page) as u64;
                 return Err(DeviceError::Corrupt);
             }
-            self.random = self.random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            if self.flaky > 0 && (self.random >> 33).is_multiple_of(self.flaky) && self.failed.insert(page) {
+            if Mood::strikes(&mut self.random, self.flaky) && self.failed.insert(page) {
                 return Err(DeviceError::Io(5));
             }
             self.failed.remove(&page);
@@ -181,13 +211,19 @@ impl Device for Shelf {
     }
 
     fn store(&self, batch: &mut [Store<'_>]) {
-        let mut m = self.mood.lock();
+        let mut guard = self.mood.lock();
+        let m = &mut *guard;
         for store in batch {
             let pages = store.page..store.page + (store.bytes.len() / PAGE) as u64;
             let more = pages.clone().filter(|p| !m.held.contains_key(p)).count();
             if m.held.len() + more > m.room {
                 store.result = Err(DeviceError::NoSpace);
                 m.refused.extend(pages);
+                continue;
+            }
+            if m.bad_stores > 0 && Mood::strikes(&mut m.random, m.bad_stores) {
+                store.result = Err(DeviceError::Io(5));
+                m.refused.extend(pages.filter(|p| !m.held.contains_key(p)));
                 continue;
             }
             for (page, bytes) in pages.zip(store.bytes.chunks_exact(PAGE)) {

@@ -5,6 +5,8 @@
 //! give back may be lost, and they stay lost until the program discards or unmaps them.
 
 use super::areas::{Area, Seen};
+use super::chip::{Chip, Fleet};
+use super::device_ops::DeviceOp;
 use super::holds::Holds;
 use super::{ABLE, Came, PAGE, Rig, Shelf};
 use crate::engine::adopt::AdoptError;
@@ -51,9 +53,10 @@ pub(super) enum Op {
     Flaky { one_in: u64 },
     Room { pages: usize },
     Fail { seed: u64, one_in: u32 },
+    OnDevice(DeviceOp),
 }
 
-fn op() -> impl Strategy<Value = Op> {
+pub(super) fn op() -> impl Strategy<Value = Op> {
     let some = 0..usize::MAX;
     let run = 1usize..80;
     prop_oneof![
@@ -93,12 +96,17 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-struct World {
-    rig: Rig,
+pub(super) struct World {
+    pub(super) rig: Rig,
     shelves: Vec<Shelf>,
-    areas: Vec<Area>,
-    holds: Holds,
-    lost: u64,
+    /// Devices that run code.
+    pub(super) fleet: Fleet,
+    pub(super) chips: Vec<Chip>,
+    /// Pages that devices may have taken with them, at most.
+    pub(super) forfeit: u64,
+    pub(super) areas: Vec<Area>,
+    pub(super) holds: Holds,
+    pub(super) lost: u64,
     limit_pages: usize,
 }
 
@@ -115,13 +123,16 @@ fn failing(can: Capabilities) -> Vec<Call> {
 }
 
 impl World {
-    fn new(can: Capabilities, compares: bool) -> World {
+    pub(super) fn new(can: Capabilities, compares: bool) -> World {
         // The first device is small, so that there is a second one to go on with.
         let first = if compares { Shelf::new(300).compares() } else { Shelf::new(300).slow() };
         let shelves = vec![first, Shelf::new(8000), Shelf::new(2048).coherent()];
         World {
             rig: Rig::new(can, shelves.clone(), true),
             shelves,
+            fleet: Fleet::default(),
+            chips: Vec::new(),
+            forfeit: 0,
             areas: Vec::new(),
             holds: Holds::default(),
             lost: 0,
@@ -134,7 +145,7 @@ impl World {
     }
 
     /// The area and the page that `at` stands for.
-    fn place(&self, at: usize) -> Option<(usize, usize)> {
+    pub(super) fn place(&self, at: usize) -> Option<(usize, usize)> {
         let all: usize = self.areas.iter().map(|a| a.seen.len()).sum();
         let mut at = at.checked_rem(all)?;
         for (i, area) in self.areas.iter().enumerate() {
@@ -146,8 +157,8 @@ impl World {
         unreachable!("it lies inside")
     }
 
-    fn losses(&self) -> u64 {
-        self.shelves.iter().map(Shelf::losses).sum()
+    pub(super) fn losses(&self) -> u64 {
+        self.shelves.iter().map(Shelf::losses).sum::<u64>() + self.chip_losses()
     }
 
     /// What an access came to, against what it has to. True if it succeeded.
@@ -190,8 +201,7 @@ impl World {
         let came = self.rig.write(Va(va.0 + offset as u64), bytes);
         if self.judge(area, page, true, came) {
             let seen = &mut self.areas[area].seen[page];
-            let page = seen.bytes.get_or_insert_with(|| vec![0; PAGE].into());
-            page[offset..offset + bytes.len()].copy_from_slice(bytes);
+            seen.bytes_mut()[offset..offset + bytes.len()].copy_from_slice(bytes);
         }
     }
 
@@ -204,6 +214,7 @@ impl World {
             turn.keep();
             engine.settle_changes();
             engine.contexts.freeze();
+            engine.recall_all();
             while engine.release_ready() {}
             engine.tiers.before_fork();
             fork();
@@ -485,6 +496,7 @@ impl World {
                 let kernel = &self.rig.engine.kernel;
                 kernel.by_chance(seed, &failing(kernel.capabilities()), odds);
             }
+            Op::OnDevice(op) => self.run_device(op),
             Op::Region { .. }
             | Op::Plain { .. }
             | Op::Adopt { .. }
@@ -545,6 +557,7 @@ impl World {
         self.holds.let_all_go(&self.rig.engine);
         self.rig.engine.kernel.relent();
         self.shelves.iter().for_each(|s| s.set_flaky(0));
+        self.mend_chips();
         for area in 0..self.areas.len() {
             for page in 0..self.areas[area].seen.len() {
                 self.read(area, page);
@@ -558,25 +571,32 @@ impl World {
         assert!(left.is_empty(), "regions are left: {left:?}");
         assert_eq!(self.rig.engine.check().device_pages, 0);
         assert_eq!(self.shelves.iter().map(Shelf::held).sum::<u64>(), 0, "devices hold what nobody needs");
+        self.dismiss_chips();
     }
 }
 
 pub(super) fn play(can: Capabilities, compares: bool, ops: Vec<Op>) {
-    let mut world = World::new(can, compares);
+    play_in(World::new(can, compares), ops);
+}
+
+/// Plays `ops` in `world`, after what all sequences begin with.
+pub(super) fn play_in(mut world: World, ops: Vec<Op>) {
     world.run(Op::Region { blocks: 2 });
     world.run(Op::Plain { pages: 700, fill: 650 });
     world.run(Op::Adopt { area: 1 });
     for op in ops {
         world.run(op);
+        world.part_with_chips();
         world.count_native();
         world.rig.engine.check();
         world.holds.check(&world.rig.engine);
+        world.fleet.audit(&world.rig.engine, &world.chips);
     }
     world.finish();
 }
 
 /// `cases` cases, always the same; or as many as the environment asks for (PROPTEST_CASES), always others.
-fn config(cases: u32) -> ProptestConfig {
+pub(super) fn config(cases: u32) -> ProptestConfig {
     let asked = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok());
     ProptestConfig {
         cases: asked.unwrap_or(cases),

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 /// Samples `schedules` interleavings at random, and as many of those that need few switches (PCT).
-fn explore(schedules: usize, run: fn()) {
+pub(super) fn explore(schedules: usize, run: fn()) {
     let mut config = Config::new();
     // The fault path keeps its batches on the stack.
     config.stack_size = 1 << 20;
@@ -32,7 +32,7 @@ fn page(range: VaRange, n: usize) -> Va {
     Va(range.start.0 + (n * PAGE) as u64)
 }
 
-fn word(rig: &Rig, va: Va) -> Result<u64, Came> {
+pub(super) fn word(rig: &Rig, va: Va) -> Result<u64, Came> {
     let mut bytes = [0; 8];
     match rig.read(va, &mut bytes) {
         Came::Done => Ok(u64::from_ne_bytes(bytes)),
@@ -40,18 +40,18 @@ fn word(rig: &Rig, va: Va) -> Result<u64, Came> {
     }
 }
 
-fn put(rig: &Rig, va: Va, value: u64) {
+pub(super) fn put(rig: &Rig, va: Va, value: u64) {
     assert_eq!(rig.write(va, &value.to_ne_bytes()), Came::Done, "a write to {va}");
 }
 
 /// A thread that receives messages until it is told to stop.
-struct Receiver {
+pub(super) struct Receiver {
     stop: Arc<AtomicBool>,
     thread: thread::JoinHandle<()>,
 }
 
 impl Receiver {
-    fn start(rig: &Arc<Rig>) -> Receiver {
+    pub(super) fn start(rig: &Arc<Rig>) -> Receiver {
         let stop = Arc::new(AtomicBool::new(false));
         let (rig, stopped) = (rig.clone(), stop.clone());
         let thread = thread::spawn(move || {
@@ -64,13 +64,13 @@ impl Receiver {
         Receiver { stop, thread }
     }
 
-    fn end(self) {
+    pub(super) fn end(self) {
         self.stop.store(true, Relaxed);
         self.thread.join().unwrap();
     }
 }
 
-fn rig(can: Capabilities) -> (Arc<Rig>, Shelf) {
+pub(super) fn rig(can: Capabilities) -> (Arc<Rig>, Shelf) {
     let shelf = Shelf::new(2000).compares();
     (Arc::new(Rig::new(can, [shelf.clone()], false)), shelf)
 }
