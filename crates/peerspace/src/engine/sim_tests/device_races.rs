@@ -130,7 +130,7 @@ fn gone(rig: &Rig, region: VaRange, chips: &[Chip]) {
 #[test]
 fn g9_no_copy_outlives_a_write() {
     static COPIES: AtomicU64 = AtomicU64::new(0);
-    explore(60, || {
+    explore(30, || {
         let model = || Model::new(8, Mode::Replicate).zero_page();
         let (rig, fleet, chips) = rig_with(ABLE, [model(), model()]);
         let region = rig.region(1);
@@ -150,7 +150,7 @@ fn g9_no_copy_outlives_a_write() {
 /// G3, G6: one page is written by the CPU and two devices, which hand it to each other directly.
 #[test]
 fn g3_writers_take_a_page_from_each_other() {
-    explore(60, || {
+    explore(30, || {
         let direct = Model { able: true, ..Model::new(2, Mode::Exclusive) };
         let (rig, fleet, chips) = rig_with(ABLE, [direct.clone(), direct]);
         let region = rig.region(1);
@@ -166,7 +166,7 @@ fn g3_writers_take_a_page_from_each_other() {
 #[test]
 fn g10_accesses_in_place_are_over_before_a_page_moves() {
     static REMOTE: AtomicU64 = AtomicU64::new(0);
-    explore(40, || {
+    explore(20, || {
         for mode in [Mode::Exclusive, Mode::Replicate] {
             let (rig, fleet, chips) = rig_with(ABLE, [Model::new(2, Mode::Share).remote(), Model::new(2, mode)]);
             let region = rig.region(1);
@@ -188,7 +188,7 @@ fn g10_accesses_in_place_are_over_before_a_page_moves() {
 #[test]
 fn g7_evictions_from_a_device_race_with_faults() {
     static EVICTED: AtomicU64 = AtomicU64::new(0);
-    explore(50, || {
+    explore(30, || {
         let (rig, fleet, chips) = rig_with(ABLE, [Model::new(1, Mode::Exclusive)]);
         let region = rig.region(1);
         let mut race = Race::new(&rig, region, 3, 2);
@@ -215,7 +215,7 @@ fn g7_evictions_from_a_device_race_with_faults() {
 /// G2, G7: the host reclaims what devices use, in every mode.
 #[test]
 fn g7_reclaim_races_with_devices() {
-    explore(30, || {
+    explore(20, || {
         for model in [
             Model::new(8, Mode::Replicate),
             Model { takes_evicted: true, ..Model::new(8, Mode::Exclusive) },
@@ -241,7 +241,7 @@ fn g7_reclaim_races_with_devices() {
 #[test]
 fn g14_atomics_add_up() {
     const EACH: u64 = 4;
-    explore(60, || {
+    explore(30, || {
         let (rig, fleet, chips) =
             rig_with(ABLE, [Model::new(1, Mode::Share).remote(), Model::new(1, Mode::Replicate)]);
         let region = rig.region(1);
@@ -268,7 +268,7 @@ fn g14_atomics_add_up() {
 #[test]
 fn g5_changes_of_mappings_race_with_devices() {
     static SEEN: AtomicU64 = AtomicU64::new(0);
-    explore(50, || {
+    explore(30, || {
         let (rig, _) = rig(ABLE);
         // The program goes on when its news is received, before the devices know: nobody watches the CPU's mappings here.
         let fleet = Fleet::default();
@@ -330,7 +330,7 @@ fn g5_changes_of_mappings_race_with_devices() {
 /// G1, G5: memory is given up while a device works with it: all of it comes home, and the device keeps none.
 #[test]
 fn g5_memory_that_is_given_up_leaves_its_devices() {
-    explore(40, || {
+    explore(30, || {
         let models = [Model::new(8, Mode::Exclusive), Model::new(2, Mode::Share).remote()];
         let (rig, fleet, chips) = rig_with(ABLE, models);
         let plain = rig.sim().map_plain(3 * PAGE as u64);
@@ -367,7 +367,7 @@ fn g5_memory_that_is_given_up_leaves_its_devices() {
 /// included, whoever gets its number.
 #[test]
 fn z3_a_device_is_detached_while_it_works() {
-    explore(30, || {
+    explore(20, || {
         for model in [
             Model::new(4, Mode::Exclusive),
             Model::new(4, Mode::Replicate).zero_page(),
@@ -395,7 +395,7 @@ fn z3_a_device_is_detached_while_it_works() {
 /// G12: a fork while devices work: at its moment nobody but the CPU maps anything, and nothing is lost after it.
 #[test]
 fn g12_a_fork_takes_everything_from_devices_first() {
-    explore(30, || {
+    explore(20, || {
         let models = [Model::new(4, Mode::Exclusive), Model::new(4, Mode::Replicate)];
         let (rig, fleet, chips) = rig_with(ABLE, models);
         let region = rig.region(1);
