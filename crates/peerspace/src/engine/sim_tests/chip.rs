@@ -99,8 +99,9 @@ impl Ground {
         let cpu = self.engine.upgrade().and_then(|engine| engine.kernel.inner().mapped(Va(va)));
         let fine = match (new.to, cpu) {
             (_, None) => true,
-            (Target::Host, _) if new.writable => true,
-            (Target::Own(_) | Target::Host, Some(writable)) => !new.writable && !writable,
+            // One memory, whoever writes to it.
+            (Target::Host, _) => true,
+            (Target::Own(_), Some(writable)) => !new.writable && !writable,
             (Target::Zero, Some(_)) => false,
         };
         let name = &self.tables[who].name;
