@@ -67,6 +67,8 @@ enum Next {
     Held,
     /// It is to stay where it is for so long.
     Truce(Duration),
+    /// It is a block, and its pages are to go separate ways first.
+    Split,
     /// Have it mapped on the CPU first.
     Home(Access),
     /// Take it from its place on a coherent device first.
@@ -167,6 +169,7 @@ impl<K: Kernel> Engine<K> {
                     }
                 }
                 Next::Changing => self.wait_for_changes(),
+                Next::Split => self.split_for_device(vpn),
                 Next::Home(access) => match self.fault(va, access, Wake::Yes, Patience::Waits) {
                     Ok(Outcome::Foreign) => return Err(FaultError::NotManaged(va.0)),
                     // It is asked for again, and found to be lost.
@@ -235,6 +238,10 @@ impl<K: Kernel> Engine<K> {
         let Some((_, whole)) = self.table.look(vpn) else { return Next::Again };
         let first = if whole { vpn.block_start() } else { vpn };
         let choice = self.choose(region, first, mmu, access);
+        if whole && choice.war && !here {
+            // Perhaps it is different pages of it that they want.
+            return Next::Split;
+        }
         let mut wish = if here && access.writes() { Wish::Migrate } else { choice.wish };
         if let Some(wait) = choice.wait.filter(|_| !peace) {
             // It goes to and fro, and cannot be accessed where it is: it stays there for a while at least.
@@ -375,7 +382,7 @@ impl<K: Kernel> Engine<K> {
                             self.places.moved(entry.vpn(), Some(mmu.id));
                             mmu.counters.moved.fetch_add(order.pages().0, Relaxed);
                         }
-                        Err(stay) => return self.stayed(stay, entry, order, work),
+                        Err(stay) => return self.stayed(stay, entry, (order, va), work),
                     }
                 }
                 Step::Replicate(sharers) => {
@@ -386,7 +393,7 @@ impl<K: Kernel> Engine<K> {
                             let state = entry.state();
                             return self.enter_for_device(entry, state, (grant, writable), tier, mmu, vpn);
                         }
-                        Err(stay) => return self.stayed(stay, entry, order, work),
+                        Err(stay) => return self.stayed(stay, entry, (order, va), work),
                     }
                 }
                 Step::Leave => {
@@ -460,8 +467,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The data did not come to the device.
-    fn stayed(&self, stay: Stay, entry: Entry<'_, K>, order: Order, work: &mut Working<'_>) -> Next {
-        let va = self.geometry.va(entry.vpn());
+    fn stayed(&self, stay: Stay, entry: Entry<'_, K>, (order, va): (Order, Va), work: &mut Working<'_>) -> Next {
         match stay {
             Stay::NoRoom => Next::Room(order),
             Stay::Changing => Next::Changing,

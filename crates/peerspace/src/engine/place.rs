@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 
 /// Ticks of the clock of [`Wars`].
 const TICK: Duration = Duration::from_micros(100);
+/// How long a device that cannot access a page where it is waits for it at most.
+const LONGEST_WAIT: Duration = Duration::from_millis(10);
 /// Pages whose accesses are counted at once.
 const PAGES: usize = 1024;
 /// So many accesses to a page on the host make it worth moving, unless somebody said otherwise.
@@ -86,12 +88,14 @@ impl Places {
 pub(crate) struct Choice {
     pub(crate) wish: Wish,
     pub(crate) wait: Option<Duration>,
+    /// The page goes to and fro. If it is a block, its pages may be fought over by nobody.
+    pub(crate) war: bool,
 }
 
 impl<K: Kernel> Engine<K> {
     /// How the device with `mmu` is to get at the page (or block) that begins at `vpn`, for `access`.
     pub(crate) fn choose(&self, region: RegionInfo, vpn: Vpn, mmu: &MmuState, access: DeviceAccess) -> Choice {
-        let now = |wish| Choice { wish, wait: None };
+        let now = |wish| Choice { wish, wait: None, war: false };
         let hints = region.attributes;
         let far = mmu.info.remote;
         if access == DeviceAccess::Atomic {
@@ -115,8 +119,8 @@ impl<K: Kernel> Engine<K> {
         };
         match self.places.truce(vpn) {
             None => now(wish),
-            Some(_) if far => now(Wish::Remote),
-            wait => Choice { wish, wait },
+            Some(_) if far => Choice { war: true, ..now(Wish::Remote) },
+            Some(truce) => Choice { wish, wait: Some(truce.min(LONGEST_WAIT)), war: true },
         }
     }
 
