@@ -187,7 +187,11 @@ impl World {
                 assert!(self.lost <= losses, "page {va} is lost, and no device has lost it");
             }
             Err(FaultError::InPlace(_)) => assert!(failing, "{va} cannot leave its place"),
-            Err(FaultError::NotManaged(_)) => assert!(!managed || seen.lost, "{va} is managed"),
+            // What had grown in place is ordinary memory in a forked child, until somebody looks.
+            Err(FaultError::NotManaged(_)) => {
+                let grown = self.reborn && self.rig.engine.region(self.rig.engine.geometry.vpn(va)).is_none();
+                assert!(!managed || seen.lost || grown, "{va} is managed");
+            }
             Err(FaultError::Protected(_)) => assert_eq!(seen.allowed, Allowed::Nothing, "{va} can be read"),
             Err(FaultError::ReadOnly(_)) => assert!(writes && !may, "{va} can be written to"),
             Err(FaultError::Pinned(_)) => assert!(relied_on, "{va} is not pinned"),

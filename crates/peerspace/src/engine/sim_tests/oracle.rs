@@ -104,6 +104,8 @@ pub(super) struct World {
     pub(super) chips: Vec<Chip>,
     /// Pages that devices may have taken with them, at most.
     pub(super) forfeit: u64,
+    /// It is a forked child.
+    pub(super) reborn: bool,
     pub(super) areas: Vec<Area>,
     pub(super) holds: Holds,
     pub(super) lost: u64,
@@ -133,6 +135,7 @@ impl World {
             fleet: Fleet::default(),
             chips: Vec::new(),
             forfeit: 0,
+            reborn: false,
             areas: Vec::new(),
             holds: Holds::default(),
             lost: 0,
@@ -479,13 +482,16 @@ impl World {
                 }
             }
             Op::Fork { child: false } => self.at_rest(|| self.rig.sim().fork_in_parent()),
-            Op::Fork { child: true } => self.at_rest(|| {
-                let engine = &self.rig.engine;
-                engine.begin_life();
-                // What grew in place is registered and no region yet; a child registers regions alone, and the rest of
-                // the mapping is ordinary memory there, which nothing was ever taken from.
-                self.rig.sim().fork_in_child(engine.regions.iter().map(|r| engine.addresses(r.range)));
-            }),
+            Op::Fork { child: true } => {
+                self.reborn = true;
+                self.at_rest(|| {
+                    let engine = &self.rig.engine;
+                    engine.begin_life();
+                    // What grew in place is registered and no region yet; a child registers regions alone, and the rest of
+                    // the mapping is ordinary memory there, which nothing was ever taken from.
+                    self.rig.sim().fork_in_child(engine.regions.iter().map(|r| engine.addresses(r.range)));
+                });
+            }
             Op::Break { count, seed } => self.shelves[seed as usize % 2].break_some(count, seed >> 8),
             Op::Flaky { one_in } => {
                 self.shelves.iter().for_each(|s| s.set_flaky(if one_in < 2 { 0 } else { one_in }))
