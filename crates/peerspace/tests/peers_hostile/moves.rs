@@ -181,7 +181,7 @@ fn z9_a_device_that_fails_in_use_takes_its_own_pages_along() {
                     }
                 });
             }
-            wait_until(|| chip.faults() > 100);
+            wait_until(|| space.statistics().devices[1].mmu.is_some_and(|mmu| mmu.faults > 100));
             space.fail(id).unwrap();
         });
         let lost = lost_of(&region);
