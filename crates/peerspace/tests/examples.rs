@@ -100,7 +100,7 @@ fn g8_a_join_that_fits_nowhere() {
     // said so.
     assert!(pieces[1] == 0 && faults[1] > 0 && hints[1] > 0, "{said}");
     assert!([pieces, faults, hints].iter().all(|row| row[2] >= 10), "{said}");
-    assert!(pieces[3] == 0 && hints[3] >= matches * 8 >> 10, "{said}");
+    assert!(pieces[3] == 0 && hints[3] >= (matches * 8) >> 10, "{said}");
 }
 
 #[test]
