@@ -81,7 +81,8 @@ fn g1_a_linked_structure_on_the_heap() {
             pages
         };
         let adopted: Vec<_> = pages.iter().map(|p| space.adopt(*p as *const u8, 4096)).collect();
-        if adopted.iter().all(Result::is_ok) {
+        {
+            assert!(adopted.iter().all(Result::is_ok), "{adopted:?}");
             let (value, next) = (std::mem::offset_of!(Node3, value) as u64, std::mem::offset_of!(Node3, next) as u64);
             // SAFETY: nobody uses the list until the job is done.
             let job = unsafe {
@@ -432,5 +433,46 @@ fn g8_a_page_war_ends_in_a_truce() {
     assert!(s.truces > 0, "{s:?}");
     let moved = s.devices[1].mmu.unwrap().moved;
     assert!(moved < 100, "{moved} moves in 200 turns");
+    space.check();
+    // When it is over, a page that the device goes on to use where it is had better be there: its accesses are counted.
+    std::thread::sleep(Duration::from_millis(1100));
+    let kernel = move |lane: &Lane, _: Range<u64>| (0..2000).try_for_each(|_| lane.load::<u64>(base).map(drop));
+    // SAFETY: it reads alone.
+    unsafe { gpu.launch(1, kernel) }.unwrap().wait().unwrap();
+    assert_eq!(space.statistics().devices[1].mmu.unwrap().moved, moved + 1);
+    assert_eq!(region.typed::<u64>()[0], 400);
+    space.check();
+}
+
+/// Rule G14: sole access, whatever mode and hints say, until somebody else comes.
+#[test]
+fn g14_sole_access_ends_with_the_first_access_of_another() {
+    let far = Accelerator::new(Options::new(mib(4)).mode(Mode::Share).lanes(3)).unwrap();
+    let space = build(Faults::Signal, 32, &[&far]);
+    let id = space.devices()[1];
+    let mut region = space.region(mib(2)).unwrap();
+    region.advise(Hint::Prefer(Some(Node::Host))).unwrap();
+    region.typed_mut::<u64>()[..1024].fill(1);
+    let base = region.as_ptr() as u64;
+    region.exclusive(0..8192, id).unwrap();
+    let before = far.statistics();
+    // SAFETY: the CPU waits for it.
+    let add = |words: u64| unsafe {
+        far.launch(3000, move |lane: &Lane, items: Range<u64>| {
+            items.into_iter().try_for_each(|i| lane.fetch_add(base + i % words * 8, 1u64).map(drop))
+        })
+    };
+    add(1000).unwrap().wait().unwrap();
+    let after = far.statistics();
+    assert_eq!(after.faults, before.faults, "it has them");
+    assert_eq!(after.remote_bytes_written, 0, "no atomic of a device is done on the host");
+    // The CPU takes one page, and not the other.
+    let faults = brought(&space);
+    assert_eq!(region.typed::<u64>()[0], 4);
+    assert_ne!(brought(&space), faults);
+    assert_eq!(region.typed::<u64>()[..1000], [4; 1000]);
+    assert_eq!(region.typed::<u64>()[1000..1024], [1; 24]);
+    let e = region.exclusive(0..8, space.devices()[0]).unwrap_err().to_string();
+    assert!(e.contains("runs no code"), "{e}");
     space.check();
 }

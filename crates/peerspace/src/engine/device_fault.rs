@@ -204,6 +204,8 @@ impl<K: Kernel> Engine<K> {
         let work = self.contexts.take();
         if let Ok(entry) = self.table.lock(vpn)
             && entry.is_whole()
+            // What a launch relies on stays as it is.
+            && !matches!(entry.state(), State::Mapped { held: true, .. })
         {
             let entry = self.recall(entry);
             self.split_whole(entry, &work.counters);

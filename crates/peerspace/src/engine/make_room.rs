@@ -179,6 +179,7 @@ impl<K: Kernel> Engine<K> {
                 _ => {
                     if let Ok(Some(entry)) = self.table.try_lock(folio.vpn)
                         && entry.is_whole()
+                        && !matches!(entry.state(), State::Mapped { held: true, .. })
                     {
                         let entry = self.recall(entry);
                         if let State::Device { .. } = entry.state() {
