@@ -10,8 +10,8 @@
 
 use crate::addr::Vpn;
 use crate::sync::{AtomicU64, Ordering::Relaxed};
+use crate::words::Words;
 
-const NOTES: usize = 1024;
 /// Moves, each soon after the one before, that make a war.
 const PATIENCE: u64 = 4;
 /// What is soon, in ticks of the caller's clock: tenths of a millisecond.
@@ -25,8 +25,8 @@ const TIME: u64 = (1 << 32) - 1;
 
 /// The notes. A tick is a tenth of a millisecond.
 #[derive(Debug)]
-pub struct Wars {
-    notes: [AtomicU64; NOTES],
+pub struct Wars<W> {
+    notes: W,
 }
 
 #[derive(Clone, Copy)]
@@ -43,16 +43,19 @@ impl Note {
     }
 }
 
-impl Wars {
-    /// Peace.
-    #[allow(clippy::new_without_default)]
-    pub fn new() -> Wars {
-        Wars { notes: core::array::from_fn(|_| AtomicU64::new(0)) }
+impl<W: Words> Wars<W> {
+    /// How many words it takes.
+    pub const WORDS: usize = 1024;
+
+    /// Peace. There are as many zeroed words as [`WORDS`](Wars::WORDS) says.
+    pub fn new(notes: W) -> Wars<W> {
+        assert!(notes.len() >= Self::WORDS);
+        Wars { notes }
     }
 
     fn slot(&self, vpn: Vpn) -> (&AtomicU64, u64) {
         let hash = (vpn.0 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (&self.notes[(hash >> 54) as usize % NOTES], (hash >> 30) & 0xf_ffff)
+        (self.notes.at((hash >> 54) as usize % Self::WORDS), (hash >> 30) & 0xf_ffff)
     }
 
     fn read(word: u64, tag: u64) -> Option<Note> {
@@ -110,11 +113,12 @@ impl Wars {
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
+    use crate::words::zeroed;
 
     /// Rule G8: what a war costs is bounded.
     #[test]
     fn a_war_ends_in_longer_and_longer_truces() {
-        let wars = Wars::new();
+        let wars = Wars::new(zeroed(1024));
         let page = Vpn(77);
         let (mut now, mut moves, mut truces) = (1000, 0u64, std::vec::Vec::new());
         while now < 1000 + 40_000 {
@@ -138,7 +142,7 @@ mod tests {
 
     #[test]
     fn who_stays_or_moves_seldom_is_left_alone() {
-        let wars = Wars::new();
+        let wars = Wars::new(zeroed(1024));
         for i in 0..1000 {
             assert!(!wars.moved(Vpn(5), 3, i), "it stays");
             assert_eq!(wars.truce(Vpn(5), i), 0);

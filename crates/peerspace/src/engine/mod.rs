@@ -141,7 +141,7 @@ pub(crate) struct Engine<K: Kernel> {
     /// See [`turn`].
     turn: Latch,
     #[cfg(feature = "devices")]
-    pub(crate) places: place::Places,
+    pub(crate) places: place::Places<K::Words>,
     #[cfg(feature = "devices")]
     pub(crate) prefetches: prefetch::Prefetches,
     #[cfg(feature = "devices")]
@@ -254,7 +254,7 @@ impl<K: Kernel> Engine<K> {
             tiers,
             inplace: inplace::InPlace::new(kernel.most_mappings()),
             #[cfg(feature = "devices")]
-            places: place::Places::new(),
+            places: place::Places::new(words)?,
             #[cfg(feature = "devices")]
             prefetches: prefetch::Prefetches::new(),
             #[cfg(feature = "devices")]

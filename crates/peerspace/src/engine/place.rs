@@ -14,6 +14,7 @@ use peerspace_core::regions::{Attributes, Place, RegionInfo};
 use peerspace_core::sharers::MmuId;
 use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
 use peerspace_core::wars::Wars;
+use peerspace_core::words::Words;
 use peerspace_os::Kernel;
 use std::time::{Duration, Instant};
 
@@ -28,22 +29,23 @@ const HOT: u32 = 256;
 
 /// What the space knows of where pages go.
 #[derive(Debug)]
-pub(crate) struct Places {
-    wars: Wars,
+pub(crate) struct Places<W> {
+    wars: Wars<W>,
     born: Instant,
     truces: AtomicU64,
     /// Accesses of devices to pages on the host, by hash: a tag of the page, and how many.
-    hot: [AtomicU64; PAGES],
+    hot: W,
 }
 
-impl Places {
-    pub(crate) fn new() -> Places {
-        Places {
-            wars: Wars::new(),
+impl<W: Words> Places<W> {
+    /// `words` makes zeroed words.
+    pub(crate) fn new<E>(mut words: impl FnMut(usize) -> Result<W, E>) -> Result<Places<W>, E> {
+        Ok(Places {
+            wars: Wars::new(words(Wars::<W>::WORDS)?),
             born: Instant::now(),
             truces: AtomicU64::new(0),
-            hot: std::array::from_fn(|_| AtomicU64::new(0)),
-        }
+            hot: words(PAGES)?,
+        })
     }
 
     fn now(&self) -> u64 {
@@ -69,7 +71,7 @@ impl Places {
     fn warms(&self, mmu: MmuId, vpn: Vpn, accesses: u32) -> bool {
         let key = vpn.0 << 4 | mmu.0 as u64;
         let hash = (key + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let (slot, tag) = (&self.hot[(hash >> 54) as usize % PAGES], hash << 32 >> 32);
+        let (slot, tag) = (self.hot.at((hash >> 54) as usize % PAGES), hash << 32 >> 32);
         let seen = slot.load(Relaxed);
         // A page that shares its slot with another begins anew each time: it stays where it is, and costs nothing.
         let before = if seen >> 32 == tag { seen as u32 } else { 0 };
