@@ -375,7 +375,7 @@ impl<K: Kernel> Engine<K> {
                             self.places.moved(entry.vpn(), Some(mmu.id));
                             mmu.counters.moved.fetch_add(order.pages().0, Relaxed);
                         }
-                        Err(stay) => return self.stayed(stay, entry, order, work),
+                        Err(stay) => return self.stayed(stay, entry, (vpn, order), work),
                     }
                 }
                 Step::Replicate(sharers) => {
@@ -386,7 +386,7 @@ impl<K: Kernel> Engine<K> {
                             let state = entry.state();
                             return self.enter_for_device(entry, state, (grant, writable), tier, mmu, vpn);
                         }
-                        Err(stay) => return self.stayed(stay, entry, order, work),
+                        Err(stay) => return self.stayed(stay, entry, (vpn, order), work),
                     }
                 }
                 Step::Leave => {
@@ -460,8 +460,9 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The data did not come to the device.
-    fn stayed(&self, stay: Stay, entry: Entry<'_, K>, order: Order, work: &mut Working<'_>) -> Next {
-        let va = self.geometry.va(entry.vpn());
+    fn stayed(&self, stay: Stay, entry: Entry<'_, K>, (vpn, order): (Vpn, Order), work: &mut Working<'_>) -> Next {
+        // Of a block too, the page that was asked for.
+        let va = self.geometry.va(vpn);
         match stay {
             Stay::NoRoom => Next::Room(order),
             Stay::Changing => Next::Changing,
