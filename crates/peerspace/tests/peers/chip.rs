@@ -91,10 +91,11 @@ struct Inner {
     memory: Mutex<Vec<u8>>,
     table: Mutex<BTreeMap<u64, (Target, bool)>>,
     port: OnceLock<Port>,
+    fences: AtomicU64,
     /// How often it was given one.
     attached: AtomicU64,
-    /// What is being unmapped, and how often it is asked for yet; the number is the fence.
-    doing: Mutex<Vec<(Range<u64>, u64)>>,
+    /// What is being unmapped by its fence, and how often it is asked for yet.
+    doing: Mutex<BTreeMap<u64, (Range<u64>, u64)>>,
     trouble: Trouble,
     direct: bool,
     bytes: u64,
@@ -123,6 +124,7 @@ impl Chip {
             memory: Mutex::new(vec![0xcc; bytes as usize]),
             table: Mutex::default(),
             port: OnceLock::new(),
+            fences: AtomicU64::new(0),
             attached: AtomicU64::new(0),
             doing: Mutex::default(),
             trouble: Trouble::default(),
@@ -407,9 +409,9 @@ impl Mmu for Chip {
         }
         let late = self.0.trouble.late.load(SeqCst);
         if late > 0 {
-            let mut doing = self.0.doing.lock().unwrap();
-            doing.push((addresses, late));
-            return Ok(Progress::Pending(doing.len() as u64 - 1));
+            let fence = self.0.fences.fetch_add(1, SeqCst);
+            self.0.doing.lock().unwrap().insert(fence, (addresses, late));
+            return Ok(Progress::Pending(fence));
         }
         self.forget(addresses);
         Ok(Progress::Done)
@@ -418,12 +420,13 @@ impl Mmu for Chip {
     fn is_done(&self, fence: u64) -> Result<bool, DeviceError> {
         self.0.trouble.enters("is_done");
         let mut doing = self.0.doing.lock().unwrap();
-        let Some((addresses, left)) = doing.get_mut(fence as usize) else { return Ok(false) };
+        let Some((addresses, left)) = doing.get_mut(&fence) else { return Ok(false) };
         *left = left.saturating_sub(1);
         if *left > 0 || self.0.trouble.never_unmap.load(SeqCst) {
             return Ok(false);
         }
         self.forget(addresses.clone());
+        doing.remove(&fence);
         Ok(true)
     }
 

@@ -1,6 +1,7 @@
 //! Transfers that fail, and devices that fail with what they hold (rules G6, G16, Z8, Z9).
 
 use super::*;
+use std::sync::atomic::AtomicU64;
 
 const NONE: Vec<usize> = Vec::new();
 
@@ -163,11 +164,13 @@ fn z9_a_device_that_fails_in_use_takes_its_own_pages_along() {
         let space = space_of(faults, 16 * MIB, &[&chip]);
         let region = region_of(&space, 4 * MIB, dense);
         let id = space.devices()[1];
+        let uses = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for k in 0..2 {
-                let (chip, region, what) = (&chip, &region, &what);
+                let (chip, region, what, uses) = (&chip, &region, &what, &uses);
                 scope.spawn(move || {
                     for n in 0.. {
+                        uses.fetch_add(1, SeqCst);
                         let i = (n * 37 + k) % 1024;
                         match chip.store(at(region, i), word(i)) {
                             Ok(()) => {}
@@ -181,7 +184,7 @@ fn z9_a_device_that_fails_in_use_takes_its_own_pages_along() {
                     }
                 });
             }
-            wait_until(|| space.statistics().devices[1].mmu.is_some_and(|mmu| mmu.faults > 100));
+            wait_until(|| uses.load(SeqCst) > 300);
             space.fail(id).unwrap();
         });
         let lost = lost_of(&region);
