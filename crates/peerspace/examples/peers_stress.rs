@@ -176,7 +176,11 @@ impl Actor {
         match self {
             // SAFETY: the areas live as long as the threads; words are accessed by atomics alone.
             Actor::Cpu => {
-                Self::held(world, area, va, 8, Use::Read, || unsafe { (*(va as *const AtomicU64)).load(SeqCst) })
+                let load = || {
+                    // SAFETY: an aligned word of the area, which is mapped as long as it is held.
+                    unsafe { (*(va as *const AtomicU64)).load(SeqCst) }
+                };
+                Self::held(world, area, va, 8, Use::Read, load)
             }
             Actor::Chip(chip) => chip.load(va).map_err(|e| Self::trouble(world, e)),
         }
