@@ -268,7 +268,7 @@ fn g14_atomics_add_up() {
 #[test]
 fn g5_changes_of_mappings_race_with_devices() {
     static SEEN: AtomicU64 = AtomicU64::new(0);
-    explore(30, || {
+    explore(60, || {
         let (rig, _) = rig(ABLE);
         // The program goes on when its news is received, before the devices know: nobody watches the CPU's mappings here.
         let fleet = Fleet::default();
@@ -286,6 +286,9 @@ fn g5_changes_of_mappings_race_with_devices() {
         let device = {
             let (rig, chip) = (rig.clone(), chip.clone());
             thread::spawn(move || {
+                for n in [2, 3] {
+                    SEEN.fetch_add(chip.get(&rig, page_at(plain, n)).is_ok() as u64, Relaxed);
+                }
                 for _ in 0..2 {
                     // Unchanged.
                     assert_eq!(chip.get(&rig, page_at(plain, 0)), Ok(100));
