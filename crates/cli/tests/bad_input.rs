@@ -245,10 +245,7 @@ fn the_command_passes_signals_on() {
     let ready = dir.path().join("ready");
     let mut command = run(64, &["soft:64M"], "thread");
     command.args(["--", "sh", "-c", "trap 'exit 42' TERM; : > \"$0\"; while :; do sleep 0.05; done"]).arg(&ready);
-    let running = common::start(&mut command);
-    while !ready.exists() {
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
+    let running = common::start(&mut command).until(|| ready.exists());
     let pid = rustix::process::Pid::from_raw(running.child.id() as i32).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     assert_eq!(running.wait(|_| {}).code(), 42);

@@ -68,10 +68,7 @@ fn a_named_file_serves_one_run_after_the_other() {
     let mut first = run(24, &[&device], "thread");
     let started = dir.path().join("started");
     first.args(["--", "sh", "-c", ": > \"$1\"; exec \"$0\" hold 64"]).arg(stress()).arg(&started);
-    let running = common::start(&mut first);
-    while !started.exists() {
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    }
+    let running = common::start(&mut first).until(|| started.exists());
     // Whether the first one needs its file already or not.
     for _ in 0..3 {
         let mut second = run(24, &[&device], "thread");

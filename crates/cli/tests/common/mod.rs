@@ -143,6 +143,19 @@ impl Running {
         Ended { status, stdout, stderr, took }
     }
 
+    /// Waits until `condition` holds; the command is to go on meanwhile.
+    #[track_caller]
+    pub fn until(mut self, condition: impl Fn() -> bool) -> Running {
+        while !condition() {
+            if self.child.try_wait().expect("wait for the command").is_some() {
+                panic!("it ended before its time: {}", self.wait(|_| {}));
+            }
+            assert!(self.started.elapsed() < LONGEST, "waited in vain for {LONGEST:?}:\n{}", self.what_hangs());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self
+    }
+
     /// What the threads of the command's program wait for.
     fn what_hangs(&self) -> String {
         let mut text = String::new();

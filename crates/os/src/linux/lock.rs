@@ -11,6 +11,10 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long a lock that another process holds is asked for.
+pub const PATIENCE: Duration = Duration::from_millis(250);
 
 /// The bytes that stand for the file. The one behind them, far from any content, stands for its [reservation](reserve).
 const FILE: libc::off_t = 1 << 62;
@@ -52,21 +56,33 @@ pub fn share(file: BorrowedFd<'_>) -> Result<(), Errno> {
 }
 
 /// Locks the file against all others. Replaces a lock held through the same description; if it fails, that one
-/// stays. Does not wait. The file is open for writing.
+/// stays. The file is open for writing. Waits up to [`PATIENCE`] for another process to be gone.
 ///
 /// # Errors
 /// As for [`share`], when another description holds any lock.
 pub fn exclude(file: BorrowedFd<'_>) -> Result<(), Errno> {
-    command(file, libc::F_OFD_SETLK, &mut whole_file(libc::F_WRLCK))
+    soon(|| command(file, libc::F_OFD_SETLK, &mut whole_file(libc::F_WRLCK)))
 }
 
-/// Locks the right to use the file at all against all others, whatever becomes of the file. Does not wait. The file is
-/// open for writing.
+/// Locks the right to use the file at all against all others, whatever becomes of the file. The file is open for writing.
+/// Waits up to [`PATIENCE`] for another process to be gone.
 ///
 /// # Errors
 /// As for [`exclude`], when another description holds this lock.
 pub fn reserve(file: BorrowedFd<'_>) -> Result<(), Errno> {
-    command(file, libc::F_OFD_SETLK, &mut bytes(libc::F_WRLCK, FILE, 1))
+    soon(|| command(file, libc::F_OFD_SETLK, &mut bytes(libc::F_WRLCK, FILE, 1)))
+}
+
+/// Asks again for a while. The requests that a process had in its io_uring keep its files open until the kernel has got
+/// round to them, which can be after the process was waited for.
+fn soon(lock: impl Fn() -> Result<(), Errno>) -> Result<(), Errno> {
+    let begin = Instant::now();
+    loop {
+        match lock() {
+            Err(Errno::AGAIN | Errno::ACCESS) if begin.elapsed() < PATIENCE => std::thread::sleep(PATIENCE / 50),
+            answer => return answer,
+        }
+    }
 }
 
 /// Whether another description holds a lock on the file. Changes nothing.
@@ -156,6 +172,22 @@ mod tests {
         drop(b);
         assert!(!is_shared(a.as_fd()).unwrap());
         exclude(a.as_fd()).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_is_about_to_go_is_waited_for() {
+        let a = memfd_create(c"lock", MemfdFlags::CLOEXEC).unwrap();
+        let b = again(&a);
+        exclude(a.as_fd()).unwrap();
+        let begin = Instant::now();
+        assert!(exclude(b.as_fd()).is_err());
+        assert!(begin.elapsed() >= PATIENCE);
+        let closer = std::thread::spawn(move || {
+            std::thread::sleep(PATIENCE / 10);
+            drop(a);
+        });
+        exclude(b.as_fd()).unwrap();
+        closer.join().unwrap();
     }
 
     #[test]
