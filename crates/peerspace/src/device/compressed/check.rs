@@ -19,6 +19,8 @@ pub(super) enum Point {
     Found,
     /// The compactor has copied an object, and its page does not know yet.
     Copied,
+    /// A chunk was found for a page, and is in no list yet.
+    Claimed,
 }
 
 type Step = (Point, Box<dyn FnOnce(u64)>);

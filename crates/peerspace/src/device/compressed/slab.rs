@@ -3,8 +3,8 @@
 //! A *chunk* is sixteen pages, aligned to a page. While it is in use it belongs to one *class*, which says into how
 //! many slots it is cut: 16 slots of a page, 17 of a little less, and so on to 1024. An *object* lies in one slot,
 //! behind a word that names its page (plus one). Only 16 whole pages leave no room for that; they are named in the
-//! chunk's record. A chunk without objects goes back to the kernel and can serve any class next;
-//! [`compact`](super::compact) sees to it that there are such chunks.
+//! chunk's record. A chunk without objects goes back to the kernel and can serve any class next, so one that is listed
+//! always has some; [`compact`](super::compact) sees to it that there are free chunks.
 //!
 //! ```text
 //!   free --claim--> listed <--relist-- isolated (being emptied by the compactor)
@@ -228,7 +228,11 @@ impl Slab {
             return None;
         }
         let head = lists.heads[class].iter().rev().find(|head| **head != 0)?;
-        let chunk = head - 1;
+        self.take_of(lists, head - 1, class, page)
+    }
+
+    /// Takes a slot of a listed chunk, which is of `class`.
+    fn take_of(&self, lists: &mut Lists, chunk: u32, class: usize, page: u64) -> Option<Slot> {
         let record = self.record(chunk);
         let slot = record.take_slot(class == WHOLE, SLOTS[class], page + 1)?;
         let state = record.state();
@@ -254,13 +258,16 @@ impl Slab {
         };
         // All of it is charged and most of it will be written: one call is cheaper than a fault for each page.
         self.store.populate((chunk as u64 * self.chunk_words) as usize, self.chunk_words as usize);
+        #[cfg(test)]
+        super::check::reached(super::check::Point::Claimed, page);
         let mut lists = self.shards[home].lists.lock();
         self.record(chunk).clear();
         self.record(chunk).set_state(State::new(Phase::Listed, class, home));
         lists.free[class] += SLOTS[class];
         lists.total[class] += SLOTS[class];
-        self.regroup(&mut lists, chunk);
-        self.take(&mut lists, class, page)
+        // Of this chunk and no other, although one may have got room meanwhile: a chunk goes back to the kernel with its last
+        // object, so one that never had any would stay.
+        self.take_of(&mut lists, chunk, class, page)
     }
 
     /// Frees the object of `page` at `at`.

@@ -615,6 +615,22 @@ fn an_object_that_is_about_to_be_stored_is_left_alone() {
     assert_eq!(device.check(), 0);
 }
 
+/// Room that comes up while somebody brings a new chunk into use does not leave that chunk without an object, and so in use for
+/// good (Z6).
+#[test]
+fn a_chunk_that_is_brought_into_use_is_used() {
+    let device = Arc::new(store_of(100, 1));
+    // A chunk of whole pages that is full.
+    (0..16).for_each(|page| put(&device, page, &sample(Kind::Noise, page)).unwrap());
+    let meanwhile = Arc::clone(&device);
+    check::at(Point::Claimed, move |_| free(&meanwhile, 3, 1));
+    put(&device, 16, &sample(Kind::Noise, 16)).unwrap();
+    assert_eq!(get(&device, 3, 1), Err(DeviceError::Corrupt));
+    assert_eq!(device.check(), 0);
+    free(&device, 0, 17);
+    assert_eq!(device.usage().unwrap().used_bytes, 0);
+}
+
 /// The memory of a leaf of the index comes and goes under threads that use it.
 #[test]
 fn index_memory_comes_and_goes_under_threads() {
