@@ -6,6 +6,7 @@
 //! else has put in the place of ours. Staging itself is only ever emptied while unregistered, so that our own
 //! housekeeping causes no messages.
 
+use super::choice::Choice;
 use super::futex::Futex;
 use super::map::{Arena, Mapping};
 use super::memory::Memory;
@@ -61,21 +62,6 @@ pub struct Linux {
     maps: Maps,
 }
 
-/// The features wanted for each delivery, if the kernel has them.
-const WANTED: u64 = feature::PAGEFAULT_FLAG_WP
-    | feature::EVENT_REMAP
-    | feature::EVENT_REMOVE
-    | feature::EVENT_UNMAP
-    | feature::THREAD_ID
-    | feature::EXACT_ADDRESS
-    | feature::POISON
-    | feature::MOVE;
-/// The features nothing works without.
-const NEEDED: u64 = feature::EVENT_REMAP | feature::EVENT_UNMAP;
-
-const REMEDY_PERMISSION: &str = "run as root, set vm.unprivileged_userfaultfd=1, or make /dev/userfaultfd accessible; \
-     in a container allow the userfaultfd system call";
-
 impl Linux {
     /// Opens userfaultfd and sets up staging.
     ///
@@ -85,63 +71,17 @@ impl Linux {
         let page = rustix::param::page_size() as u64;
         let geometry = Geometry::from_page_bytes(page)
             .ok_or_else(|| OsError::plain(format!("pages of {page} bytes are not supported")))?;
-        let known = Uffd::known_features().map_err(|e| {
-            let e = OsError::new("this system offers no userfaultfd", e);
-            if e.errno == libc::ENOSYS {
-                e.remedy("the kernel needs CONFIG_USERFAULTFD, and a container must allow the system call")
-            } else {
-                e.remedy(REMEDY_PERMISSION)
-            }
-        })? & !setup.without;
-        if known & NEEDED != NEEDED {
-            return Err(OsError::plain("this kernel's userfaultfd does not report changed mappings")
-                .remedy("Linux 4.14 or newer is needed"));
-        }
-        // What is to leave RAM must be taken out of the program's hands at one moment: moved, or protected first.
-        if known & (feature::MOVE | feature::PAGEFAULT_FLAG_WP) == 0 {
-            return Err(OsError::plain("this kernel's userfaultfd can neither move nor write-protect pages")
-                .remedy("Linux 6.8 or newer is needed, or 5.7 on x86-64"));
-        }
-        let mut features = known & WANTED;
-        let signal = setup.delivery == Delivery::Signal;
-        if signal {
-            if known & feature::SIGBUS == 0 {
-                return Err(OsError::plain("this kernel's userfaultfd cannot deliver faults by signal")
-                    .remedy("Linux 4.14 or newer is needed, or thread delivery"));
-            }
-            features |= feature::SIGBUS;
-        }
-        if features & feature::POISON == 0 {
-            // Whose access cannot be made to fail has to be told by signal.
-            features |= known & feature::THREAD_ID;
-        }
-        if features & feature::MOVE == 0 {
-            // Pages are dropped by madvise then, which must not announce itself.
-            features &= !feature::EVENT_REMOVE;
-        }
-        // Accesses of the kernel need the stronger kind; signal delivery cannot serve them in any case.
-        let (mut uffd, kernel_faults) = match Uffd::open(false) {
-            Ok(u) => (u, !signal),
-            Err(e) if signal => (
-                Uffd::open(true).map_err(|_| OsError::new("open a userfaultfd", e).remedy(REMEDY_PERMISSION))?,
-                false,
-            ),
-            Err(e) => {
-                return Err(
-                    OsError::new("open a userfaultfd that serves system calls too", e).remedy(REMEDY_PERMISSION)
-                );
-            }
-        };
-        uffd.enable(features)
-            .map_err(|e| OsError::new(format!("switch on userfaultfd features {features:#x}"), e))?;
-        let write_protect = features & feature::PAGEFAULT_FLAG_WP != 0;
-        let move_pages = features & feature::MOVE != 0;
+        let choice = Choice::open(setup)?;
+        let write_protect = choice.has(feature::PAGEFAULT_FLAG_WP);
+        let move_pages = choice.has(feature::MOVE);
         let huge = move_pages && geometry == Geometry::KIB4 && super::probe::huge_pages_allowed();
         let staging = Staging::new(geometry, setup.blocks, setup.slots)
             .map_err(|e| OsError::new("reserve the staging area", e))?;
         if move_pages {
             let r = staging.range();
-            uffd.register(r.start.0, r.len(), Mode::Protected)
+            choice
+                .uffd
+                .register(r.start.0, r.len(), Mode::Protected)
                 .map_err(|e| OsError::new("register the staging area", e))?;
         }
         let zeros = Mapping::new(CLUSTER.0 as usize * geometry.page_bytes(), geometry.page_bytes(), true)
@@ -151,12 +91,12 @@ impl Linux {
             capabilities: Capabilities {
                 move_pages,
                 write_protect,
-                poison: features & feature::POISON != 0,
-                kernel_faults,
+                poison: choice.has(feature::POISON),
+                kernel_faults: choice.kernel_faults,
                 huge,
             },
             delivery: setup.delivery,
-            uffd,
+            uffd: choice.uffd,
             mode: if write_protect { Mode::MissingAndProtected } else { Mode::Missing },
             staging,
             zeros,

@@ -1,6 +1,7 @@
 //! The facade over a real Linux kernel, and what else peerspace needs from it.
 
 pub mod child;
+mod choice;
 pub mod files;
 pub mod fork;
 pub mod futex;
