@@ -44,7 +44,7 @@ pub struct Epoch(AtomicU64);
 /// Why lanes may not enter: bits, see [`Epoch::bar`].
 pub type Bars = u64;
 
-const BAR_BITS: u32 = 2;
+const BAR_BITS: u32 = 3;
 const BARS: u64 = (1 << BAR_BITS) - 1;
 /// A section's word is the epoch in which it began, and this bit.
 const INSIDE: u64 = 1;
@@ -85,7 +85,7 @@ impl Epoch {
         })
     }
 
-    /// Lets no lane enter any more, for the reason that these bits (1, 2 or 3) stand for. Sections that have begun go on;
+    /// Lets no lane enter any more, for the reason that these bits (below 8) stand for. Sections that have begun go on;
     /// [`advance`](Epoch::advance) and [`is_over`](Epoch::is_over) tell when they have ended: of those that a lane
     /// still enters afterwards, none begins its use.
     pub fn bar(&self, why: Bars) {

@@ -95,6 +95,8 @@
 
 mod adopt;
 #[cfg(feature = "devices")]
+mod announce;
+#[cfg(feature = "devices")]
 mod attach;
 #[cfg(feature = "devices")]
 pub mod device;
@@ -125,6 +127,8 @@ pub(crate) mod sync;
 pub(crate) mod tell;
 
 pub use adopt::{Adopted, Resident, Use};
+#[cfg(feature = "devices")]
+pub use announce::Announced;
 #[cfg(feature = "devices")]
 pub use attach::DeviceId;
 pub use error::Error;

@@ -178,6 +178,21 @@ pub trait Mmu: Send + Sync {
     /// When it cannot. The device is quarantined.
     fn unmap(&self, addresses: Range<u64>) -> Result<Progress, DeviceError>;
 
+    /// Halts the device: from when this is answered by [`Progress::Done`], or its fence is done, until
+    /// [`go_on`](Mmu::go_on), it makes no access by any translation. Its translations stay, and faults that its port is resolving go
+    /// on. The space halts devices for moments in which the meaning of addresses changes without its having been told before
+    /// (rule G5).
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] where it cannot; then all of its translations are taken away instead. With any other the
+    /// device is quarantined.
+    fn halt(&self) -> Result<Progress, DeviceError> {
+        Err(DeviceError::Unsupported)
+    }
+
+    /// Ends what [`halt`](Mmu::halt) began.
+    fn go_on(&self) {}
+
     /// Whether the request with this fence is done.
     ///
     /// # Errors

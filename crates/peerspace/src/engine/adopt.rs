@@ -157,15 +157,21 @@ impl<K: Kernel> Engine<K> {
                 crate::sync::yield_now();
                 continue;
             }
-            if let Err(t) = self.kernel.disown(range) {
+            // The program may have unmapped some of it long ago, and have something else there.
+            let pieces = || self.pieces(pages).map(|region| self.addresses(region.range));
+            let mut given = 0;
+            if let Err(t) = pieces().try_for_each(|piece| self.kernel.disown(piece).map(|()| given += 1)) {
+                let back = pieces().take(given).all(|piece| self.kernel.adopt(piece).is_ok());
                 drop(rest);
-                keep(false)?;
+                // What is not registered must not leave: it would read as zeros.
+                if back {
+                    keep(false)?;
+                }
                 return Err(t);
             }
             let (mut there, mut tracked) = (0, 0);
             let _ = self.kernel.present_runs(range, &mut |run| there += self.geometry.pages_in(run.len()).0 as i64);
             let charged = self.budget.charged();
-            // The program may have unmapped some of it long ago.
             for piece in self.pieces(pages).map(|region| region.range) {
                 let _ = self.regions.remove(piece, |_| {});
                 self.discard(piece, &self.contexts.all()[0].as_ref().counters);

@@ -29,10 +29,13 @@ struct News {
 }
 
 impl<K: Kernel> Engine<K> {
-    /// Receives one message. A change of mappings is acted on here; a fault is returned.
+    /// Receives one message, which the kernel [said](Kernel::wait_message) that there is. A change of mappings is acted on here;
+    /// a fault is returned.
     ///
     /// One caller at a time: the holder of [`Service::reader`](super::serve::Service).
     pub(crate) fn receive(&self) -> Option<Message> {
+        // Before the gate: an access of a device to the host's memory that is under way waits for that to open.
+        let _halted = self.halt_devices();
         let work = self.contexts.receiver();
         self.gate.peek(self.contexts.all());
         let message = self.kernel.receive();

@@ -77,6 +77,8 @@ enum Next {
     Room(Order),
     /// The mappings of the program are changing: wait for that.
     Changing,
+    /// The program has said that it is about to change what is there: wait until it has.
+    Announced(PageRange),
     Fail(FaultError),
 }
 
@@ -169,6 +171,11 @@ impl<K: Kernel> Engine<K> {
                     }
                 }
                 Next::Changing => self.wait_for_changes(),
+                // However long the program takes.
+                Next::Announced(pages) => {
+                    self.await_announced(pages);
+                    continue;
+                }
                 Next::Split => self.split_for_device(vpn),
                 Next::Home(access) => match self.fault(va, access, Wake::Yes, Patience::Waits) {
                     Ok(Outcome::Foreign) => return Err(FaultError::NotManaged(va.0)),
@@ -267,6 +274,11 @@ impl<K: Kernel> Engine<K> {
         }
         if self.region(vpn) != Some(region) {
             return Next::Again;
+        }
+        if self.announcements.concern(entry.range()) {
+            let page = PageRange::new(vpn, Pages(1));
+            let apart = entry.is_whole() && !self.announcements.concern(page);
+            return if apart { Next::Split } else { Next::Announced(page) };
         }
         let small = region.attributes.without(SMALL) != region.attributes || !self.block_inside(region, vpn);
         if entry.is_whole() && small && matches!(entry.state(), State::Empty | State::Device { .. }) {
@@ -455,10 +467,13 @@ impl<K: Kernel> Engine<K> {
                 return Next::Home(access);
             }
         }
-        if let Err(e) = tier.enter(&[mapping]) {
-            // The data is where it was; nobody has it mapped but who had before, if that can be said.
-            drop(self.recall(entry));
-            return Next::Fail(FaultError::Device(va.0, e));
+        match tier.enter(&[mapping]) {
+            Ok(true) => {}
+            failed => {
+                // The data is where it was; nobody has it mapped but who had before, if that can be said.
+                drop(self.recall(entry));
+                return failed.map_or_else(|e| Next::Fail(FaultError::Device(va.0, e)), |_| Next::Changing);
+            }
         }
         let got = Pages(entry.range().end - vpn);
         drop(entry);

@@ -17,6 +17,7 @@
 //!
 //! Either the access sees the lock bit, or the recall sees the access.
 
+use super::announce::Closing;
 use super::context::Context;
 use super::tier::{Tier, unwinding};
 use super::{Engine, Entry};
@@ -52,6 +53,7 @@ pub(crate) struct MmuState {
     /// do not hide each other's.
     fruitless: [AtomicU64; SLOTS],
     pub(crate) counters: MmuCounters,
+    pub(crate) closing: Closing,
 }
 
 /// What a device's faults came to.
@@ -79,7 +81,13 @@ impl MmuState {
             hand: AtomicU64::new(0),
             fruitless: [const { AtomicU64::new(0) }; SLOTS],
             counters: MmuCounters::default(),
+            closing: Closing::new(),
         }
+    }
+
+    /// Forgets which pages it had already when it faulted: it has none of them any more.
+    pub(crate) fn forget_faults(&self) {
+        self.fruitless.iter().for_each(|slot| slot.store(0, Relaxed));
     }
 
     /// Notes a fault at `vpn`; `already`: it had what it asks for. True if there were more than `most` of the kind in a row;
@@ -119,7 +127,7 @@ impl<W: Words> Tier<W> {
     }
 
     /// Its MMU, if it runs code and has not failed.
-    fn live_mmu(&self) -> Option<(&MmuState, &dyn Mmu)> {
+    pub(crate) fn live_mmu(&self) -> Option<(&MmuState, &dyn Mmu)> {
         let state = self.mmu.as_ref().filter(|_| !self.has_failed())?;
         Some((state, unwinding(|| self.device().mmu()).flatten()?))
     }
@@ -133,15 +141,16 @@ impl<W: Words> Tier<W> {
         }
     }
 
-    /// Enters translations.
-    pub(crate) fn enter(&self, batch: &[Mapping]) -> Result<(), crate::device::DeviceError> {
+    /// Enters translations. False where that has to wait, because the meaning of addresses is changing.
+    pub(crate) fn enter(&self, batch: &[Mapping]) -> Result<bool, crate::device::DeviceError> {
         use crate::device::DeviceError;
-        let (_, mmu) = self.live_mmu().ok_or(DeviceError::Gone)?;
+        let (state, mmu) = self.live_mmu().ok_or(DeviceError::Gone)?;
+        let Some(_entering) = state.closing.enter() else { return Ok(false) };
         let done = unwinding(|| mmu.map(batch)).unwrap_or(Err(DeviceError::Panicked));
         if done == Err(DeviceError::Gone) {
             self.fail();
         }
-        done
+        done.map(|()| true)
     }
 
     /// Takes translations away. When this returns the device uses them no more, or is cut off.
@@ -154,16 +163,24 @@ impl<W: Words> Tier<W> {
         };
         state.counters.recalls.fetch_add(1, Relaxed);
         let begun = unwinding(|| mmu.unmap(range.start.0..range.end.0));
-        let why = match begun {
-            Some(Ok(Progress::Done)) => return,
-            Some(Ok(Progress::Pending(pending))) => match self.await_fence(mmu, pending, state.info.deadline) {
-                Ok(()) => return,
-                Err(why) => why,
-            },
-            Some(Err(e)) => e.to_string(),
-            None => "its own code panicked".into(),
-        };
-        self.quarantine(&format!("it did not let go of {range}: {why}"));
+        if let Err(why) = self.await_progress(begun, mmu, state.info.deadline) {
+            self.quarantine(&format!("it did not let go of {range}: {why}"));
+        }
+    }
+
+    /// Waits until what the device was asked for is done; `begun` is its answer. The error says why it never will be.
+    pub(crate) fn await_progress(
+        &self,
+        begun: Option<Result<Progress, crate::device::DeviceError>>,
+        mmu: &dyn Mmu,
+        deadline: std::time::Duration,
+    ) -> Result<(), String> {
+        match begun {
+            Some(Ok(Progress::Done)) => Ok(()),
+            Some(Ok(Progress::Pending(pending))) => self.await_fence(mmu, pending, deadline),
+            Some(Err(e)) => Err(e.to_string()),
+            None => Err("its own code panicked".into()),
+        }
     }
 
     fn await_fence(&self, mmu: &dyn Mmu, pending: u64, deadline: std::time::Duration) -> Result<(), String> {

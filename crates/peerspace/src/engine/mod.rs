@@ -16,7 +16,7 @@
 //! | [`migrate`], [`inplace`] | blocks sent to a device, and mapped there in place |
 //! | [`named`] | regions of persistent devices |
 //! | [`hold`], [`cold`] | pages held where they are, and pages set aside |
-//! | [`changes`] | what the program itself does to its memory |
+//! | [`changes`], [`announce`] | what the program itself does to its memory, and the devices that use it |
 //! | [`lost`] | pages that cannot be had back |
 //! | [`ahead`] | reading ahead of streams |
 //! | [`serve`] | the loops of the engine's own threads |
@@ -43,6 +43,8 @@
 
 pub(crate) mod adopt;
 pub(crate) mod ahead;
+#[cfg(feature = "devices")]
+pub(crate) mod announce;
 pub(crate) mod block;
 pub(crate) mod budget;
 pub(crate) mod changes;
@@ -146,6 +148,8 @@ pub(crate) struct Engine<K: Kernel> {
     pub(crate) prefetches: prefetch::Prefetches,
     #[cfg(feature = "devices")]
     pub(crate) launches: launch::Launches,
+    #[cfg(feature = "devices")]
+    pub(crate) announcements: announce::Announcements,
     pub(crate) ring: Ring<K::Words>,
     pub(crate) blocks: Blocks,
     pub(crate) policy: Mutex<Box<dyn Policy<K::Words>>>,
@@ -259,6 +263,8 @@ impl<K: Kernel> Engine<K> {
             prefetches: prefetch::Prefetches::new(),
             #[cfg(feature = "devices")]
             launches: launch::Launches::new(),
+            #[cfg(feature = "devices")]
+            announcements: announce::Announcements::new(),
             turn: Latch::new(),
             ring: Ring::new(geometry, slots_at, (slots / SEGMENT as u64) as u32, words(slots as usize)?),
             blocks: Blocks::new(geometry, staging.start, blocks as u32),
@@ -441,6 +447,7 @@ impl<K: Kernel> Engine<K> {
         {
             self.prefetches.renew();
             self.launches.renew();
+            self.announcements.renew();
         }
         self.contexts.renew();
         self.tiers.renew();

@@ -38,4 +38,10 @@ impl<K: Kernel> Engine<K> {
     }
 
     pub(crate) fn recall_all(&self) {}
+
+    /// There is nobody to halt.
+    #[inline]
+    pub(crate) fn halt_devices(&self) -> Option<core::convert::Infallible> {
+        None
+    }
 }

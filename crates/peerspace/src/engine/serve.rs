@@ -246,7 +246,7 @@ impl<K: Kernel> Engine<K> {
         await_bell(&self.service.go, &self.kernel.park());
         while !self.service.stopped() || self.service.graves.digging() {
             if self.kernel.wait_message(Some(POLL)) {
-                while self.receive().is_some() {}
+                self.receive();
             }
         }
     }

@@ -131,6 +131,11 @@ impl<W: Words> Tiers<W> {
         self.slots[self.slot(id)?].get(super::cpu()).ok().filter(|tier| tier.id == id)
     }
 
+    /// Whether any device runs code.
+    pub(crate) fn any_mmu(&self) -> bool {
+        self.mmus.iter().any(|m| m.load(Relaxed) != 0)
+    }
+
     /// The device with this MMU, also while it is being taken away.
     pub(crate) fn by_mmu(&self, mmu: MmuId) -> Option<TierRef<'_, W>> {
         self.with_mmu(mmu, |slot| slot.get_as_owner(super::cpu()).ok())
@@ -328,6 +333,9 @@ impl<W: Words> Tiers<W> {
         for tier in self.iter() {
             tier.close(false);
             tier.unreserve(u64::MAX);
+            if let Some(state) = &tier.mmu {
+                state.closing.open();
+            }
         }
     }
 }

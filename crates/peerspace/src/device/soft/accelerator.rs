@@ -265,6 +265,6 @@ impl Device for Accelerator {
         if side == ForkSide::Child {
             self.core().forget_lanes();
         }
-        self.core().release_lanes();
+        self.core().release_lanes(super::core::FORKING);
     }
 }

@@ -35,6 +35,8 @@ use std::time::Duration;
 
 /// Lanes stay out because the process is about to fork.
 pub(super) const FORKING: Bars = 1;
+/// Lanes stay out because the meaning of addresses is changing.
+pub(super) const HALTED: Bars = 4;
 /// Lanes stay out because the device is gone.
 pub(super) const GONE: Bars = 2;
 
@@ -213,8 +215,15 @@ impl Core {
         if bars & GONE != 0 {
             return Err(FaultError::Device(va, DeviceError::Gone).into());
         }
+        // To be halted takes no longer than to act on a message.
+        for _ in 0..64 {
+            if self.epoch.bars() == 0 {
+                return Ok(());
+            }
+            crate::sync::yield_now();
+        }
         let seen = self.bell.load(Ordering::Acquire);
-        if self.epoch.bars() & FORKING != 0 {
+        if self.epoch.bars() & (FORKING | HALTED) != 0 {
             wait_word(&self.bell, seen, None);
         }
         Ok(())
@@ -228,9 +237,15 @@ impl Core {
         }
     }
 
-    /// Lets them go on.
-    pub(super) fn release_lanes(&self) {
-        self.epoch.unbar(FORKING);
+    /// Keeps lanes out of sections for a moment. The result is the epoch to wait for: then none is in one.
+    pub(super) fn halt_lanes(&self) -> u64 {
+        self.epoch.bar(HALTED);
+        self.epoch.advance()
+    }
+
+    /// Lets lanes go on that were kept out because of `why`.
+    pub(super) fn release_lanes(&self, why: Bars) {
+        self.epoch.unbar(why);
         // Release: pairs with the Acquire in `wait_unbarred`.
         self.bell.fetch_add(1, Ordering::Release);
         wake_word(&self.bell, u32::MAX);

@@ -1,7 +1,7 @@
 //! The MMU of an accelerator, as the engine changes it: entering translations, and taking them away from all lanes.
 
 use super::accelerator::Accelerator;
-use super::core::{Core, invalid};
+use super::core::{Core, HALTED, invalid};
 use super::failure::Failure;
 use super::table::{FANOUT, PAGES, Pte};
 use crate::device::DeviceError;
@@ -102,6 +102,20 @@ impl Mmu for Accelerator {
         // waited for its users yet.
         let epoch = core.shoot_down(pages);
         Ok(if core.wait_over(epoch) { Progress::Done } else { Progress::Pending(epoch) })
+    }
+
+    fn halt(&self) -> Result<Progress, DeviceError> {
+        let core = self.core();
+        core.alive()?;
+        if core.failures.strikes(Failure::NeverUnmap) {
+            return Ok(Progress::Pending(NEVER));
+        }
+        let epoch = core.halt_lanes();
+        Ok(if core.wait_over(epoch) { Progress::Done } else { Progress::Pending(epoch) })
+    }
+
+    fn go_on(&self) {
+        self.core().release_lanes(HALTED);
     }
 
     fn is_done(&self, fence: u64) -> Result<bool, DeviceError> {
