@@ -3,9 +3,9 @@
 //! (its streams, say) cannot be covered, which is why delivery by threads is the default.
 
 use crate::by_signal;
-use crate::real::interpose;
 use peerspace::process::{Kept, hold};
 use peerspace_core::addr::{Va, VaRange};
+use peerspace_os::interpose;
 use std::ffi::{c_int, c_void};
 
 fn buffer(start: *const c_void, len: usize, write: bool) -> Option<Kept> {

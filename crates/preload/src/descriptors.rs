@@ -3,7 +3,7 @@
 //! are in a table of their own and all of this passes straight on.
 
 use crate::by_signal;
-use crate::real::interpose;
+use peerspace_os::interpose;
 use peerspace_os::linux::files;
 use std::ffi::{c_int, c_uint};
 

@@ -26,7 +26,6 @@ mod descriptors;
 mod heap;
 mod mappings;
 mod processes;
-mod real;
 mod signals;
 mod streams;
 mod threads;

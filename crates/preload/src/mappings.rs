@@ -1,7 +1,7 @@
 //! `mremap`: what the program knows as one mapping may be several to the kernel, because parts of it are managed.
 
-use crate::real::interpose;
 use peerspace_core::addr::{Va, VaRange};
+use peerspace_os::interpose;
 use peerspace_os::linux::remap::Request;
 use std::ffi::{c_int, c_void};
 

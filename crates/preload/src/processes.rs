@@ -1,8 +1,8 @@
 //! The ends and beginnings of processes: reports at exit, the environment of programs that are started, and the order
 //! in which things happen around a fork.
 
-use crate::real::interpose;
 use peerspace::process::{Options, last_words};
+use peerspace_os::interpose;
 use peerspace_os::linux::{fork, place};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 

@@ -2,9 +2,9 @@
 //! ours, and may block everything but SIGBUS. Where faults come to threads, all of this passes straight on.
 
 use crate::by_signal;
-use crate::real::interpose;
 use peerspace::process::stacks;
 use peerspace_core::addr::{Va, VaRange};
+use peerspace_os::interpose;
 use peerspace_os::linux::signal;
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_void};

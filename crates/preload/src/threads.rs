@@ -1,8 +1,8 @@
 //! `pthread_create`: every new thread says where its stack is before it does anything else.
 
-use crate::real::interpose;
 use peerspace::process::{stacks, thread_starts};
 use peerspace_core::addr::{Va, VaRange};
+use peerspace_os::interpose;
 use peerspace_os::linux::place;
 use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;

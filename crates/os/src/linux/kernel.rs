@@ -523,7 +523,8 @@ impl Kernel for Linux {
     }
 
     fn write_mapped(&self, at: Va, from: &[u8]) -> bool {
-        write_self(at.0, from) == Ok(from.len())
+        // SAFETY: memory that the program shares with devices, which write there as other threads of the program would.
+        unsafe { write_self(at.0, from) == Ok(from.len()) }
     }
 
     fn most_mappings(&self) -> u64 {

@@ -1,21 +1,23 @@
-//! The functions whose place ours take.
+//! For preloaded libraries: functions that take the place of the C library's, and the way to those.
 
 use std::ffi::{CStr, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// A function of the C library, looked up when it is first needed.
-pub(crate) struct Real {
+#[derive(Debug)]
+pub struct Real {
     name: &'static CStr,
     at: AtomicPtr<c_void>,
 }
 
 impl Real {
-    pub(crate) const fn new(name: &'static CStr) -> Real {
+    /// One of this name, not looked up yet.
+    pub const fn new(name: &'static CStr) -> Real {
         Real { name, at: AtomicPtr::new(std::ptr::null_mut()) }
     }
 
     /// Its address; null if there is no such function.
-    pub(crate) fn get(&self) -> *mut c_void {
+    pub fn get(&self) -> *mut c_void {
         let known = self.at.load(Ordering::Relaxed);
         if !known.is_null() {
             return known;
@@ -27,21 +29,29 @@ impl Real {
     }
 }
 
-/// Declares a function that takes the place of the C library's: `real` is that one's type inside the body.
+/// Declares a function that takes the place of the C library's: inside the body, what is named last is that one.
+///
+/// ```ignore
+/// interpose! {
+///     fn close(fd: c_int) -> c_int, real => {
+///         // SAFETY: the caller's argument, passed on.
+///         unsafe { real(fd) }
+///     }
+/// }
+/// ```
+#[macro_export]
 macro_rules! interpose {
     ($(fn $name:ident($($arg:ident: $type:ty),* $(,)?) -> $result:ty, $real:ident => $body:block)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $type),*) -> $result {
-            static REAL: $crate::real::Real = $crate::real::Real::new(
+            static REAL: $crate::linux::interpose::Real = $crate::linux::interpose::Real::new(
                 // SAFETY: the literal ends with a zero byte and has no other.
                 unsafe { std::ffi::CStr::from_bytes_with_nul_unchecked(concat!(stringify!($name), "\0").as_bytes()) },
             );
             type Function = unsafe extern "C" fn($($type),*) -> $result;
             let address = REAL.get();
             if address.is_null() {
-                // SAFETY: errno of the calling thread.
-                unsafe { *libc::__errno_location() = libc::ENOSYS };
-                return $crate::real::failure::<$result>();
+                return $crate::linux::interpose::missing::<$result>();
             }
             // SAFETY: the C library's function of this name has this type.
             #[allow(unused_variables)]
@@ -50,15 +60,28 @@ macro_rules! interpose {
         }
     )*};
 }
-pub(crate) use interpose;
 
-/// What a function that cannot be found returns.
-pub(crate) fn failure<T: Failure>() -> T {
+/// What a function returns that cannot be found; `errno` says so.
+pub fn missing<T: Failure>() -> T {
+    set_errno(libc::ENOSYS);
     T::FAILURE
 }
 
+/// Sets `errno` of the calling thread.
+pub fn set_errno(code: i32) {
+    // SAFETY: errno of the calling thread.
+    unsafe { *libc::__errno_location() = code };
+}
+
+/// `errno` of the calling thread.
+pub fn errno() -> i32 {
+    // SAFETY: errno of the calling thread.
+    unsafe { *libc::__errno_location() }
+}
+
 /// Types by which C functions say that they failed.
-pub(crate) trait Failure {
+pub trait Failure {
+    /// The value that says so.
     const FAILURE: Self;
 }
 
