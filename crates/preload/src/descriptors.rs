@@ -49,25 +49,9 @@ interpose! {
             // SAFETY: passed on.
             return unsafe { real(first, last, flags) };
         }
-        // Around ours. They close on exec anyway, so flags that say so need no care.
-        let mut ours: Vec<c_uint> = files::ours().map(|fd| fd as c_uint).filter(|fd| (first..=last).contains(fd)).collect();
-        ours.sort_unstable();
-        let mut from = first;
-        for fd in ours {
-            if fd > from {
-                // SAFETY: the caller's range, without ours.
-                let result = unsafe { real(from, fd - 1, flags) };
-                if result != 0 {
-                    return result;
-                }
-            }
-            from = fd + 1;
-        }
-        if from > last {
-            return 0;
-        }
-        // SAFETY: as above.
-        unsafe { real(from, last, flags) }
+        // They close on exec anyway, so flags that say so need no care.
+        // SAFETY: the caller's range, without ours.
+        files::around_ours(first, last, |first, last| unsafe { real(first, last, flags) })
     }
 
     fn closefrom(first: c_int) -> (), real => {

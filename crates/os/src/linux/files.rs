@@ -207,6 +207,25 @@ pub fn ours() -> impl Iterator<Item = RawFd> {
     OURS.iter().map(|o| o.load(Ordering::Relaxed)).filter(|fd| *fd >= 0)
 }
 
+/// Closes the descriptors from `first` to `last` by `close`, which is like close_range(2), but for ours. The result is 0, or what
+/// the call says that failed.
+pub fn around_ours(first: u32, last: u32, mut close: impl FnMut(u32, u32) -> i32) -> i32 {
+    let mut from = Some(first);
+    // The next of ours each time: there are few, and nothing may be allocated in a child of vfork.
+    while let Some(start) = from.filter(|start| *start <= last) {
+        let next = ours().map(|fd| fd as u32).filter(|fd| (start..=last).contains(fd)).min();
+        let end = next.map_or(Some(last), |fd| fd.checked_sub(1));
+        if let Some(end) = end.filter(|end| *end >= start) {
+            let result = close(start, end);
+            if result != 0 {
+                return result;
+            }
+        }
+        from = next.and_then(|fd| fd.checked_add(1));
+    }
+    0
+}
+
 /// A short path that is not on the heap.
 #[derive(Debug)]
 pub struct ShortPath {
@@ -403,6 +422,30 @@ mod tests {
         at_home();
         done.send(()).unwrap();
         home.join().unwrap();
+    }
+
+    #[test]
+    fn a_range_of_descriptors_is_closed_around_ours() {
+        let null = || rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty()).unwrap();
+        // Numbers that no other test uses.
+        let at = |n: i32| OurFd::new(rustix::io::fcntl_dupfd_cloexec(null(), n).unwrap()).unwrap();
+        let (one, two) = (at(900), at(901));
+        let (a, b) = (one.fd.as_raw_fd() as u32, two.fd.as_raw_fd() as u32);
+        assert_eq!(b, a + 1);
+        let closed = |first, last| {
+            let mut closed = Vec::new();
+            let close = |first, last| {
+                closed.push((first, last));
+                0
+            };
+            assert_eq!(around_ours(first, last, close), 0);
+            closed
+        };
+        assert_eq!(closed(a - 5, b + 5), [(a - 5, a - 1), (b + 1, b + 5)]);
+        assert_eq!(closed(a, b), []);
+        assert_eq!(closed(b, u32::MAX), [(b + 1, u32::MAX)]);
+        assert_eq!(closed(a - 1, a), [(a - 1, a - 1)]);
+        assert_eq!(around_ours(a - 5, b + 5, |_, _| -1), -1, "what fails ends it");
     }
 
     #[test]
