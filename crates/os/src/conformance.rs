@@ -1,7 +1,7 @@
 //! The same facts asked of every kernel: what the simulated one says must be what the real one does.
 
 use crate::inject::Inject;
-use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
+use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
 use crate::sim::{Setup as SimSetup, Sim};
 use peerspace_core::addr::{Access, Geometry, Pages, Va, VaRange};
 use peerspace_core::words::Words;
@@ -47,6 +47,18 @@ impl<K: Kernel> Tried<'_, K> {
         let mut out = Vec::new();
         let page = |va: Va| self.geometry.pages_in(va.0 - self.region.start.0).0;
         self.k.present_runs(self.pages(first, pages), &mut |r| out.push((page(r.start), page(r.end)))).unwrap();
+        out
+    }
+
+    /// Which pages the CPU maps, and whether as huge pages and to be written.
+    fn mapped(&self) -> Vec<(u64, u64, bool, bool)> {
+        let mut out: Vec<(u64, u64, bool, bool)> = Vec::new();
+        let page = |va: Va| self.geometry.pages_in(va.0 - self.region.start.0).0;
+        let mut seen = |r: VaRange, p: CpuPage| match out.last_mut() {
+            Some(last) if (last.1, last.2, last.3) == (page(r.start), p.huge, p.writable) => last.1 = page(r.end),
+            _ => out.push((page(r.start), page(r.end), p.huge, p.writable)),
+        };
+        self.k.cpu_runs(self.region, &mut seen).unwrap();
         out
     }
 
@@ -178,11 +190,13 @@ fn a_full_block_becomes_huge<K: Kernel>(t: Tried<'_, K>) {
     if t.k.capabilities().write_protect {
         t.k.protect(t.pages(7, 1), Protect::Yes, Wake::No).unwrap();
         assert_eq!(t.k.collapse(t.region), Err(Trouble::Unsuitable));
+        assert_eq!(t.mapped(), [(0, 7, false, true), (7, 8, false, false), (8, 512, false, true)]);
         t.k.protect(t.pages(7, 1), Protect::No, Wake::No).unwrap();
     }
     assert_eq!(t.k.is_huge(t.region.start), Ok(false));
     assert_eq!(t.k.collapse(t.region), Ok(()));
     assert_eq!(t.k.is_huge(t.region.start), Ok(true));
+    assert_eq!(t.mapped(), [(0, 512, true, true)]);
     assert_eq!(t.there(0, 512), [(0, 512)]);
     // It travels whole, and so it comes back.
     let block = VaRange { end: Va(t.k.staging().start.0 + t.region.len()), ..t.k.staging() };

@@ -15,7 +15,7 @@
 //! What the wrapper keeps are counters of its own, never those of a model checker: they are no part of what is
 //! tested.
 
-use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
+use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
 use peerspace_core::addr::{Access, Geometry, Pages, Va, VaRange};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -377,6 +377,10 @@ impl<K: Kernel> Kernel for Inject<K> {
 
     fn present_runs(&self, range: VaRange, found: &mut dyn FnMut(VaRange)) -> Result<(), Trouble> {
         self.whole(Call::PresentRuns, || self.kernel.present_runs(range, found))
+    }
+
+    fn cpu_runs(&self, range: VaRange, found: &mut dyn FnMut(VaRange, CpuPage)) -> Result<(), Trouble> {
+        self.whole(Call::PresentRuns, || self.kernel.cpu_runs(range, found))
     }
 
     fn is_huge(&self, va: Va) -> Result<bool, Trouble> {

@@ -119,6 +119,17 @@ pub enum Wake {
     Yes,
 }
 
+/// How the CPU maps a page that is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuPage {
+    /// A write goes on without a fault that this library hears of.
+    pub writable: bool,
+    /// It is the kernel's page of zeros; false where that cannot be found out.
+    pub zero: bool,
+    /// It is part of a huge page, mapped as one.
+    pub huge: bool,
+}
+
 /// A fault, or a change the program made to its mappings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Message {
@@ -277,6 +288,13 @@ pub trait Kernel: Send + Sync + 'static {
     /// # Errors
     /// When it cannot be found out.
     fn present_runs(&self, range: VaRange, found: &mut dyn FnMut(VaRange)) -> Result<(), Trouble>;
+
+    /// Calls `found` with each run of pages of `range` that are there and that the program may read, in ascending order, and
+    /// how the CPU maps them. Neighbouring runs may be mapped in the same way.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn cpu_runs(&self, range: VaRange, found: &mut dyn FnMut(VaRange, CpuPage)) -> Result<(), Trouble>;
 
     /// Whether the CPU maps the block at `va` by one huge page.
     ///

@@ -35,6 +35,8 @@
 //! | [`Space::prefetch`], [`Node`], [`Hint`] | where data should be, said ahead of its use |
 //! | [`Space::launch`] | work on devices that cannot fault |
 //! | [`Space::copy`], [`Space::exclusive`] | bytes copied wherever both ends are; sole access, for atomics of devices |
+//! | [`Space::pages`] | where each page is, without touching it |
+//! | [`Space::migrate`] | exactly the pages that are named, sent to a device or home |
 //! | [`Region::migrate_to`] | memory sent to a device, and used in place there |
 //! | [`Persistent`] | regions that are found by name after a restart |
 //! | [`Space::make_resident`] | memory that is handed to the kernel or to hardware |
@@ -114,6 +116,8 @@ mod peers;
 #[cfg(feature = "devices")]
 mod persistent;
 #[cfg(feature = "devices")]
+mod placement;
+#[cfg(feature = "devices")]
 mod ports;
 #[cfg(feature = "process")]
 pub mod process;
@@ -125,6 +129,8 @@ mod space;
 mod spec;
 pub(crate) mod sync;
 pub(crate) mod tell;
+#[cfg(feature = "devices")]
+mod view;
 
 pub use adopt::{Adopted, Resident, Use};
 #[cfg(feature = "devices")]
@@ -148,3 +154,5 @@ pub use size::{Size, SizeError};
 pub use space::{Builder, Faults, Space};
 #[cfg(feature = "devices")]
 pub use spec::{DeviceSpec, KINDS as DEVICE_KINDS, Reservation, SpecError};
+#[cfg(feature = "devices")]
+pub use view::{CpuMapping, DeviceSet, PageView, Pages, Residence};

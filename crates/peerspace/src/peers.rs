@@ -4,6 +4,7 @@ use crate::adopt::{Adopted, Use};
 use crate::attach::DeviceId;
 use crate::device::mmu::{DeviceAccess, FaultError};
 use crate::engine::copy::Through;
+use crate::engine::device_fault::Bring;
 use crate::engine::prefetch::{Goal, Ticket};
 use crate::error::Error;
 use crate::region::Region;
@@ -104,7 +105,8 @@ impl Space {
         let pages = engine.geometry.pages_out(range);
         let mut at = pages.start;
         while at < pages.end {
-            let got = without_signals(|| engine.bring_to_device(mmu, at, DeviceAccess::Atomic, (true, CLUSTER)));
+            let got =
+                without_signals(|| engine.bring_to_device(mmu, at, DeviceAccess::Atomic, (Bring::Here, CLUSTER)));
             let got = got.map_err(|e| self.not_moved(range, Node::Device(device), &e))?;
             at = at + got.0;
         }
@@ -161,7 +163,7 @@ impl Space {
         })
     }
 
-    fn name_of(&self, node: Node) -> String {
+    pub(crate) fn name_of(&self, node: Node) -> String {
         match node {
             Node::Host => "RAM".into(),
             Node::Device(id) => match self.engine().tiers.by_id(id.0) {

@@ -7,6 +7,7 @@ use crate::attach::DeviceId;
 use crate::device::mmu::DeviceAccess;
 use crate::device::port::{FaultError, Port, PortOps};
 use crate::engine;
+use crate::engine::device_fault::Bring;
 use crate::space::Real;
 use peerspace_core::addr::{PageRange, Va};
 use peerspace_core::sharers::MmuId;
@@ -39,7 +40,7 @@ impl PortOps for Link {
     fn fault(&self, va: u64, access: DeviceAccess) -> Result<(), FaultError> {
         let engine = self.engine()?;
         // Without signals: a handler of the program that touched managed memory now could wait for this thread.
-        without_signals(|| engine.device_fault(self.mmu, Va(va), access, false))
+        without_signals(|| engine.device_fault(self.mmu, Va(va), access, Bring::AsChosen))
     }
 
     fn read(&self, va: u64, to: &mut [u8]) -> Result<(), FaultError> {

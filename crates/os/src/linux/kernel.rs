@@ -16,7 +16,7 @@ use super::self_memory::{read_self, write_self};
 use super::staging::{Staging, Use};
 use super::uffd::{FAULT_WP, FAULT_WRITE, Mode, Partial, Uffd, event, feature};
 use crate::error::OsError;
-use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
+use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
 use peerspace_core::addr::{Access, Geometry, Va, VaRange};
 use peerspace_core::plan::CLUSTER;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -459,6 +459,22 @@ impl Kernel for Linux {
 
     fn present_runs(&self, range: VaRange, found: &mut dyn FnMut(VaRange)) -> Result<(), Trouble> {
         self.pagemap.present_runs(range, found).map_err(trouble)
+    }
+
+    fn cpu_runs(&self, range: VaRange, found: &mut dyn FnMut(VaRange, CpuPage)) -> Result<(), Trouble> {
+        let mut at = range.start;
+        while let Some(vma) = self.maps.at_or_after(at).map_err(trouble)?.filter(|vma| vma.range.start < range.end) {
+            let piece = VaRange { start: vma.range.start.max(at), end: vma.range.end.min(range.end) };
+            if vma.read {
+                let page = |page: CpuPage| CpuPage { writable: page.writable && vma.write, ..page };
+                self.pagemap.cpu_runs(piece, &mut |run, seen| found(run, page(seen))).map_err(trouble)?;
+            }
+            at = piece.end;
+            if at >= range.end {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn is_huge(&self, va: Va) -> Result<bool, Trouble> {

@@ -5,6 +5,7 @@
 //! here allocates.
 
 use super::files::OurFd;
+use crate::kernel::CpuPage;
 use peerspace_core::addr::{Va, VaRange};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
@@ -42,12 +43,16 @@ struct ScanArg {
     return_mask: u64,
 }
 
+const IS_WRITTEN: u64 = 1 << 1;
 const IS_PRESENT: u64 = 1 << 3;
 const IS_SWAPPED: u64 = 1 << 4;
+const IS_ZERO: u64 = 1 << 5;
 const IS_HUGE: u64 = 1 << 6;
 /// Pagemap bits: present, or swapped out by the kernel.
 const PM_PRESENT: u64 = 1 << 63;
 const PM_SWAP: u64 = 1 << 62;
+/// Write-protected by a userfaultfd.
+const PM_PROTECTED: u64 = 1 << 57;
 
 const PAGEMAP: &str = "/proc/self/pagemap";
 const MAPS: &str = "/proc/self/maps";
@@ -66,7 +71,7 @@ impl Pagemap {
             Pagemap { fd: OurFd::new(open(PAGEMAP)?)?, scan: true, page: rustix::param::page_size() as u64 };
         let mut found = [const { PageRegion { start: 0, end: 0, categories: 0 } }; 1];
         // An empty range tells whether the call exists.
-        map.scan = map.scan_once(VaRange { start: Va(0), end: Va(0) }, IS_PRESENT, &mut found).is_ok();
+        map.scan = map.scan_once(VaRange { start: Va(0), end: Va(0) }, Wanted::any(IS_PRESENT), &mut found).is_ok();
         Ok(map)
     }
 
@@ -84,7 +89,7 @@ impl Pagemap {
     }
 
     /// One call: fills `found`, returns how many and where the walk ended.
-    fn scan_once(&self, range: VaRange, any_of: u64, found: &mut [PageRegion]) -> Result<(usize, u64), Errno> {
+    fn scan_once(&self, range: VaRange, wanted: Wanted, found: &mut [PageRegion]) -> Result<(usize, u64), Errno> {
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
             flags: 0,
@@ -95,9 +100,9 @@ impl Pagemap {
             vec_len: found.len() as u64,
             max_pages: 0,
             category_inverted: 0,
-            category_mask: 0,
-            category_anyof_mask: any_of,
-            return_mask: any_of,
+            category_mask: wanted.all_of,
+            category_anyof_mask: wanted.any_of,
+            return_mask: wanted.told,
         };
         // SAFETY: the opcode belongs to the struct; the vector is ours for the call. Scanning changes nothing.
         let n = unsafe { ioctl(&self.fd, Scan(&mut arg))? };
@@ -161,7 +166,8 @@ impl Pagemap {
         // Runs of different kinds follow each other without a gap; they are one run to us.
         let mut open: Option<VaRange> = None;
         while at < range.end {
-            let (n, end) = self.scan_once(VaRange { start: at, ..range }, IS_PRESENT | IS_SWAPPED, &mut found)?;
+            let (n, end) =
+                self.scan_once(VaRange { start: at, ..range }, Wanted::any(IS_PRESENT | IS_SWAPPED), &mut found)?;
             for r in &found[..n] {
                 let (start, end) = (Va(r.start), Va(r.end));
                 match &mut open {
@@ -191,7 +197,57 @@ impl Pagemap {
     pub fn is_huge(&self, va: Va) -> Result<bool, Errno> {
         let range = VaRange { start: va, end: Va(va.0 + self.page) };
         let mut found = [const { PageRegion { start: 0, end: 0, categories: 0 } }; 1];
-        Ok(self.scan_once(range, IS_HUGE, &mut found)?.0 == 1)
+        Ok(self.scan_once(range, Wanted::any(IS_HUGE), &mut found)?.0 == 1)
+    }
+
+    /// Calls `run` with each run of pages of `range`, of one mapping, that are there, and how they are mapped as far as the
+    /// page table says.
+    ///
+    /// # Errors
+    /// When the page map cannot be read.
+    pub fn cpu_runs(&self, range: VaRange, run: &mut dyn FnMut(VaRange, CpuPage)) -> Result<(), Errno> {
+        if !self.scan {
+            for at in (range.start.0..range.end.0).step_by(self.page as usize) {
+                let word = self.word(Va(at))?;
+                if word & PM_PRESENT != 0 {
+                    let page = CpuPage { writable: word & PM_PROTECTED == 0, zero: false, huge: false };
+                    run(VaRange { start: Va(at), end: Va(at + self.page) }, page);
+                }
+            }
+            return Ok(());
+        }
+        let told = IS_PRESENT | IS_WRITTEN | IS_ZERO | IS_HUGE;
+        let wanted = Wanted { all_of: IS_PRESENT, any_of: 0, told };
+        let mut found = [const { PageRegion { start: 0, end: 0, categories: 0 } }; 32];
+        let mut at = range.start;
+        while at < range.end {
+            let (n, end) = self.scan_once(VaRange { start: at, ..range }, wanted, &mut found)?;
+            for r in &found[..n] {
+                let is = |category| r.categories & category != 0;
+                // What is not protected counts as written, whether it was or not.
+                let page = CpuPage { writable: is(IS_WRITTEN) && !is(IS_ZERO), zero: is(IS_ZERO), huge: is(IS_HUGE) };
+                run(VaRange { start: Va(r.start), end: Va(r.end) }, page);
+            }
+            if end <= at.0 {
+                break;
+            }
+            at = Va(end);
+        }
+        Ok(())
+    }
+}
+
+/// Which pages a scan is to find, by their categories, and which of these it tells.
+#[derive(Clone, Copy)]
+struct Wanted {
+    all_of: u64,
+    any_of: u64,
+    told: u64,
+}
+
+impl Wanted {
+    fn any(any_of: u64) -> Wanted {
+        Wanted { all_of: 0, any_of, told: any_of }
     }
 }
 

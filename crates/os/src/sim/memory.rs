@@ -4,7 +4,7 @@
 //! side by side. All methods are called under one lock, so each is a moment of its own. What they say where they
 //! refuse is what `userfaultfd` says, in the order in which it finds out.
 
-use crate::kernel::{Done, Message, Protect, Trouble};
+use crate::kernel::{CpuPage, Done, Message, Protect, Trouble};
 use peerspace_core::addr::{BLOCK_PAGES, PageRange, Pages, Vpn};
 use rustix::fd::OwnedFd;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -495,6 +495,19 @@ impl Memory {
             Place { content: Content::Page(page), kind } => Some(!(page.protected && kind.registered)),
             _ => None,
         }
+    }
+
+    /// How the CPU maps the page at `vpn`, if it does.
+    pub(super) fn cpu_page(&self, vpn: Vpn) -> Option<CpuPage> {
+        let Place { content, kind } = self.places.get(&vpn.0)?;
+        let protected = match content {
+            Content::Page(page) => page.protected && kind.registered,
+            Content::Device(..) => false,
+            Content::Missing | Content::Poisoned => return None,
+        };
+        let page =
+            CpuPage { writable: !protected && kind.allowed == Allowed::Write, zero: false, huge: self.is_huge(vpn) };
+        (kind.allowed >= Allowed::Read).then_some(page)
     }
 
     pub(super) fn is_huge(&self, vpn: Vpn) -> bool {

@@ -18,7 +18,7 @@ pub use memory::{Allowed, Trap};
 pub use program::Waiting;
 pub use words::SimWords;
 
-use crate::kernel::{Capabilities, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
+use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
 use memory::{Kind, Memory};
 use peerspace_core::addr::{Access, BLOCK_PAGES, Geometry, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::sync::{AtomicU64, Ordering, Spin, spin_hint};
@@ -441,6 +441,18 @@ impl Kernel for Sim {
         };
         for run in present.chunk_by(|a, b| b.0 == a.0 + 1) {
             found(self.geometry.range(PageRange::new(run[0], Pages(run.len() as u64))));
+        }
+        Ok(())
+    }
+
+    fn cpu_runs(&self, range: VaRange, found: &mut dyn FnMut(VaRange, CpuPage)) -> Result<(), Trouble> {
+        let pages = self.foreign(range);
+        let seen: Vec<_> = {
+            let m = self.step();
+            pages.iter().filter_map(|vpn| Some((vpn, m.cpu_page(vpn)?))).collect()
+        };
+        for (vpn, page) in seen {
+            found(self.geometry.range(PageRange::new(vpn, Pages(1))), page);
         }
         Ok(())
     }

@@ -42,6 +42,40 @@ const AT_ONCE: u32 = 16;
 /// Regions in which nothing is made huge.
 const SMALL: Attributes = Attributes::NO_HUGE.with(Attributes::ON_REQUEST);
 
+/// How a page gets to a device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Bring {
+    /// As mode, hints and history say.
+    AsChosen,
+    /// By moving there, whatever else would be chosen.
+    Here,
+    /// The same, of these pages and no others, although nobody may want to write. What somebody relies on is not waited for,
+    /// and whatever else is in the way so long at most.
+    Exactly(PageRange, Duration),
+}
+
+impl Bring {
+    /// The pages that may move.
+    fn bounds(self) -> Option<PageRange> {
+        match self {
+            Bring::Exactly(pages, _) => Some(pages),
+            Bring::AsChosen | Bring::Here => None,
+        }
+    }
+
+    fn patience(self) -> Duration {
+        match self {
+            Bring::Exactly(_, patience) => patience,
+            Bring::AsChosen | Bring::Here => PATIENCE,
+        }
+    }
+
+    /// These of `pages`.
+    fn within(self, pages: PageRange) -> PageRange {
+        self.bounds().map_or(pages, |bounds| pages.intersect(bounds))
+    }
+}
+
 /// What a fault is about.
 struct Wanted<'a, W> {
     vpn: Vpn,
@@ -50,6 +84,7 @@ struct Wanted<'a, W> {
     tier: &'a Tier<W>,
     mmu: &'a MmuState,
     wish: Wish,
+    how: Bring,
     most: Pages,
 }
 
@@ -83,13 +118,13 @@ enum Next {
 }
 
 impl<K: Kernel> Engine<K> {
-    /// Resolves a fault of the device with `mmu`. `here`: by moving the page to the device, whatever else would be chosen.
+    /// Resolves a fault of the device with `mmu`.
     pub(crate) fn device_fault(
         &self,
         mmu: MmuId,
         va: Va,
         access: DeviceAccess,
-        here: bool,
+        how: Bring,
     ) -> Result<(), FaultError> {
         let vpn = self.geometry.vpn(va);
         let (level, done) = {
@@ -104,13 +139,13 @@ impl<K: Kernel> Engine<K> {
             1 => Pages(4),
             _ => CLUSTER,
         };
-        let got = self.bring_to_device(mmu, vpn, access, (here, most))?;
+        let got = self.bring_to_device(mmu, vpn, access, (how, most))?;
         // More of a stream: each page as if it had faulted, as long as that takes no waiting.
         let mut next = vpn + got.0;
         if level > 0 && got.0 == 1 && done == Direction::Up {
             let end = Vpn((vpn + most.0).0.min(PageRange::block(vpn.block()).end.0));
             while next < end && self.region(next).is_some() {
-                match self.bring_to_device(mmu, next, access, (here, Pages(end - next))) {
+                match self.bring_to_device(mmu, next, access, (how, Pages(end - next))) {
                     Ok(pages) => next = next + pages.0,
                     Err(_) => break,
                 }
@@ -126,29 +161,30 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Has the device with `mmu` map the page at `vpn`, for `access`. Returns how many pages from there on it has now. `most`: so
-    /// many are going to be asked for, this one included; `here`: by moving it there, whatever else would be chosen.
+    /// many are going to be asked for, this one included.
     pub(crate) fn bring_to_device(
         &self,
         mmu: MmuId,
         vpn: Vpn,
         access: DeviceAccess,
-        (here, most): (bool, Pages),
+        (how, most): (Bring, Pages),
     ) -> Result<Pages, FaultError> {
         let va = self.geometry.va(vpn);
         let mut started: Option<Instant> = None;
         let mut tries = 0;
-        let (mut stays, mut waited, mut peace) = (false, false, here);
+        let (mut stays, mut waited, mut peace) = (false, false, !matches!(how, Bring::AsChosen));
         loop {
             let next = {
                 let mut work = self.contexts.take();
                 // Not while it is being taken away: what it was given now would be left over.
                 let tier = self.tiers.open_by_mmu(mmu).filter(|tier| !tier.has_failed()).ok_or(FaultError::Cut)?;
-                self.attempt_for_device(&tier, vpn, access, (here, most), (&mut stays, &mut waited, peace), &mut work)
+                self.attempt_for_device(&tier, vpn, access, (how, most), (&mut stays, &mut waited, peace), &mut work)
             };
             match next {
                 Next::Done(pages) => return Ok(pages),
                 Next::Fail(e) => return Err(e),
                 Next::Again => {}
+                Next::Held | Next::Pinned if how.bounds().is_some() => return Err(FaultError::Pinned(va.0)),
                 Next::Held => {
                     crate::sync::sleep(PAUSE);
                     continue;
@@ -200,7 +236,7 @@ impl<K: Kernel> Engine<K> {
                 },
             }
             tries += 1;
-            if tries > AT_ONCE && started.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
+            if tries > AT_ONCE && started.get_or_insert_with(Instant::now).elapsed() > how.patience() {
                 return Err(FaultError::NoHeadway(va.0));
             }
         }
@@ -224,7 +260,7 @@ impl<K: Kernel> Engine<K> {
         tier: &Tier<K::Words>,
         vpn: Vpn,
         access: DeviceAccess,
-        (here, most): (bool, Pages),
+        (how, most): (Bring, Pages),
         (stays, waited, peace): (&mut bool, &mut bool, bool),
         work: &mut Working<'_>,
     ) -> Next {
@@ -247,11 +283,16 @@ impl<K: Kernel> Engine<K> {
         let Some((_, whole)) = self.table.look(vpn) else { return Next::Again };
         let first = if whole { vpn.block_start() } else { vpn };
         let choice = self.choose(region, first, mmu, access);
-        if whole && choice.war && !here {
+        let in_part = how.bounds().is_some_and(|pages| !pages.covers(PageRange::block(vpn.block())));
+        if whole && (in_part || choice.war && matches!(how, Bring::AsChosen)) {
             // Perhaps it is different pages of it that they want.
             return Next::Split;
         }
-        let mut wish = if here && access.writes() { Wish::Migrate } else { choice.wish };
+        let mut wish = match how {
+            Bring::Exactly(..) => Wish::Migrate,
+            Bring::Here if access.writes() => Wish::Migrate,
+            Bring::Here | Bring::AsChosen => choice.wish,
+        };
         if let Some(wait) = choice.wait.filter(|_| !peace) {
             // It goes to and fro, and cannot be accessed where it is: it stays there for a while at least.
             return Next::Truce(wait);
@@ -259,13 +300,13 @@ impl<K: Kernel> Engine<K> {
         if *stays && mmu.info.remote {
             wish = Wish::Remote;
         }
-        let wanted = Wanted { vpn, access, region, tier, mmu, wish, most };
+        let wanted = Wanted { vpn, access, region, tier, mmu, wish, how, most };
         self.step_for_device(wanted, stays, work)
     }
 
     /// Locks the entry, and does what can be done with it locked.
     fn step_for_device(&self, wanted: Wanted<'_, K::Words>, stays: &mut bool, work: &mut Working<'_>) -> Next {
-        let Wanted { vpn, access, region, tier, mmu, wish, most } = wanted;
+        let Wanted { vpn, access, region, tier, mmu, wish, how, most } = wanted;
         let va = self.geometry.va(vpn);
         let Ok(mut entry) = self.table.lock(vpn) else { return Next::Again };
         if tier.is_closed() {
@@ -315,6 +356,7 @@ impl<K: Kernel> Engine<K> {
         }
         // The kernel moves nothing out of memory that is read-only.
         let wish = match wish {
+            Wish::Migrate if !writable && how.bounds().is_some() => return Next::Fail(FaultError::ReadOnly(va.0)),
             Wish::Migrate if !writable && !self.kernel.capabilities().write_protect && mmu.info.remote => {
                 Wish::Remote
             }
@@ -330,7 +372,7 @@ impl<K: Kernel> Engine<K> {
                 return Next::Pause;
             }
             drop(entry);
-            return self.take_native_for(vpn, range, wish, work);
+            return self.take_native_for(vpn, (how.within(range), how), wish, work);
         }
         // What is not there because it has just been unmapped is not zeros.
         let changing = || self.gate.enter(work.context()).is_none() || self.kernel.is_changing();
@@ -346,7 +388,8 @@ impl<K: Kernel> Engine<K> {
         };
         let request = Request {
             mmu: mmu.id,
-            write: access == DeviceAccess::Write,
+            // Only what is written moves in any case.
+            write: access == DeviceAccess::Write || how.bounds().is_some(),
             atomic: access == DeviceAccess::Atomic,
             wish,
             zero_page: mmu.info.zero_page,
@@ -380,7 +423,7 @@ impl<K: Kernel> Engine<K> {
                     }
                     let near =
                         PageRange::new(vpn, most).intersect(PageRange::block(vpn.block())).intersect(region.range);
-                    let rest = if entry.is_whole() { entry.range() } else { near };
+                    let rest = if entry.is_whole() { entry.range() } else { how.within(near) };
                     drop(entry);
                     let went = self.walk(rest, work, |rest, work| self.set_some_aside(rest, work));
                     return match went {
@@ -517,11 +560,17 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Takes native pages into the table: to standby if they are to move.
-    fn take_native_for(&self, vpn: Vpn, range: PageRange, wish: Wish, work: &mut Working<'_>) -> Next {
+    fn take_native_for(
+        &self,
+        vpn: Vpn,
+        (range, how): (PageRange, Bring),
+        wish: Wish,
+        work: &mut Working<'_>,
+    ) -> Next {
         let known = || !matches!(self.table.look(vpn), Some((e, _)) if e.state() == State::Empty);
         if wish == Wish::Migrate {
             let near = PageRange::new(vpn, CLUSTER).intersect(PageRange::block(vpn.block()));
-            let rest = if range.pages() > CLUSTER { range } else { near };
+            let rest = if range.pages() > CLUSTER { range } else { how.within(near) };
             if self.take_native_from(rest, work).0 > 0 && known() {
                 return Next::Again;
             }

@@ -343,7 +343,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// A fault in no region: perhaps one that grew in place, which no message tells.
-    fn unknown(&self, vpn: Vpn, work: &mut Working<'_>) -> Result<Outcome, Hold> {
+    pub(super) fn unknown(&self, vpn: Vpn, work: &mut Working<'_>) -> Result<Outcome, Hold> {
         // In one section: news of a change that comes later than the look at the mappings is also acted on later, and
         // takes back what is no longer so. Without waiting for the lock, whose holder may wait for the gate.
         let _section = self.gate.enter(work.context()).ok_or(Hold::Changing)?;

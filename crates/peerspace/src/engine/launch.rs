@@ -7,6 +7,7 @@
 //! A fork waits until no launch is under way, and none begins before it is over.
 
 use super::Engine;
+use super::device_fault::Bring;
 use crate::device::mmu::DeviceAccess;
 use crate::device::port::FaultError;
 use peerspace_core::addr::{PageRange, Vpn};
@@ -80,7 +81,7 @@ impl<K: Kernel> Engine<K> {
     /// Holds the page at `vpn`, or the block that it is mapped with. Returns what comes next.
     fn hold_one(&self, mmu: MmuId, vpn: Vpn) -> Result<Vpn, FaultError> {
         loop {
-            self.bring_to_device(mmu, vpn, DeviceAccess::Atomic, (true, CLUSTER))?;
+            self.bring_to_device(mmu, vpn, DeviceAccess::Atomic, (Bring::Here, CLUSTER))?;
             let _work = self.contexts.take();
             let tier = self.tiers.by_mmu(mmu).ok_or(FaultError::Cut)?;
             let Ok(entry) = self.table.lock(vpn) else { continue };

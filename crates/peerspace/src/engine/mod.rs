@@ -14,6 +14,7 @@
 //! | [`own`] | regions of the space's own, made and given back |
 //! | [`collapse`], [`compact`] | small pages become huge folios again, and room is made for them |
 //! | [`migrate`], [`inplace`] | blocks sent to a device, and mapped there in place |
+//! | [`send`] | exactly the pages that somebody names, sent to a device or home |
 //! | [`named`] | regions of persistent devices |
 //! | [`hold`], [`cold`] | pages held where they are, and pages set aside |
 //! | [`changes`], [`announce`] | what the program itself does to its memory, and the devices that use it |
@@ -90,6 +91,8 @@ pub(crate) mod place;
 #[cfg(feature = "devices")]
 pub(crate) mod prefetch;
 pub(crate) mod reclaim;
+#[cfg(feature = "devices")]
+pub(crate) mod send;
 pub(crate) mod serve;
 #[cfg(all(test, feature = "devices"))]
 mod sim_tests;

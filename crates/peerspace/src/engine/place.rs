@@ -6,6 +6,7 @@
 //! ([`Engine::note_remote`]).
 
 use super::Engine;
+use super::device_fault::Bring;
 use super::mmus::MmuState;
 use crate::device::mmu::{DeviceAccess, Mode};
 use peerspace_core::addr::{Va, Vpn};
@@ -146,7 +147,7 @@ impl<K: Kernel> Engine<K> {
         };
         if moves {
             // Whether it does is found out at the next access.
-            let _ = self.device_fault(mmu, va, DeviceAccess::Write, true);
+            let _ = self.device_fault(mmu, va, DeviceAccess::Write, Bring::Here);
         }
     }
 }

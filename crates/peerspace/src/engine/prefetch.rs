@@ -5,6 +5,7 @@
 //! come. What cannot go (pinned, held by a launch, no room) stays where it is: the access that needs it finds out why.
 
 use super::Engine;
+use super::device_fault::Bring;
 use super::fault::{Fault, Outcome};
 use super::serve::{await_bell, ring};
 use crate::device::mmu::{DeviceAccess, Mode};
@@ -212,9 +213,10 @@ impl<K: Kernel> Engine<K> {
         // Copies where the device would have got copies; otherwise the pages themselves.
         let copies = hints.has(Attributes::READ_MOSTLY) || mode == Some(Mode::Replicate);
         let access = if copies { DeviceAccess::Read } else { DeviceAccess::Write };
+        let how = if copies { Bring::AsChosen } else { Bring::Here };
         let mut at = pages.start;
         while at < pages.end && !ticket.cancelled.load(Ordering::Relaxed) {
-            let got = self.bring_to_device(mmu, at, access, (!copies, CLUSTER))?;
+            let got = self.bring_to_device(mmu, at, access, (how, CLUSTER))?;
             let got = got.0.min(pages.end - at);
             ticket.there.fetch_add(got, Ordering::Release);
             at = at + got;

@@ -10,6 +10,7 @@
 use super::{PAGE, Rig, Shelf, Tried};
 use crate::device::mmu::{DeviceAccess, FaultError, Mapping, Mmu, MmuDescriptor, Mode, Progress, Target};
 use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, PeerCopy, Store};
+use crate::engine::device_fault::Bring;
 use crate::sync::Mutex;
 use peerspace_core::addr::{Va, VaRange};
 use peerspace_core::entry::State;
@@ -328,7 +329,7 @@ impl Chip {
             }
             match self.once(engine, va, how, len, &mut op) {
                 Some(done) => return done,
-                None => engine.device_fault(self.mmu(), Va(va), how, false)?,
+                None => engine.device_fault(self.mmu(), Va(va), how, Bring::AsChosen)?,
             }
         }
         panic!("an access of {} to {va:#x} makes no headway", self.0.name);

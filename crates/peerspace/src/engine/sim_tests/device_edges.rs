@@ -157,7 +157,12 @@ fn g5_a_device_that_keeps_a_page_is_cut_off() {
     chip.put(&rig, page_at(region, 0), 1).unwrap();
     chip.trouble().keeps.store(true, Relaxed);
     let fault = || {
-        rig.engine.device_fault(chip.mmu(), Va(page_at(region, 1)), crate::device::mmu::DeviceAccess::Write, false)
+        rig.engine.device_fault(
+            chip.mmu(),
+            Va(page_at(region, 1)),
+            crate::device::mmu::DeviceAccess::Write,
+            crate::engine::device_fault::Bring::AsChosen,
+        )
     };
     assert_eq!(fault(), Err(FaultError::Cut));
     assert_eq!((get(&rig, page_at(region, 0)), get(&rig, page_at(region, 1))), (Err(Came::Lost), Ok(0)));

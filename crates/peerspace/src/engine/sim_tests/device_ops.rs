@@ -6,7 +6,9 @@ use super::chip::{Chip, Model};
 use super::oracle::{Op, World, config, op, play_in};
 use super::{ABLE, PAGE, Shelf};
 use crate::device::mmu::{DeviceAccess, FaultError, Mode};
-use peerspace_core::addr::Order;
+use crate::engine::prefetch::Goal;
+use crate::engine::send::{NotSent, Sending};
+use peerspace_core::addr::{Order, PageRange};
 use peerspace_os::sim::Allowed;
 use peerspace_os::{Capabilities, Kernel};
 use proptest::prelude::*;
@@ -18,6 +20,7 @@ pub(super) enum DeviceOp {
     Join { model: usize },
     Touch { chip: usize, at: usize, pages: usize, offset: usize, byte: u8, how: u8 },
     Hot { chip: usize, at: usize },
+    Send { chip: usize, at: usize, pages: usize, home: bool },
     MakeRoom { chip: usize, block: bool },
     Trouble { chip: usize, maps: u64, stores: u64, loads: u64 },
     Break { chip: usize, count: usize, seed: u64 },
@@ -33,6 +36,8 @@ pub(super) fn device_op() -> impl Strategy<Value = DeviceOp> {
             DeviceOp::Touch { chip, at, pages, offset, byte, how }
         }),
         2 => (some.clone(), some.clone()).prop_map(|(chip, at)| DeviceOp::Hot { chip, at }),
+        4 => (some.clone(), some.clone(), 1usize..1200, any::<bool>())
+            .prop_map(|(chip, at, pages, home)| DeviceOp::Send { chip, at, pages, home }),
         1 => (some.clone(), any::<bool>()).prop_map(|(chip, block)| DeviceOp::MakeRoom { chip, block }),
         2 => (some.clone(), 0u64..9, 0u64..9, 0u64..9)
             .prop_map(|(chip, maps, stores, loads)| DeviceOp::Trouble { chip, maps, stores, loads }),
@@ -88,6 +93,21 @@ impl World {
                 let chip = &self.chips[chip % self.chips.len()];
                 if !chip.is_cut() {
                     self.rig.engine.note_remote(chip.mmu(), self.areas[area].va(page), 1000);
+                }
+            }
+            DeviceOp::Send { chip, at, pages, home } => {
+                let Some((area, first)) = self.place(at) else { return };
+                let last = (first + pages).min(self.areas[area].seen.len());
+                let to = if home { Goal::Host } else { Goal::Mmu(self.chips[chip % self.chips.len()].mmu()) };
+                let vpn = |page| self.rig.engine.geometry.vpn(self.areas[area].va(page));
+                let mut sending = Sending::new();
+                for piece in (PageRange { start: vpn(first), end: vpn(last) }).by_block() {
+                    self.rig.engine.send_pages(piece, to, &mut sending);
+                }
+                // What is there is found out by later accesses.
+                if let Some(NotSent::Lost(at, _)) = sending.wrong() {
+                    let page = (at - vpn(0)) as usize;
+                    self.found_lost(area, page);
                 }
             }
             DeviceOp::MakeRoom { chip, block } => {
@@ -156,6 +176,15 @@ impl World {
         }
     }
 
+    /// A page is said to be lost: no more are than devices have lost.
+    fn found_lost(&mut self, area: usize, page: usize) {
+        let seen = &mut self.areas[area].seen[page];
+        self.lost += !seen.lost as u64;
+        seen.lost = true;
+        let losses = self.losses();
+        assert!(self.lost <= losses, "page {page} of area {area} is lost, and no device has lost it");
+    }
+
     /// What an access of a device came to, against what it has to. True if it succeeded.
     fn judge_device(
         &mut self,
@@ -180,12 +209,7 @@ impl World {
                 "a device got at {va}; managed: {managed}, lost: {}, allowed: {may}",
                 seen.lost
             ),
-            Err(FaultError::Lost(..)) => {
-                self.lost += !seen.lost as u64;
-                seen.lost = true;
-                let losses = self.losses();
-                assert!(self.lost <= losses, "page {va} is lost, and no device has lost it");
-            }
+            Err(FaultError::Lost(..)) => self.found_lost(area, page),
             Err(FaultError::InPlace(_)) => assert!(failing, "{va} cannot leave its place"),
             // What had grown in place is ordinary memory in a forked child, until somebody looks.
             Err(FaultError::NotManaged(_)) => {

@@ -1,0 +1,93 @@
+//! Where pages are, and putting them there by hand: migration of exactly the pages that somebody names (rules G8, Z5).
+
+use crate::adopt::Adopted;
+use crate::engine::prefetch::Goal;
+use crate::engine::send::{NotSent, Sending};
+use crate::error::Error;
+use crate::peers::Node;
+use crate::region::Region;
+use crate::space::Space;
+use peerspace_core::addr::{PageRange, Pages, Va, VaRange, Vpn};
+use peerspace_os::linux::signal::without_signals;
+use std::ops::Range;
+
+impl Space {
+    /// Moves the pages that `len` bytes at `start` touch to `to`, and no others; returns when that is done, with how many bytes of
+    /// these pages are there.
+    ///
+    /// To a device go pages that were never touched, too: as zeros. On the host, pages are mapped on the CPU again, as if it
+    /// had touched them; of memory that nobody has touched there is nothing to be moved. Blocks (of 2 MiB, with pages of
+    /// 4 KiB) that lie inside go as huge folios where there is room for such, everything else in small pages (rule H2).
+    ///
+    /// A page that somebody relies on stays where it is, and the others go: what is kept resident, held by a launch, on a
+    /// named region's device, or more than the device has room for. [`prefetch`](Space::prefetch) does not wait, and
+    /// rounds out to blocks.
+    ///
+    /// # Errors
+    /// [`Error::BadRange`] where part of the range is not managed by this space; nothing has moved then.
+    /// [`Error::NoSuchDevice`], and [`Error::Device`] for one that runs no code (see [`Region::migrate_to`]).
+    /// [`Error::Migrate`] with the first page for which the device failed, or that it cannot reach; [`Error::Lost`] with the first
+    /// that is lost. All others have gone that can.
+    pub fn migrate(&self, start: *const u8, len: usize, to: Node) -> Result<usize, Error> {
+        let goal = match to {
+            Node::Host => Goal::Host,
+            Node::Device(id) => Goal::Mmu(self.mmu_of(id)?),
+        };
+        let pages = self.managed(start, len)?;
+        let engine = self.engine();
+        let mut sending = Sending::new();
+        // Signals wait for one block at a time.
+        for piece in pages.by_block() {
+            without_signals(|| engine.send_pages(piece, goal, &mut sending));
+        }
+        match sending.wrong() {
+            None => Ok(engine.geometry.bytes(engine.count_sent(pages, goal)) as usize),
+            Some(NotSent::Lost(vpn, pfn)) => Err(self.lost(vpn, pfn)),
+            Some(NotSent::Failed(vpn, why)) => {
+                let range = engine.addresses(PageRange::new(vpn, Pages(1)));
+                Err(Error::Migrate { range, to: self.name_of(to), why: why.to_string() })
+            }
+        }
+    }
+
+    /// The pages that `len` bytes at `start` touch, all of which the space manages.
+    fn managed(&self, start: *const u8, len: usize) -> Result<PageRange, Error> {
+        let engine = self.engine();
+        let what = || format!("{len} bytes at {start:p}");
+        let range = VaRange::new(Va(start as u64), len as u64)
+            .ok_or_else(|| Error::BadRange { what: what(), why: "the range wraps" })?;
+        if range.is_empty() {
+            return Ok(PageRange { start: Vpn(0), end: Vpn(0) });
+        }
+        let pages = engine.geometry.pages_out(range);
+        match without_signals(|| engine.first_unmanaged(pages)) {
+            None => Ok(pages),
+            Some(vpn) => Err(Error::BadRange {
+                what: format!("{}: the page at {}", what(), engine.geometry.va(vpn)),
+                why: "it is not managed by this space",
+            }),
+        }
+    }
+}
+
+impl Region {
+    /// Moves the pages that a part of the region touches: see [`Space::migrate`].
+    ///
+    /// # Errors
+    /// As for [`Space::migrate`]; [`Error::BadRange`] when `part` does not lie inside the region.
+    pub fn migrate(&self, part: Range<usize>, to: Node) -> Result<usize, Error> {
+        let range = self.part(part)?;
+        self.space().migrate(range.start.0 as *const u8, range.len() as usize, to)
+    }
+}
+
+impl Adopted {
+    /// Moves the memory: see [`Space::migrate`].
+    ///
+    /// # Errors
+    /// As for [`Space::migrate`].
+    pub fn migrate(&self, to: Node) -> Result<usize, Error> {
+        let range = self.range();
+        self.space().migrate(range.start as *const u8, range.len(), to)
+    }
+}
