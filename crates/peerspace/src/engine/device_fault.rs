@@ -506,6 +506,10 @@ impl<K: Kernel> Engine<K> {
         mapping.writable &= writable;
         if mapping.to == crate::device::mmu::Target::Host {
             mmu.counters.remote.fetch_add(1, Relaxed);
+            if already && !self.gate.is_idle() {
+                // It has the translation, and its accesses are refused as long as a change is acted on.
+                return Next::Changing;
+            }
             if already && let Next::Home(access) = self.pause_or_home(va) {
                 return Next::Home(access);
             }
