@@ -53,10 +53,6 @@ impl Space {
         if let (Err(_), Some(port)) = (&detached, port) {
             self.ports().restore(engine, port);
         }
-        let name = || {
-            let mut all = engine.tiers.iter();
-            all.find(|t| t.id == device.0).map_or_else(String::new, |t| t.info.name.clone())
-        };
         match detached {
             Ok(device) => {
                 if let Some(mmu) = mmu {
@@ -71,23 +67,27 @@ impl Space {
                 drop(device);
                 Ok(())
             }
-            Err(DetachError::NotThere) => Err(Error::NoSuchDevice),
-            Err(DetachError::NoRoom(missing)) => {
-                Err(Error::NoRoom { name: name(), missing: engine.geometry.bytes(missing) })
+            Err(e) => Err(self.not_detached(device, e)),
+        }
+    }
+
+    /// What to tell the program of a device that something cannot leave.
+    pub(crate) fn not_detached(&self, device: DeviceId, why: DetachError) -> Error {
+        let engine = self.engine();
+        let name = engine.tiers.iter().find(|t| t.id == device.0).map_or_else(String::new, |t| t.info.name.clone());
+        match why {
+            DetachError::NotThere => Error::NoSuchDevice,
+            DetachError::NoRoom(missing) => Error::NoRoom { name, missing: engine.geometry.bytes(missing) },
+            DetachError::Busy(pages) => {
+                Error::Device { name, why: format!("{pages} of it are in use without pause, and cannot be moved") }
             }
-            Err(DetachError::Busy(pages)) => Err(Error::Device {
-                name: name(),
-                why: format!("{pages} of it are in use without pause, and cannot be moved"),
-            }),
-            Err(DetachError::Open(pages)) => Err(Error::Device {
-                name: name(),
+            DetachError::Open(pages) => Error::Device {
+                name,
                 why: format!("regions with names that are open take up {pages} of it: drop them first"),
-            }),
-            Err(DetachError::Place(e)) => {
-                Err(Error::Device { name: name(), why: format!("what is mapped of it in place stays: {e}") })
-            }
-            Err(DetachError::NoMemory) => {
-                Err(Error::Kernel { what: "map a buffer".into(), why: peerspace_os::Trouble::NoMemory })
+            },
+            DetachError::Place(e) => Error::Device { name, why: format!("what is mapped of it in place stays: {e}") },
+            DetachError::NoMemory => {
+                Error::Kernel { what: "map a buffer".into(), why: peerspace_os::Trouble::NoMemory }
             }
         }
     }

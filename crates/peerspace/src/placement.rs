@@ -1,6 +1,7 @@
 //! Where pages are, and putting them there by hand: migration of exactly the pages that somebody names (rules G8, Z5).
 
 use crate::adopt::Adopted;
+use crate::attach::DeviceId;
 use crate::engine::prefetch::Goal;
 use crate::engine::send::{NotSent, Sending};
 use crate::error::Error;
@@ -10,6 +11,7 @@ use crate::space::Space;
 use peerspace_core::addr::{PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_os::linux::signal::without_signals;
 use std::ops::Range;
+use std::sync::atomic::Ordering::Relaxed;
 
 impl Space {
     /// Moves the pages that `len` bytes at `start` touch to `to`, and no others; returns when that is done, with how many bytes of
@@ -48,6 +50,36 @@ impl Space {
                 Err(Error::Migrate { range, to: self.name_of(to), why: why.to_string() })
             }
         }
+    }
+
+    /// Has everything leave a device's memory; it stays attached, and in use. What it alone held is in RAM then, mapped or on
+    /// standby, or where it goes from there for want of room. Returns how many bytes fewer of its memory are in use.
+    ///
+    /// What a launch holds stays, and what the device itself or somebody's migration brings there meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchDevice`]; [`Error::NoRoom`] when there is neither RAM nor another device to take it;
+    /// [`Error::Device`] for a persistent device with regions that are open.
+    pub fn evict(&self, device: DeviceId) -> Result<usize, Error> {
+        let engine = self.engine();
+        match without_signals(|| engine.empty_device(device.0)) {
+            Ok(pages) => Ok(engine.geometry.bytes(pages) as usize),
+            Err(e) => Err(self.not_detached(device, e)),
+        }
+    }
+
+    /// Has the next huge folio that somebody wants at `node` refused, once: small pages have to do then (rule H2). For tests of
+    /// programs and devices.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchDevice`].
+    pub fn refuse_next_block(&self, node: Node) -> Result<(), Error> {
+        let engine = self.engine();
+        match node {
+            Node::Host => engine.refuses_block.store(true, Relaxed),
+            Node::Device(id) => engine.tiers.by_id(id.0).ok_or(Error::NoSuchDevice)?.refuse_block(),
+        }
+        Ok(())
     }
 
     /// The pages that `len` bytes at `start` touch, all of which the space manages.

@@ -21,12 +21,16 @@ use peerspace_core::memmap::{Arrival, Backing, Frame};
 use peerspace_core::plan;
 use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_core::stream::Direction;
+use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
 
 impl<K: Kernel> Engine<K> {
     /// A block frame with a huge page in staging, charged: one that lies ready, or a new one. `None` when none
     /// is to be had without long waits; small pages do as well (rule H2).
     pub(crate) fn take_block(&self, work: &mut Working<'_>, patience: Patience) -> Result<Option<Frame>, Hold> {
+        if self.refuses_block.load(Relaxed) && self.refuses_block.swap(false, Relaxed) {
+            return Ok(None);
+        }
         let mut rounds = 0;
         loop {
             if let Some(frame) = self.blocks.take_ready() {

@@ -157,7 +157,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Goes through the device once. Returns how many pages are in use yet, and whether any was moved.
-    fn evict_round(
+    pub(super) fn evict_round(
         &self,
         base: DevicePfn,
         buffer: &mut Buffer,

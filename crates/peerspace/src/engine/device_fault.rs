@@ -534,6 +534,11 @@ impl<K: Kernel> Engine<K> {
     fn stayed(&self, stay: Stay, entry: Entry<'_, K>, (order, va): (Order, Va), work: &mut Working<'_>) -> Next {
         match stay {
             Stay::NoRoom => Next::Room(order),
+            Stay::Refused => {
+                let entry = self.recall(entry);
+                self.split_whole(entry, &work.counters);
+                Next::Again
+            }
             Stay::Changing => Next::Changing,
             Stay::Unreadable(_) if order == Order::BLOCK => {
                 // In pages: exactly those are lost that cannot be read (rule Z9).

@@ -155,6 +155,11 @@ impl<K: Kernel> Engine<K> {
         Some(all.into_iter().map(Some))
     }
 
+    /// Has the first part of a folio leave the device, if it can. Returns what is left to be tried.
+    pub(super) fn expel(&self, mmu: MmuId, folio: InUse) -> Option<InUse> {
+        self.evict_from_device(mmu, folio).1
+    }
+
     /// Has the first part of a folio leave the device: all of it, or one page where the table has pages. Returns what is left.
     fn evict_from_device(&self, mmu: MmuId, folio: InUse) -> (Gone, Option<InUse>) {
         let (whole, alone) = {

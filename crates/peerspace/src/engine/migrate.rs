@@ -276,6 +276,9 @@ impl<K: Kernel> Engine<K> {
         };
         let before = start.0.checked_sub(BLOCK_PAGES).and_then(|v| neighbour(Vpn(v))).map(|page| page + BLOCK_PAGES);
         let after = || neighbour(start + BLOCK_PAGES).and_then(|page| page.checked_sub(BLOCK_PAGES));
+        if tier.refuses_block() {
+            return Err(MigrateError::Full);
+        }
         let page = tier.take_block(before.or_else(after), start).ok_or(MigrateError::Full)?;
         let mut batch = [Store::new(page, bytes)];
         tier.store(&mut batch);

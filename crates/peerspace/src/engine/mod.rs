@@ -9,7 +9,7 @@
 //! | [`evict`] | from standby to a device, or dropped |
 //! | [`staging`] | where frames are meanwhile |
 //! | [`tiers`], [`tier`] | the devices, and who owns each of their pages; `no_tiers.rs` in a build without any |
-//! | [`detach`] | devices that come and go |
+//! | [`detach`], [`empty`] | devices that come and go, and those that are emptied and stay |
 //! | [`adopt`] | memory the program already has |
 //! | [`own`] | regions of the space's own, made and given back |
 //! | [`collapse`], [`compact`] | small pages become huge folios again, and room is made for them |
@@ -60,6 +60,8 @@ pub(crate) mod copy;
 pub(crate) mod detach;
 #[cfg(feature = "devices")]
 pub(crate) mod device_fault;
+#[cfg(feature = "devices")]
+pub(crate) mod empty;
 pub(crate) mod evict;
 pub(crate) mod fault;
 pub(crate) mod folio;
@@ -170,6 +172,8 @@ pub(crate) struct Engine<K: Kernel> {
     /// Pages on the policy's protected list, as of its last work.
     protected: AtomicU64,
     pub(crate) huge: AtomicBool,
+    /// The next huge frame is refused: for tests of what happens then (rule H2).
+    pub(crate) refuses_block: AtomicBool,
     /// Where the search for native pages goes on.
     pub(crate) native_hand: AtomicU64,
     /// There are native pages, but no managed region has one: somebody should look for new mappings.
@@ -281,6 +285,7 @@ impl<K: Kernel> Engine<K> {
             going: going::Going::new(),
             protected: AtomicU64::new(0),
             huge: AtomicBool::new(huge),
+            refuses_block: AtomicBool::new(false),
             native_hand: AtomicU64::new(0),
             native_missed: AtomicBool::new(false),
             geometry,

@@ -56,6 +56,10 @@ pub(crate) struct Tier<W> {
     failed: AtomicBool,
     /// Pages lost so far.
     lost: AtomicU64,
+    /// It is being emptied: what leaves RAM goes elsewhere.
+    resting: AtomicBool,
+    /// The next huge folio is refused: for tests of what happens then (rule H2).
+    refuses: AtomicBool,
     /// The memory is another process's, from which this one was forked: its books, which lie in there, are not ours.
     foreign: AtomicBool,
     /// Pages that the CPU maps in place.
@@ -182,6 +186,8 @@ impl<W: Words> Tier<W> {
             closed: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             lost: AtomicU64::new(0),
+            resting: AtomicBool::new(false),
+            refuses: AtomicBool::new(false),
             foreign: AtomicBool::new(false),
             in_place: AtomicU64::new(0),
             most_used: AtomicU64::new(0),
@@ -278,7 +284,7 @@ impl<W: Words> Tier<W> {
         // have evicted would come straight back (rule G7).
         let own = if self.mmu.is_some() { (self.info.pages.0 / OWN_SHARE).max(1) } else { 0 };
         for (i, order, vpn) in wanted {
-            if room.available().0 < order.pages().0 + own {
+            if room.available().0 < order.pages().0 + own || order == Order::BLOCK && self.refuses_block() {
                 continue;
             }
             if let Some(page) = room.alloc(order, vpn, reserved) {
@@ -467,7 +473,22 @@ impl<W: Words> Tier<W> {
 
     /// Whether what leaves RAM may go here now.
     pub(crate) fn takes_evicted(&self) -> bool {
-        self.info.takes_evicted && self.accepts()
+        self.info.takes_evicted && self.accepts() && !self.resting.load(Relaxed)
+    }
+
+    /// Whether what leaves RAM goes elsewhere from now on, while the device is being emptied.
+    pub(crate) fn rest(&self, resting: bool) {
+        self.resting.store(resting, Relaxed);
+    }
+
+    /// Has the next huge folio refused.
+    pub(crate) fn refuse_block(&self) {
+        self.refuses.store(true, Relaxed);
+    }
+
+    /// Whether this one is.
+    pub(crate) fn refuses_block(&self) -> bool {
+        self.refuses.load(Relaxed) && self.refuses.swap(false, Relaxed)
     }
 
     /// Whether it makes sense to store here now.

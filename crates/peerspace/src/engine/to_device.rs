@@ -21,6 +21,8 @@ use peerspace_os::Kernel;
 pub(crate) enum Stay {
     /// There is no room for it.
     NoRoom,
+    /// It cannot be had in one piece; its pages can.
+    Refused,
     /// The mappings of the program are changing, and what is mapped cannot be read meanwhile.
     Changing,
     /// It cannot be read where it is.
@@ -250,6 +252,7 @@ impl<K: Kernel> Engine<K> {
 /// Takes pages of `tier` for the data of `vpn`.
 fn take<W: peerspace_core::words::Words>(tier: &Tier<W>, order: Order, vpn: Vpn) -> Result<u64, Stay> {
     let page = match order {
+        Order::BLOCK if tier.refuses_block() => return Err(Stay::Refused),
         Order::BLOCK if tier.info.pages.0 < BLOCK_PAGES => None,
         Order::BLOCK => tier.take_block(None, vpn),
         _ => tier.take_page(vpn),

@@ -22,6 +22,8 @@ pub(super) enum DeviceOp {
     Hot { chip: usize, at: usize },
     Send { chip: usize, at: usize, pages: usize, home: bool },
     MakeRoom { chip: usize, block: bool },
+    Empty { chip: usize },
+    Refuse { chip: usize, home: bool },
     Trouble { chip: usize, maps: u64, stores: u64, loads: u64 },
     Break { chip: usize, count: usize, seed: u64 },
     Fail { chip: usize, keeps: bool },
@@ -39,6 +41,8 @@ pub(super) fn device_op() -> impl Strategy<Value = DeviceOp> {
         4 => (some.clone(), some.clone(), 1usize..1200, any::<bool>())
             .prop_map(|(chip, at, pages, home)| DeviceOp::Send { chip, at, pages, home }),
         1 => (some.clone(), any::<bool>()).prop_map(|(chip, block)| DeviceOp::MakeRoom { chip, block }),
+        1 => some.clone().prop_map(|chip| DeviceOp::Empty { chip }),
+        1 => (some.clone(), any::<bool>()).prop_map(|(chip, home)| DeviceOp::Refuse { chip, home }),
         2 => (some.clone(), 0u64..9, 0u64..9, 0u64..9)
             .prop_map(|(chip, maps, stores, loads)| DeviceOp::Trouble { chip, maps, stores, loads }),
         1 => (some.clone(), 1usize..8, any::<u64>()).prop_map(|(chip, count, seed)| DeviceOp::Break { chip, count, seed }),
@@ -114,6 +118,22 @@ impl World {
                 let chip = &self.chips[chip % self.chips.len()];
                 let order = if block { Order::BLOCK } else { Order::BASE };
                 let _ = self.rig.engine.make_room(chip.mmu(), order);
+            }
+            DeviceOp::Empty { chip } => {
+                let chip = &self.chips[chip % self.chips.len()];
+                // Without failures and without anybody who works with what it holds, all of it goes.
+                let emptied = self.rig.engine.empty_device(chip.id());
+                let tier = self.rig.engine.tiers.by_id(chip.id()).expect("it is attached");
+                let in_order = !chip.is_cut() && !tier.has_failed() && !self.rig.engine.kernel.is_failing();
+                assert!(!in_order || emptied.is_ok(), "{emptied:?}");
+            }
+            DeviceOp::Refuse { chip, home } => {
+                let chip = &self.chips[chip % self.chips.len()];
+                if home {
+                    self.rig.engine.refuses_block.store(true, Relaxed);
+                } else if let Some(tier) = self.rig.engine.tiers.by_id(chip.id()) {
+                    tier.refuse_block();
+                }
             }
             DeviceOp::Trouble { chip, maps, stores, loads } => {
                 let chip = &self.chips[chip % self.chips.len()];
