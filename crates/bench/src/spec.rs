@@ -98,6 +98,13 @@ pub(crate) enum Kind {
         /// What the pages are before.
         on: Found,
     },
+    /// A program that calls the kernel about its memory: some of it on an accelerator (true), or none.
+    Calls {
+        /// Some of it is on an accelerator.
+        ours: bool,
+        /// What it calls.
+        call: Call,
+    },
     /// An accelerator behind a link, which works on a stream of blocks from the host.
     Stream(LinkSpeed),
     /// A program that shares memory with accelerators behind links. Counts what goes over them.
@@ -109,6 +116,18 @@ pub(crate) enum Kind {
         /// How fast they are reached.
         link: LinkSpeed,
     },
+}
+
+/// What a program does to its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Call {
+    /// Forks, with half of it away.
+    Fork,
+    /// Unmaps all of it, all of it away.
+    Unmap,
+    /// Moves all of it, all of it away.
+    Move,
 }
 
 /// How fast an accelerator is reached, in each direction.
@@ -274,6 +293,10 @@ pub(crate) enum Metric {
     ByReader,
     /// Times that a page went to the accelerator, by the turns of the two that write to it.
     ByTurns,
+    /// Microseconds of a call.
+    PerCall,
+    /// Microseconds until another thread has been asked and has answered.
+    RoundTrip,
 }
 
 impl Metric {
@@ -319,6 +342,8 @@ impl Metric {
             Metric::ByAsked => "bytes by bytes asked for",
             Metric::ByReader => "bytes by bytes and readers",
             Metric::ByTurns => "moves by turns",
+            Metric::PerCall => "us",
+            Metric::RoundTrip => "us to ask a thread",
         }
     }
 

@@ -5,7 +5,7 @@ use crate::spec::{Found, Job, Kind, Metric, Spec, Work};
 
 impl Make<'_> {
     /// Somebody with `data` bytes, and room for them and as much again.
-    fn roomy(&self, id: &'static str, kind: Kind, data: u64, what: &str) -> Plan {
+    pub(super) fn roomy(&self, id: &'static str, kind: Kind, data: u64, what: &str) -> Plan {
         let plan = self.plan(id, kind, Work::Own, what);
         Plan { evicts: false, spec: Spec { data, host: 2 * data + 64 * MIB, ..plan.spec }, ..plan }
     }

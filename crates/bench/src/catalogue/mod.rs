@@ -1,13 +1,14 @@
 //! The benchmarks: who takes part, what they do, which ratios and values are aimed at.
 
 mod accelerated;
+mod calls;
 
 use crate::contender;
 use crate::spec::{Collapser, DeviceKind, Kind, LinkSpeed, Metric, Mover, Spec, Work};
 use std::path::Path;
 
 /// The names, in the order in which they are run.
-pub(crate) const NAMES: [&str; 17] = [
+pub(crate) const NAMES: [&str; 19] = [
     "fault",
     "sequential",
     "sequential-compressed",
@@ -25,6 +26,8 @@ pub(crate) const NAMES: [&str; 17] = [
     "device-fault",
     "prefetch",
     "link-bytes",
+    "fork",
+    "unmap",
 ];
 
 const MIB: u64 = 1 << 20;
@@ -163,6 +166,8 @@ pub(crate) fn all(sizes: Sizes, dir: &Path, link: LinkSpeed) -> Vec<Benchmark> {
         make.device_fault(),
         make.prefetch(),
         make.link_bytes(),
+        make.fork(),
+        make.unmap(),
     ]
 }
 

@@ -233,6 +233,7 @@ fn make(spec: &Spec) -> Result<(Box<dyn Contender>, Option<String>), Trouble> {
             (Box::new(stream), Some(about))
         }
         Kind::Traffic { job, hints, link } => (Box::new(accelerated::Traffic::new(spec, job, hints, link)?), None),
+        Kind::Calls { ours, call } => (Box::new(accelerated::Calls::new(spec, ours, call)?), None),
         Kind::Attach => (Box::new(attach::Attach::new(spec)), None),
         Kind::Footprint => (Box::new(footprint::Footprint::new(spec)?), None),
         Kind::Start(space) => (Box::new(start::Start::new(spec, space)?), None),

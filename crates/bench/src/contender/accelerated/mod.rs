@@ -2,11 +2,13 @@
 //! there. The accelerator is the one in software, so these are the costs of the engine, and of a link only where one is
 //! modelled.
 
+mod calls;
 mod migrate;
 mod stream;
 mod touch;
 mod traffic;
 
+pub(super) use calls::Calls;
 pub(super) use migrate::Migrate;
 pub(super) use stream::Stream;
 pub(super) use touch::Touch;
