@@ -36,6 +36,13 @@ impl Space {
         self.announce_all(&[(from, len), (to, new_len)])
     }
 
+    /// Waits until all changes that the program has made to its mappings so far have been acted on: what is asked of the space from
+    /// then on it answers for the mappings as they are. A call that has returned may have made a change of which the space has
+    /// heard and not more yet.
+    pub fn settle(&self) {
+        without_signals(|| self.engine().settle_changes());
+    }
+
     fn announce_all(&self, places: &[(*const u8, usize)]) -> Announced {
         let engine = self.engine();
         let mut ranges = ArrayVec::new();

@@ -41,7 +41,14 @@ impl<K: Kernel> Engine<K> {
         while self.kernel.is_changing() {
             self.wait_for_changes();
         }
-        self.gate.wait_open(&self.kernel.park());
+        self.await_received();
+    }
+
+    /// Waits until what has been received has been acted on: also what is just being received.
+    pub(crate) fn await_received(&self) {
+        while self.gate.turn_if_open().is_none() {
+            self.gate.wait_open(&self.kernel.park());
+        }
     }
 
     /// Manages existing private anonymous memory from now on. Its content stays where it is.

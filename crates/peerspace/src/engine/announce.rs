@@ -168,7 +168,7 @@ impl<K: Kernel> Engine<K> {
     /// What was [announced](Engine::announce_change) has been done, or given up.
     pub(crate) fn change_is_over(&self, ranges: &[PageRange]) {
         // News of it that has been received is acted on first: until then the table describes what was.
-        self.gate.wait_open(&self.kernel.park());
+        self.await_received();
         let _work = self.contexts.take();
         self.announcements.over(ranges);
     }

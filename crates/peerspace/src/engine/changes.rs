@@ -156,9 +156,7 @@ impl<K: Kernel> Engine<K> {
     /// for threads that receive.
     pub(crate) fn await_devices(&self) {
         if self.tiers.iter().any(|tier| tier.mmu_id().is_some()) {
-            while self.gate.turn_if_open().is_none() {
-                self.gate.wait_open(&self.kernel.park());
-            }
+            self.await_received();
         }
     }
 
