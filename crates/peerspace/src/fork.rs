@@ -9,7 +9,7 @@
 //! heap, which may be managed itself. Until its threads run, its faults therefore come by signal.
 
 use crate::engine::tiers::ForkSide;
-use crate::space::{Real, start_threads};
+use crate::space::{Real, start_threads_of_child};
 use peerspace_core::addr::{Access, PageRange, Pages, VaRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::regions::{Attributes, RegionInfo};
@@ -159,7 +159,7 @@ impl Forks {
         new_life(engine, bootstrap)?;
         engine.contexts.thaw();
         let start = || {
-            start_threads(engine, engine.kernel.delivery(), self.handlers)
+            start_threads_of_child(engine, engine.kernel.delivery(), self.handlers)
                 .map_err(|e| OsError::plain(format!("start a thread in a forked process: {e}")))
         };
         if bootstrap {

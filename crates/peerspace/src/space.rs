@@ -13,7 +13,7 @@ use crate::spec::{DeviceSpec, SpecError, own};
 use peerspace_core::addr::{Access, Geometry, Va};
 use peerspace_core::reclaim::{Policy, S3Fifo};
 use peerspace_core::regions::Attributes;
-use peerspace_os::linux::signal::{FaultHandler, Registration, register};
+use peerspace_os::linux::signal::{FaultHandler, Registration, register, with_sigbus};
 use peerspace_os::linux::{Delivery, Linux, Setup, fork, thread};
 use peerspace_os::own::{Box as OwnBox, Own, Shared, Vec as OwnVec};
 use peerspace_os::{Kernel, Wake};
@@ -21,6 +21,10 @@ use rustix::process::{Pid, getpid};
 use std::fmt;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// How long a forked process is left to itself before it gets threads that it can do without.
+const CHILD_SETTLES: Duration = Duration::from_millis(10);
 
 /// The engine over a real kernel.
 pub(crate) type Real = Engine<Linux>;
@@ -189,32 +193,73 @@ struct Service {
     pid: Pid,
 }
 
+/// A loop that a thread of a space runs, and the thread's name.
+type Loop<K> = (&'static str, fn(&Engine<K>));
+
+/// The loops without which the program could not go on: they receive what the kernel sends by `delivery`.
+fn receiving<K: Kernel>(delivery: Delivery, handlers: usize) -> OwnVec<Loop<K>> {
+    let (one, n): (Loop<K>, _) = match delivery {
+        Delivery::Signal => (("peerspace-changes", Engine::serve_changes), 1),
+        Delivery::Messages => (("peerspace-faults", Engine::serve_messages), handlers),
+    };
+    let mut loops = OwnVec::new_in(Own);
+    loops.resize(n, one);
+    loops
+}
+
+/// The loops that spare the program work, apart from reclaim.
+fn background<K: Kernel>(engine: &Engine<K>) -> OwnVec<Loop<K>> {
+    let mut loops: OwnVec<Loop<K>> = OwnVec::new_in(Own);
+    loops.push(("peerspace-ahead", Engine::serve_ahead));
+    if engine.has_huge() {
+        loops.push(("peerspace-collapse", Engine::serve_collapse));
+    }
+    #[cfg(feature = "devices")]
+    loops.push(("peerspace-send", Engine::serve_prefetch));
+    loops
+}
+
+fn start_each<K: Kernel>(
+    engine: &Shared<Engine<K>>,
+    loops: impl IntoIterator<Item = Loop<K>>,
+) -> std::io::Result<Vec<JoinHandle<()>>> {
+    let start = |(name, run): Loop<K>| {
+        let engine = engine.clone();
+        thread::spawn(name, move || run(&engine))
+    };
+    loops.into_iter().map(start).collect()
+}
+
 /// Starts the threads that serve `engine`, which gets its faults by `delivery`.
 pub(crate) fn start_threads<K: Kernel>(
     engine: &Shared<Engine<K>>,
     delivery: Delivery,
     handlers: usize,
 ) -> std::io::Result<Vec<JoinHandle<()>>> {
-    type Loop<K> = (&'static str, fn(&Engine<K>));
-    let mut loops: Vec<Loop<K>> =
-        vec![("peerspace-reclaim", Engine::serve_reclaim), ("peerspace-ahead", Engine::serve_ahead)];
-    if engine.has_huge() {
-        loops.push(("peerspace-collapse", Engine::serve_collapse));
-    }
-    #[cfg(feature = "devices")]
-    loops.push(("peerspace-send", Engine::serve_prefetch));
-    match delivery {
-        Delivery::Signal => loops.push(("peerspace-changes", Engine::serve_changes)),
-        Delivery::Messages => {
-            loops.extend((0..handlers).map(|_| ("peerspace-faults", Engine::serve_messages as fn(&Engine<K>))));
+    let reclaim: Loop<K> = ("peerspace-reclaim", Engine::serve_reclaim);
+    start_each(engine, receiving(delivery, handlers).into_iter().chain([reclaim]).chain(background(engine)))
+}
+
+/// The same in a forked process, which often ends or becomes another program at once: what works in the background is started
+/// after a moment, by a thread of its own.
+pub(crate) fn start_threads_of_child<K: Kernel>(
+    engine: &Shared<Engine<K>>,
+    delivery: Delivery,
+    handlers: usize,
+) -> std::io::Result<()> {
+    start_each(engine, receiving(delivery, handlers))?;
+    let of_thread = engine.clone();
+    thread::spawn("peerspace-reclaim", move || {
+        let engine = of_thread;
+        engine.sleep_after_fork(CHILD_SETTLES);
+        // The program's heap may be managed, and its faults come by signal.
+        let started = with_sigbus(|| start_each(&engine, background(&engine)));
+        if let Err(e) = started {
+            crate::tell::warning(format_args!("a forked process goes on without threads in the background: {e}"));
         }
-    }
-    let mut threads = Vec::new();
-    for (name, run) in loops {
-        let engine = engine.clone();
-        threads.push(thread::spawn(name, move || run(&engine))?);
-    }
-    Ok(threads)
+        engine.serve_reclaim();
+    })?;
+    Ok(())
 }
 
 impl<K: Kernel> FaultHandler for Engine<K> {

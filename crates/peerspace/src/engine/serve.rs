@@ -183,6 +183,14 @@ impl<K: Kernel> Engine<K> {
         self.prefetches.stop(&self.kernel.park());
     }
 
+    /// For a thread that was started before it may begin: waits for that, and `time` longer, or until all is to stop.
+    pub(crate) fn sleep_after_fork(&self, time: Duration) {
+        await_bell(&self.service.go, &self.kernel.park());
+        if !self.service.stopped() {
+            crate::sync::sleep(time);
+        }
+    }
+
     /// Reclaims in the background, until stopped.
     pub(crate) fn serve_reclaim(&self) {
         let park = self.kernel.park();
