@@ -94,7 +94,7 @@ impl Area {
             self.number
         );
         let (before, after) = generations;
-        if before == after && before % 2 == 0 {
+        if before == after && before.is_multiple_of(2) {
             let least = if done >> 32 == before & 0xffff_ffff { done & 0xffff_ffff } else { 0 };
             assert!(
                 count >= least,
@@ -214,7 +214,7 @@ impl World {
                     area.judge(page, word, seen, done, begun, (before, after));
                 })
             };
-            let same = known.generation.load(SeqCst) == before && before % 2 == 0;
+            let same = known.generation.load(SeqCst) == before && before.is_multiple_of(2);
             match result {
                 Ok(()) => self.made.fetch_add(1, SeqCst),
                 // It is pinned where the device cannot use it, or there is more pinned than there is room.
