@@ -1,25 +1,17 @@
 //! The examples, as programs: they run, and show what they say.
 
-use std::path::PathBuf;
+mod common;
+
 use std::process::Command;
 
-/// Runs an example. Cargo builds them with the tests, unless it is asked for single ones.
+/// Runs an example.
 fn output_of(name: &str) -> String {
     output_with(name, &[])
 }
 
 /// The same, with arguments.
 fn output_with(name: &str, arguments: &[&std::ffi::OsStr]) -> String {
-    let test = std::env::current_exe().unwrap();
-    let directory: PathBuf = test.parent().and_then(|p| p.parent()).unwrap().join("examples");
-    let program = directory.join(name);
-    if !program.exists() {
-        let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["build", "--quiet", "--package", env!("CARGO_PKG_NAME"), "--example", name]);
-        cargo.args(cfg!(not(debug_assertions)).then_some("--release"));
-        assert!(cargo.status().unwrap().success());
-    }
-    let output = Command::new(program).args(arguments).output().unwrap();
+    let output = Command::new(common::example(name)).args(arguments).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{}: {said}{}", output.status, String::from_utf8_lossy(&output.stderr));
     said

@@ -17,6 +17,20 @@ pub(crate) fn mib(n: usize) -> u64 {
     (n * MIB) as u64
 }
 
+/// Where an example is, as a program. Cargo builds them with the tests, unless it is asked for single ones.
+pub(crate) fn example(name: &str) -> std::path::PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let directory = test.parent().and_then(|p| p.parent()).unwrap().join("examples");
+    let program = directory.join(name);
+    if !program.exists() {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args(["build", "--quiet", "--package", env!("CARGO_PKG_NAME"), "--example", name]);
+        cargo.args(cfg!(not(debug_assertions)).then_some("--release"));
+        assert!(cargo.status().unwrap().success());
+    }
+    program
+}
+
 pub(crate) fn page() -> usize {
     rustix::param::page_size()
 }
