@@ -420,3 +420,35 @@ fn g12_a_fork_takes_everything_from_devices_first() {
         gone(&rig, region, &chips);
     });
 }
+
+/// G5: from when an announcement returns until the change is over no device maps what it is about, whatever devices and the CPU do
+/// meanwhile; the rest they go on to use. What was written is there afterwards.
+#[test]
+fn g5_nobody_maps_what_is_announced() {
+    explore(40, || {
+        let models = [Model::new(4, Mode::Exclusive), Model::new(4, Mode::Replicate)];
+        let (rig, fleet, chips) = rig_with(ABLE, models);
+        let region = rig.region(1);
+        let mut race = Race::new(&rig, region, 3, 3);
+        chips.iter().for_each(|chip| race.start(Player::Device(chip.clone()), 2, true));
+        race.start(Player::Cpu, 2, true);
+        let first = peerspace_core::addr::PageRange::new(
+            rig.engine.geometry.vpn(region.start),
+            peerspace_core::addr::Pages(2),
+        );
+        for _ in 0..2 {
+            rig.engine.announce_change(&[first]);
+            for _ in 0..3 {
+                for n in 0..2 {
+                    let mapped = chips.iter().any(|chip| chip.maps(page_at(region, n), false));
+                    assert!(!mapped, "a device maps page {n}, which is about to change");
+                }
+                thread::yield_now();
+            }
+            rig.engine.change_is_over(&[first]);
+            thread::yield_now();
+        }
+        race.end(&fleet);
+        gone(&rig, region, &chips);
+    });
+}
