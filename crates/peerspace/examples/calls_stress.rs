@@ -323,7 +323,9 @@ impl World {
             (0..area.pages.len()).for_each(|page| self.check(area, page));
         }
         for area in own {
-            // SAFETY: nobody uses it any more.
+            // Devices may still be at it.
+            area.next_generation(0..area.pages.len());
+            // SAFETY: the thread's own memory, into which it has no references.
             assert_eq!(unsafe { libc::munmap(area.at.load(SeqCst) as *mut _, area.bytes()) }, 0);
         }
     }
