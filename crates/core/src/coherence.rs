@@ -17,11 +17,12 @@
 //! | `Device` | the device's page | - | - |
 //! | `Mapped` | the device's page | - | its device reads and writes it |
 //! | `Mapped {held}` | the same | - | the same, and nobody takes it away |
-//! | `Coherent` | the device's page | reads and writes it | - |
+//! | `Coherent` | the device's page | reads and writes it | its device, and whoever asks through the port, read and write it |
 //! | `Poisoned` | gone | fails | fail |
 //!
-//! So there is one writer of a page, or there are readers; but for a frame of the host that CPU and devices access in place, which
-//! is one memory with one content. Copies are read-only as long as there are any.
+//! So there is one writer of a page, or there are readers; but for a frame of the host that CPU and devices access in place, and
+//! memory of a device that is in place for all of them: each is one memory with one content. Copies are read-only as long as
+//! there are any.
 //!
 //! # Which transition takes away whose
 //!
@@ -30,6 +31,11 @@
 //! three states but one: a device that joins or already has what it wants enters. It comes before: a CPU's write to what is
 //! shared and read-only, any CPU access to what is mapped on a device, a move, an eviction of the frame or of the device's page,
 //! a discard, a fork, and a detach.
+//!
+//! Of what is `Coherent` no account is kept of who maps it: nobody has to give way as long as it stays in place. Before it is taken
+//! from there *all* devices let go of it, and accesses through the port are waited for. An atomic access that must be alone
+//! ([`Request::atomic`]) takes it from its place; the memory itself is one for all, so that single words are exchanged in one
+//! step there, whoever does it.
 //!
 //! # What fails how
 //!
@@ -58,7 +64,7 @@
 //! [`plan::on_evict`](crate::plan::on_evict), cuts each into what others can come between, and looks at every state that is
 //! reachable: of one page of one frame, with a page for data and one for a copy on each device, a tier, and a CPU. Accesses
 //! under way, reclaim, evictions, discards, pins, launches, memory in place, pages of the kernel's own, copies and mappings that
-//! fail, and devices that stop answering come in any order. With two devices that may both fail it has over 90,000 states,
+//! fail, and devices that stop answering come in any order. With two devices that may both fail it has over 100,000 states,
 //! with three of which one may fail over 180,000, not counting those that differ in the devices' numbers alone. In each, one
 //! writes or all read, nobody gets to what is not the latest, what is lost was on a device that failed, and nobody waits for
 //! ever but for a launch or a pin. Beyond its bounds are several pages and blocks, forks, and the order of memory accesses.
@@ -74,7 +80,7 @@ pub enum Wish {
     Migrate,
     /// To read, the device gets a copy; to write, the page moves.
     Replicate,
-    /// The page stays on the host, and the device accesses it there.
+    /// The page stays on the host, or in place on another device, and the device accesses it there.
     Remote,
 }
 
@@ -102,7 +108,7 @@ pub enum Grant {
     Own,
     /// The device's own copy, or the host's frame if it has none: to read.
     Copy,
-    /// The host's frame.
+    /// The host's frame, or what is in place of another device.
     Frame {
         /// To write as well.
         writable: bool,
@@ -188,6 +194,8 @@ pub fn on_device_fault(state: State, request: Request, own: impl Fn(DevicePfn) -
         State::Mapped { pfn, held } if own(pfn) => Step::Enter(State::Mapped { pfn, held }, Grant::Own),
         State::Mapped { held: true, .. } => Step::Wait,
         State::Mapped { .. } => Step::Recall,
+        State::Coherent { pfn } if own(pfn) && !atomic => Step::Enter(state, Grant::Own),
+        State::Coherent { .. } if wish == Wish::Remote => Step::Enter(state, Grant::Frame { writable: true }),
         State::Coherent { .. } => Step::Leave,
         State::Poisoned { pfn } => Step::Lost(pfn),
         State::Leaf(_) => unreachable!("a page is no leaf"),

@@ -127,6 +127,12 @@ impl State {
     pub const fn is_on_mmus(self) -> bool {
         matches!(self, State::Shared { .. } | State::Zero { .. } | State::Mapped { .. })
     }
+
+    /// Whether MMUs of devices may map the page: also what is in place, of which no account is kept.
+    #[inline]
+    pub const fn may_be_on_mmus(self) -> bool {
+        self.is_on_mmus() || matches!(self, State::Coherent { .. })
+    }
 }
 
 /// A table word without its lock bits.

@@ -8,7 +8,12 @@
 //! Whoever needs an order between accesses brings it along.
 
 use crate::kernel::Trouble;
+use crate::linux::files::OurFd;
 use crate::linux::map::Mapping;
+use crate::linux::shared::SharedMapping;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::Errno;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Bytes of a word.
@@ -19,7 +24,21 @@ const MANY: usize = 32;
 /// Zeroed bytes, in huge pages where they can be had. What was not used yet takes up no RAM.
 #[derive(Debug)]
 pub struct DeviceMemory {
-    mapping: Mapping,
+    mapping: Held,
+}
+
+#[derive(Debug)]
+enum Held {
+    Alone(Mapping),
+    /// In a file, so that it can be mapped elsewhere as well.
+    Shared(SharedMapping, OurFd),
+}
+
+/// A file of `len` bytes of memory.
+fn file_of(len: usize) -> Result<OwnedFd, Errno> {
+    let file = memfd_create(c"peerspace-device", MemfdFlags::CLOEXEC)?;
+    ftruncate(&file, len as u64)?;
+    Ok(file)
 }
 
 impl DeviceMemory {
@@ -31,17 +50,59 @@ impl DeviceMemory {
         let mapping = Mapping::new(len.max(1), 2 << 20, true).map_err(|_| Trouble::NoMemory)?;
         // SAFETY: the advice changes no content. Refusal means small pages.
         let _ = unsafe { mapping.advise(0, mapping.len(), rustix::mm::Advice::LinuxHugepage) };
-        Ok(DeviceMemory { mapping })
+        Ok(DeviceMemory { mapping: Held::Alone(mapping) })
+    }
+
+    /// The same in a file of memory, which others can [map](DeviceMemory::file) as well. After a fork both processes have it, until the
+    /// child [renews](DeviceMemory::renew) its part.
+    ///
+    /// # Errors
+    /// When the kernel refuses the file or the mapping.
+    pub fn shared(len: usize) -> Result<DeviceMemory, Trouble> {
+        let len = len.max(1).next_multiple_of(rustix::param::page_size());
+        let file = file_of(len).map_err(|_| Trouble::NoMemory)?;
+        let mapping = SharedMapping::new(file.as_fd(), 0, len).map_err(|_| Trouble::NoMemory)?;
+        let file = OurFd::new(file).map_err(|_| Trouble::NoMemory)?;
+        Ok(DeviceMemory { mapping: Held::Shared(mapping, file) })
+    }
+
+    /// The file that it lies in, from its start, if it does in one.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        match &self.mapping {
+            Held::Alone(_) => None,
+            Held::Shared(_, file) => Some(file.as_fd()),
+        }
+    }
+
+    /// In a forked child, where nobody uses it: zeros take the place of what is shared with the parent.
+    ///
+    /// # Errors
+    /// The errno where the kernel refuses; it is shared as before then.
+    pub fn renew(&self) -> Result<(), Errno> {
+        let Held::Shared(mapping, held) = &self.mapping else { return Ok(()) };
+        let file = file_of(self.len())?;
+        mapping.renew(file.as_fd(), 0)?;
+        held.replace(file)
+    }
+
+    fn start(&self) -> *const AtomicU64 {
+        match &self.mapping {
+            Held::Alone(mapping) => mapping.as_ptr().cast(),
+            Held::Shared(mapping, _) => mapping.word(0),
+        }
     }
 
     /// Bytes.
     pub fn len(&self) -> usize {
-        self.mapping.len()
+        match &self.mapping {
+            Held::Alone(mapping) => mapping.len(),
+            Held::Shared(mapping, _) => mapping.range().len() as usize,
+        }
     }
 
     /// True for a memory of no bytes, which cannot be made.
     pub fn is_empty(&self) -> bool {
-        self.mapping.is_empty()
+        self.len() == 0
     }
 
     /// Whether `len` bytes at `at` are inside.
@@ -53,8 +114,9 @@ impl DeviceMemory {
     #[inline]
     pub fn words(&self) -> &[AtomicU64] {
         // SAFETY: the mapping is readable and writable, initialised by the kernel, aligned to a page, and stays as long as
-        // `self`; nothing but this type accesses it, and only as atomic words.
-        unsafe { std::slice::from_raw_parts(self.mapping.as_ptr().cast(), self.len() / WORD) }
+        // `self`; through it nothing but this type accesses the memory, and only as atomic words. What others do by mappings
+        // of their own is for them to keep apart, as between any devices that share memory.
+        unsafe { std::slice::from_raw_parts(self.start(), self.len() / WORD) }
     }
 
     /// The `N` bytes at `at`, which must not cross the end of a word.

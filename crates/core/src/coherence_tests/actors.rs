@@ -52,7 +52,8 @@ impl Model {
     }
 
     fn accesses(&self, world: &World, out: &mut Events) {
-        let in_place = if world.cpu == Cpu::InPlace { Place::Tier } else { Place::Frame };
+        // What is shown is where the table says; so it is until the commit, and after it.
+        let in_place = if world.cpu == Cpu::InPlace { world.truth().expect("it is there") } else { Place::Frame };
         if matches!(world.cpu, Cpu::Write | Cpu::InPlace) {
             let mut w = *world;
             w.write(in_place);
@@ -71,6 +72,13 @@ impl Model {
             {
                 by = Pte::Frame { writable };
             }
+            // The port goes by the word where it says that memory is in place, unless it is locked.
+            if by == Pte::Nothing
+                && world.op == Op::Idle
+                && let Some(place) = world.in_place()
+            {
+                by = Pte::InPlace { of: place.device().map(|d| d as u8) };
+            }
             if by == Pte::Nothing || it.health == Health::Cut {
                 continue;
             }
@@ -83,7 +91,10 @@ impl Model {
             if by.writes() {
                 begins(Kind::Write, "begins to write");
             }
-            if by == Pte::Own || (by.writes() && self.setup.bug == Some(Bug::AtomicsGoRemote)) {
+            // What is in place nobody has alone.
+            if by == Pte::Own && world.in_place().is_none()
+                || (by.writes() && self.setup.bug == Some(Bug::AtomicsGoRemote))
+            {
                 begins(Kind::Atomic, "begins an atomic access");
             }
         }
@@ -173,8 +184,14 @@ impl Model {
                     begin(Op::Settle, "the program sends it to the tier", out);
                 }
             }
-            State::Coherent { .. } => begin(Op::Leave, "a pin for long takes it from its place", out),
+            State::Coherent { .. } => {
+                begin(vacate(&setup, false), "a pin for long takes it from its place", out);
+                begin(vacate(&setup, true), "the program begins to discard what is in place", out);
+            }
             State::Device { pfn, .. } if Place::of(pfn) != Place::Tier => {
+                if setup.coherent_devices {
+                    begin(Op::Show, "the program has it put in place", out);
+                }
                 begin(Op::Expel { to_tier: false }, "the device evicts to the host", out);
                 if setup.tier {
                     begin(Op::Expel { to_tier: true }, "the device evicts to the tier", out);
@@ -188,7 +205,7 @@ impl Model {
             _ => {}
         }
         // Of what devices map, after a recall.
-        if !pinned && world.members() == 0 && world.state() != State::Empty {
+        if !pinned && world.members() == 0 && world.state() != State::Empty && world.in_place().is_none() {
             begin(Op::Discard { done: false }, "the program begins to discard", out);
         }
         if setup.launches

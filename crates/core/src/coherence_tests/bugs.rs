@@ -47,13 +47,19 @@ pub(super) enum Bug {
     WritesStayClean,
     /// What cannot be loaded just now is given up.
     RefusalIsLoss,
+    /// Memory in place is taken from there while devices map it.
+    LeavesUnderDevices,
     /// `Empty` is taken for zeros where the kernel has populated the page.
     NativeIsZeros,
 }
 
 /// `bug` breaks `rule` within so few steps that a reader can follow them.
 fn finds(bug: Bug, rule: &str) {
-    let trace = match explore(Setup { bug: Some(bug), ..EVERYTHING }) {
+    finds_in(EVERYTHING, bug, rule);
+}
+
+fn finds_in(setup: Setup, bug: Bug, rule: &str) {
+    let trace = match explore(Setup { bug: Some(bug), ..setup }) {
         Err(trace) => trace,
         Ok(found) => panic!("{bug:?} breaks no rule in {} worlds", found.worlds),
     };
@@ -160,6 +166,19 @@ fn g16_a_frame_that_is_not_as_clean_as_it_says_is_found() {
 #[test]
 fn z9_a_page_given_up_without_need_is_found() {
     finds(Bug::RefusalIsLoss, "Z9: a page is poisoned");
+}
+
+#[test]
+fn z5_memory_taken_from_its_place_under_devices_is_found() {
+    finds(Bug::LeavesUnderDevices, "G2");
+    // By the device itself, and by one whose accesses through the port are not waited for.
+    let setup = Setup { coherent_devices: true, ..EVERYTHING };
+    finds_in(setup, Bug::LeavesUnderDevices, "G2");
+    finds_in(
+        Setup { coherent_devices: true, tier: false, coherent: false, ..EVERYTHING },
+        Bug::RecallDoesNotWait,
+        "G",
+    );
 }
 
 #[test]

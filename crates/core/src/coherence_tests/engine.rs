@@ -28,6 +28,8 @@ pub(super) struct Setup {
     pub(super) tier: bool,
     /// The tier's memory can be mapped in place.
     pub(super) coherent: bool,
+    /// So can that of devices that run code.
+    pub(super) coherent_devices: bool,
     /// The page may be one of the kernel's own when all begins.
     pub(super) adopted: bool,
     /// A clean frame keeps its page on a device that runs code, too.
@@ -74,6 +76,9 @@ pub(super) fn pte(world: &World, device: usize, grant: Grant) -> Pte {
         Grant::Own => Pte::Own,
         Grant::Copy if world.is_used(Place::Copy(device as u8)) => Pte::Copy,
         Grant::Copy => Pte::Frame { writable: false },
+        Grant::Frame { .. } if let Some(place) = world.in_place() => {
+            Pte::InPlace { of: place.device().map(|d| d as u8) }
+        }
         Grant::Frame { writable } => Pte::Frame { writable },
         Grant::Zeros => Pte::Zeros,
     }
@@ -107,6 +112,12 @@ impl World {
     fn recall(&self) -> Op {
         Op::Recall { left: self.members(), asked: 0 }
     }
+}
+
+/// Memory in place is to be taken from there, or discarded: all devices let go of it first.
+pub(super) fn vacate(setup: &Setup, discard: bool) -> Op {
+    let left = if setup.bug == Some(Bug::LeavesUnderDevices) { 0 } else { (1 << setup.devices) - 1 };
+    Op::Vacate { left, asked: 0, discard }
 }
 
 impl Setup {
@@ -158,7 +169,7 @@ impl Setup {
                 w.take(Place::Copy(to), false);
                 Op::Replicate { to, sharers: sharers.bits(), copied: false }
             }
-            Step::Leave => Op::Leave,
+            Step::Leave => vacate(self, false),
             Step::Wait | Step::Lost(_) => return None,
         };
         Some(w)
@@ -190,6 +201,11 @@ impl Setup {
                 happens(out, "recalled: commit", None, w);
             }
             Op::Recall { left, asked } => self.recall(world, left, asked, out),
+            Op::Vacate { left: 0, asked: 0, discard } => {
+                w.op = if discard { Op::Discard { done: false } } else { Op::Leave };
+                happens(out, "no device maps what is in place", None, w);
+            }
+            Op::Vacate { left, asked, .. } => self.recall(world, left, asked, out),
             Op::Enter { to, pte } => {
                 let device = &mut w.devices[to as usize];
                 let held = matches!(state, State::Mapped { held: true, .. });
@@ -342,16 +358,29 @@ impl Setup {
                 w.commit(State::Coherent { pfn: Place::Tier.pfn() });
                 happens(out, "it is mapped in place", None, w);
             }
+            Op::Show => {
+                let place = w.truth().expect("it is on a device");
+                if w.is_cut(place) {
+                    w.op = Op::Idle;
+                    return happens(out, "the device has gone: nothing is shown", None, w);
+                }
+                w.cpu = Cpu::InPlace;
+                w.op = Op::Shown;
+                happens(out, "the device's page is mapped in place", None, w);
+            }
+            Op::Shown => {
+                let pfn = w.truth().expect("it is on a device").pfn();
+                w.commit(State::Coherent { pfn });
+                happens(out, "show: commit", None, w);
+            }
             Op::Leave => {
                 w.cpu = Cpu::Nothing;
                 w.op = Op::Left;
                 happens(out, "it is taken from its place", None, w);
             }
             Op::Left => {
-                w.take(Place::Frame, w.is_latest(Place::Tier));
-                w.free(Place::Tier);
-                w.cpu = Cpu::Write;
-                w.commit(State::Host { pfn: FRAME, writable: true, dirt: Dirt::Dirty });
+                let place = w.in_place().expect("it was in place");
+                w.commit(on_device(place));
                 happens(out, "leave: commit", None, w);
             }
         }
@@ -359,6 +388,10 @@ impl Setup {
 
     /// Devices are asked and waited for in any order.
     fn recall(&self, world: &World, left: u16, asked: u16, out: &mut Events) {
+        let goes_on = |left, asked| match world.op {
+            Op::Vacate { discard, .. } => Op::Vacate { left, asked, discard },
+            _ => Op::Recall { left, asked },
+        };
         let waits_for_ever = self.bug == Some(Bug::FailedDevicesAreWaitedFor);
         for d in (0..MOST).filter(|d| (left | asked) >> d & 1 != 0) {
             let (mut w, bit) = (*world, 1 << d);
@@ -370,9 +403,9 @@ impl Setup {
                     Health::Hung => w.quarantine(d),
                     Health::Cut => {}
                 }
-                w.op = Op::Recall { left: left & !bit, asked: asked | bit };
+                w.op = goes_on(left & !bit, asked | bit);
                 if self.bug == Some(Bug::RecallForgetsOne) {
-                    w.op = Op::Recall { left: 0, asked: bit };
+                    w.op = goes_on(0, bit);
                 }
                 happens(out, "recall: the translation is taken away", Some(d), w);
                 continue;
@@ -386,7 +419,7 @@ impl Setup {
                 if self.bug != Some(Bug::RecallKeepsCopies) {
                     w.free(Place::Copy(d as u8));
                 }
-                w.op = Op::Recall { left, asked: asked & !bit };
+                w.op = goes_on(left, asked & !bit);
                 happens(out, "recall: it makes no access any more", Some(d), w);
             } else if device.health == Health::Hung && !waits_for_ever {
                 w.quarantine(d);

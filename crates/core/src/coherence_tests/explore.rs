@@ -141,7 +141,7 @@ fn stuck(world: &World, setup: &Setup) -> bool {
     setup.proceed(world, &mut out);
     let ends = |d: &Device| d.flight.is_some_and(|flight| d.health == Health::Fine || flight.by_port());
     let waits = |asked: u16| (0..MOST).any(|d| asked >> d & 1 != 0 && ends(&world.devices[d]));
-    out.is_empty() && !matches!(world.op, Op::Recall { asked, .. } if waits(asked))
+    out.is_empty() && !matches!(world.op, Op::Recall { asked, .. } | Op::Vacate { asked, .. } if waits(asked))
 }
 
 /// What has begun is done, by the outcomes in which nothing fails.
@@ -196,7 +196,7 @@ fn device_gets_on(mut world: World, device: usize, request: Request, setup: &Set
         if !native && matches!(step, Step::Enter(..) | Step::Replicate(_)) {
             let pte = world.devices[device].pte;
             return if request.atomic {
-                pte == Pte::Own || setup.bug == Some(Bug::AtomicsGoRemote)
+                pte == Pte::Own && world.in_place().is_none() || setup.bug == Some(Bug::AtomicsGoRemote)
             } else {
                 pte != Pte::Nothing && (!request.write || pte.writes())
             };

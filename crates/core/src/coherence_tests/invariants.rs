@@ -20,12 +20,19 @@ pub(super) fn broken(world: &World) -> Option<&'static str> {
 /// G2, G3.
 fn one_writer_or_readers(w: &World) -> Option<&'static str> {
     let maps = |f: fn(Pte) -> bool| w.devices.iter().filter(|d| f(d.pte)).count();
-    let own = maps(|p| p == Pte::Own);
+    let places = |(d, it): (usize, &Device)| match it.pte {
+        Pte::Own => w.in_place() == Some(Place::Page(d as u8)),
+        Pte::InPlace { .. } => true,
+        _ => false,
+    };
+    // Whoever has what is in place has one memory; others have nothing of it.
+    let in_place = w.devices.iter().enumerate().filter(|it| places(*it)).count();
+    let own = maps(|p| p == Pte::Own) + maps(|p| matches!(p, Pte::InPlace { .. })) - in_place;
     let frame_writers = maps(|p| p == Pte::Frame { writable: true }) + (w.cpu == Cpu::Write) as usize;
     let copies = maps(|p| matches!(p, Pte::Copy | Pte::Zeros));
     let all = maps(|p| p != Pte::Nothing) + (w.cpu != Cpu::Nothing) as usize;
-    let alone = own + (w.cpu == Cpu::InPlace) as usize;
-    if alone > 0 && all > 1 {
+    let in_place = in_place + (w.cpu == Cpu::InPlace) as usize;
+    if own > 0 && all > 1 || in_place > 0 && all > in_place {
         return Some("G2: somebody else maps what one maps alone");
     }
     (frame_writers > 0 && copies > 0).then_some("G3: somebody may write while others read copies or zeros")
@@ -36,7 +43,7 @@ fn everything_mapped_is_the_latest(w: &World) -> Option<&'static str> {
     let cpu = match w.cpu {
         Cpu::Nothing => true,
         Cpu::Read | Cpu::Write => w.is_latest(Place::Frame),
-        Cpu::InPlace => w.is_latest(Place::Tier),
+        Cpu::InPlace => w.truth().is_some_and(|place| w.is_latest(place)),
     };
     if !cpu {
         return Some("G2: the CPU maps what is not the latest");
@@ -81,6 +88,7 @@ fn nothing_is_mapped_that_the_table_does_not_permit(w: &World) -> Option<&'stati
             }
         }
         State::Coherent { .. } => Cpu::InPlace,
+        State::Device { .. } if w.op == Op::Shown => Cpu::InPlace,
         _ => Cpu::Nothing,
     };
     let table = if w.native { Cpu::Write } else { permitted(w.state()) };
@@ -99,7 +107,8 @@ fn nothing_is_mapped_that_the_table_does_not_permit(w: &World) -> Option<&'stati
     }
     let wrong = |(d, it): (usize, &Device)| !match (it.pte, w.state()) {
         (Pte::Nothing, _) => true,
-        (Pte::Own, State::Mapped { pfn, .. }) => pfn == Place::Page(d as u8).pfn(),
+        (Pte::InPlace { of }, State::Coherent { pfn }) => Place::of(pfn).device().map(|d| d as u8) == of,
+        (Pte::Own, State::Mapped { pfn, .. } | State::Coherent { pfn }) => pfn == Place::Page(d as u8).pfn(),
         (Pte::Zeros, State::Zero { sharers }) => sharers.has(mmu(d)),
         (Pte::Frame { writable: device }, State::Shared { writable, sharers, .. }) => {
             device == writable && sharers.has(mmu(d))

@@ -36,6 +36,7 @@ const EVERYTHING: Setup = Setup {
     launches: true,
     tier: true,
     coherent: true,
+    coherent_devices: false,
     adopted: true,
     keeps: true,
     bug: None,
@@ -79,6 +80,7 @@ fn g2_g3_g14_two_devices_both_of_which_may_fail() {
         "the program discards it",
         "the program pins it to write",
         "the translation is refused",
+        "no device maps what is in place",
     ];
     let missing: HashSet<_> = expected.iter().filter(|what| !found.happened.contains(*what)).collect();
     assert!(missing.is_empty(), "never happened: {missing:?}");
@@ -96,6 +98,15 @@ fn g2_g3_g14_three_devices_one_of_which_may_fail() {
 fn g16_two_devices_and_no_tier() {
     let found = holds(Setup { tier: false, coherent: false, keeps: false, ..EVERYTHING });
     assert!(found.worlds > 20_000, "{}", found.worlds);
+}
+
+/// Rules Z5, G2, G10: memory of devices that run code is in place for the CPU, for themselves and for others.
+#[test]
+fn z5_two_devices_with_memory_in_place() {
+    let found = holds(Setup { coherent_devices: true, ..EVERYTHING });
+    assert!(found.worlds > 100_000, "{}", found.worlds);
+    let expected = ["the program has it put in place", "show: commit", "leave: commit"];
+    assert!(expected.iter().all(|what| found.happened.contains(what)), "{:?}", found.happened);
 }
 
 /// That devices are alike saves work, and nothing else: by their numbers there are more worlds, and each name is one of them.

@@ -86,6 +86,11 @@ proptest! {
                 prop_assert!(own);
                 prop_assert_eq!(held, matches!(state, State::Mapped { held: true, .. }));
             }
+            // One memory for all, with nobody alone.
+            (Grant::Own, State::Coherent { .. }) => prop_assert!(own && !request.atomic),
+            (Grant::Frame { writable: true }, State::Coherent { .. }) => {
+                prop_assert!(!own && !request.atomic && request.wish == Wish::Remote);
+            }
             (Grant::Frame { writable: true }, State::Shared { writable: true, sharers, .. }) => {
                 prop_assert!(sharers.has(request.mmu));
                 // So was what the others have: no copies.

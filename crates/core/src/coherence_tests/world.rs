@@ -68,7 +68,7 @@ pub(super) enum Cpu {
     Nothing,
     Read,
     Write,
-    /// The tier's page, to read and to write.
+    /// The page of the tier or of a device, to read and to write.
     InPlace,
 }
 
@@ -78,13 +78,19 @@ pub(super) enum Pte {
     Nothing,
     Own,
     Copy,
-    Frame { writable: bool },
+    Frame {
+        writable: bool,
+    },
     Zeros,
+    /// What is in place, of another device or (`None`) of the tier: through the port, to read and to write.
+    InPlace {
+        of: Option<u8>,
+    },
 }
 
 impl Pte {
     pub(super) fn writes(self) -> bool {
-        matches!(self, Pte::Own | Pte::Frame { writable: true })
+        matches!(self, Pte::Own | Pte::Frame { writable: true } | Pte::InPlace { .. })
     }
 }
 
@@ -116,7 +122,7 @@ pub(super) struct Flight {
 impl Flight {
     /// It is made through the port, by code of ours, and ends whatever the device does.
     pub(super) fn by_port(self) -> bool {
-        matches!(self.by, Pte::Frame { .. })
+        matches!(self.by, Pte::Frame { .. } | Pte::InPlace { .. })
     }
 }
 
@@ -222,6 +228,15 @@ pub(super) enum Op {
     /// To the tier's memory in place.
     Settle,
     Settled,
+    /// What is on a device, or the tier, is put in place.
+    Show,
+    Shown,
+    /// All devices let go of what is in place, which is taken from there then, or discarded.
+    Vacate {
+        left: u16,
+        asked: u16,
+        discard: bool,
+    },
     Leave,
     Left,
 }
@@ -373,6 +388,7 @@ impl World {
             Pte::Copy => Some(Place::Copy(device as u8)),
             Pte::Frame { .. } => Some(Place::Frame),
             Pte::Zeros => None,
+            Pte::InPlace { of } => Some(of.map_or(Place::Tier, Place::Page)),
             Pte::Nothing => unreachable!("no access without a translation"),
         }
     }
@@ -383,6 +399,14 @@ impl World {
             State::Shared { sharers, .. } | State::Zero { sharers } => sharers.bits(),
             State::Mapped { pfn, .. } => 1 << Place::of(pfn).device().expect("a device maps its own page"),
             _ => 0,
+        }
+    }
+
+    /// The place that the CPU maps in place, by the word of the table.
+    pub(super) fn in_place(&self) -> Option<Place> {
+        match self.state() {
+            State::Coherent { pfn } => Some(Place::of(pfn)),
+            _ => None,
         }
     }
 
@@ -405,7 +429,7 @@ impl World {
         let mut op = self.op;
         let worked_on = op.device().map(|d| *d as usize);
         let (left, asked) = match op {
-            Op::Recall { left, asked } => (left, asked),
+            Op::Recall { left, asked } | Op::Vacate { left, asked, .. } => (left, asked),
             Op::Replicate { sharers, .. } => (sharers, 0),
             _ => (0, 0),
         };
@@ -420,7 +444,12 @@ impl World {
                 .fold(0, |bits, mark| bits << 1 | (*mark == Some(d)) as u16);
             let shares = [self.members(), left, asked].map(|bits| bits >> d & 1);
             let places = [Place::Page(d as u8), Place::Copy(d as u8)].map(|p| (self.is_used(p), self.is_latest(p)));
-            (self.devices[d], marks, shares, places)
+            // Whose memory it maps in place of is said by the marks.
+            let bare = |pte| if let Pte::InPlace { of: Some(_) } = pte { Pte::InPlace { of: Some(0) } } else { pte };
+            let mut it = self.devices[d];
+            it.pte = bare(it.pte);
+            it.flight = it.flight.map(|flight| Flight { by: bare(flight.by), ..flight });
+            (it, marks, shares, places)
         };
         order[..devices].sort_by_key(|d| key(*d));
         if order == [0, 1, 2] { *self } else { self.renamed(order) }
@@ -440,6 +469,7 @@ impl World {
             Entry::new(match Entry::from_word(word).state() {
                 State::Device { pfn: p, stamp, rewritten } => State::Device { pfn: pfn(p), stamp, rewritten },
                 State::Mapped { pfn: p, held } => State::Mapped { pfn: pfn(p), held },
+                State::Coherent { pfn: p } => State::Coherent { pfn: pfn(p) },
                 State::Poisoned { pfn: p } => State::Poisoned { pfn: pfn(p) },
                 State::Zero { sharers: s } => State::Zero { sharers: sharers(s) },
                 State::Shared { pfn, writable, dirt, sharers: s } => {
@@ -458,7 +488,9 @@ impl World {
             *d = new(*d as usize);
         }
         match &mut to.op {
-            Op::Recall { left, asked } => (*left, *asked) = (bits(*left), bits(*asked)),
+            Op::Recall { left, asked } | Op::Vacate { left, asked, .. } => {
+                (*left, *asked) = (bits(*left), bits(*asked));
+            }
             Op::Replicate { sharers, .. } => *sharers = bits(*sharers),
             Op::Install { target } | Op::Installed { target } | Op::Evicted { target } | Op::Expelled { target } => {
                 *target = word(*target);
@@ -473,7 +505,14 @@ impl World {
                 }
             }
         }
-        to.devices = order.map(|d| self.devices[d]);
+        let named = |pte| match pte {
+            Pte::InPlace { of: Some(d) } => Pte::InPlace { of: Some(new(d as usize)) },
+            other => other,
+        };
+        to.devices = order.map(|d| {
+            let it = self.devices[d];
+            Device { pte: named(it.pte), flight: it.flight.map(|f| Flight { by: named(f.by), ..f }), ..it }
+        });
         to
     }
 }

@@ -150,6 +150,7 @@ impl<K: Kernel> Engine<K> {
         if let Some(mmu) = mmu {
             let shares = |state| match state {
                 State::Zero { sharers } | State::Shared { sharers, .. } => sharers.has(mmu),
+                State::Coherent { .. } => true,
                 _ => false,
             };
             self.regions.iter().for_each(|region| self.recall_where(region.range, shares));

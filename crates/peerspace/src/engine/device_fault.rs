@@ -100,6 +100,8 @@ enum Next {
     Pinned,
     /// A launch holds it, for however long.
     Held,
+    /// The process forks, and what the device is given now would be shared.
+    Forking,
     /// It is to stay where it is for so long.
     Truce(Duration),
     /// It is a block, and its pages are to go separate ways first.
@@ -185,7 +187,7 @@ impl<K: Kernel> Engine<K> {
                 Next::Fail(e) => return Err(e),
                 Next::Again => {}
                 Next::Held | Next::Pinned if how.bounds().is_some() => return Err(FaultError::Pinned(va.0)),
-                Next::Held => {
+                Next::Held | Next::Forking => {
                     crate::sync::sleep(PAUSE);
                     continue;
                 }
@@ -229,7 +231,21 @@ impl<K: Kernel> Engine<K> {
                         self.keep_staging_open();
                         crate::sync::sleep(PAUSE);
                     }
+                    Room::None if self.with_tier(mmu, Tier::is_forking) == Some(true) => {
+                        crate::sync::sleep(PAUSE);
+                        continue;
+                    }
                     Room::None if self.with_tier(mmu, Tier::is_closed) != Some(false) => return Err(FaultError::Cut),
+                    // Full of what is in place: it is used where it is.
+                    Room::None
+                        if order == Order::BASE
+                            && !stays
+                            && access != DeviceAccess::Atomic
+                            && how.bounds().is_none()
+                            && self.is_full_for_good(mmu) =>
+                    {
+                        stays = true;
+                    }
                     Room::None if order == Order::BASE => return Err(FaultError::NoRoom(va.0)),
                     // In small pages then.
                     Room::None => self.split_for_device(vpn),
@@ -240,6 +256,14 @@ impl<K: Kernel> Engine<K> {
                 return Err(FaultError::NoHeadway(va.0));
             }
         }
+    }
+
+    /// Whether a device that can access the host's memory is full of memory in place, which leaves it for no fault.
+    fn is_full_for_good(&self, mmu: MmuId) -> bool {
+        let full = |tier: &Tier<K::Words>| {
+            tier.pages_in_place() > 0 && tier.mmu.as_ref().is_some_and(|state| state.info.remote)
+        };
+        self.with_tier(mmu, full) == Some(true)
     }
 
     /// The block of `vpn` goes on in small pages: there is no room for it in one piece.
@@ -309,6 +333,9 @@ impl<K: Kernel> Engine<K> {
         let Wanted { vpn, access, region, tier, mmu, wish, how, most } = wanted;
         let va = self.geometry.va(vpn);
         let Ok(mut entry) = self.table.lock(vpn) else { return Next::Again };
+        if tier.is_closed() && tier.is_forking() {
+            return Next::Forking;
+        }
         if tier.is_closed() {
             // Who takes it away looks for what it maps only once.
             return Next::Fail(FaultError::Cut);
@@ -379,6 +406,11 @@ impl<K: Kernel> Engine<K> {
         if adopted && entry.state() == State::Empty && changing() {
             return Next::Changing;
         }
+        let wish = match entry.state() {
+            // What was sent there stays there, where that is no hindrance.
+            State::Coherent { .. } if mmu.info.remote && matches!(how, Bring::AsChosen) => Wish::Remote,
+            _ => wish,
+        };
         // Nor is what may go in a moment to be read where it is: whoever reads it then would wait for it.
         let wish = match wish {
             Wish::Migrate => wish,
@@ -510,7 +542,11 @@ impl<K: Kernel> Engine<K> {
                 // It has the translation, and its accesses are refused as long as a change is acted on.
                 return Next::Changing;
             }
-            if already && let Next::Home(access) = self.pause_or_home(va) {
+            let in_place = matches!(state, State::Coherent { .. });
+            if already
+                && !in_place
+                && let Next::Home(access) = self.pause_or_home(va)
+            {
                 return Next::Home(access);
             }
         }

@@ -240,6 +240,7 @@ impl<K: Kernel> Engine<K> {
                 crate::sync::yield_now();
                 continue;
             }
+            self.vacate(all);
             if !self.begin_change(&run, &work) {
                 drop((run, work));
                 self.wait_for_changes();
@@ -363,6 +364,7 @@ impl<K: Kernel> Engine<K> {
                     && let Ok(entry) = self.table.lock(at)
                     && let State::Coherent { pfn } = entry.state()
                 {
+                    let entry = self.recall(entry);
                     let closed = self.kernel.close(self.addresses(entry.range()));
                     // Mapped on, it would be somebody else's data one day.
                     assert!(closed.is_ok(), "memory of a device cannot be unmapped: {closed:?}");
@@ -409,6 +411,8 @@ impl<K: Kernel> Engine<K> {
         let mut work = self.contexts.take();
         let Ok(entry) = self.table.lock(pages.start) else { return Ok(false) };
         let (State::Coherent { pfn }, true) = (entry.state(), entry.is_whole()) else { return Ok(false) };
+        // What the device writes there it writes beside nobody.
+        self.vacate(pages);
         let zeros = &mut work.parts().1[..self.geometry.page_bytes()];
         zeros.fill(0);
         for vpn in pages.iter() {
@@ -475,7 +479,7 @@ impl<K: Kernel> Engine<K> {
             let mut coherent = self.tiers.iter().filter(|t| t.info.memory == MemoryType::Coherent);
             let next = coherent.find(|t| {
                 // Nothing more goes there until the fork is over.
-                t.close(true);
+                t.close_for_fork(true);
                 base.is_none_or(|b| t.range.base > b.pfn()) && t.used() > Pages(0)
             });
             next.map(|t| t.base())
@@ -495,6 +499,6 @@ impl<K: Kernel> Engine<K> {
     /// After a fork, with the turn: such memory may be used again.
     pub(crate) fn reopen_shared_memory(&self) {
         let _work = self.contexts.take();
-        self.tiers.iter().filter(|t| t.info.memory == MemoryType::Coherent).for_each(|t| t.close(false));
+        self.tiers.iter().filter(|t| t.info.memory == MemoryType::Coherent).for_each(|t| t.close_for_fork(false));
     }
 }

@@ -300,6 +300,11 @@ impl<K: Kernel> Engine<K> {
                 self.return_berth(berth);
                 return Gone::Held;
             }
+            State::Coherent { .. } => {
+                // It was sent there, and stays until somebody wants it elsewhere.
+                self.return_berth(berth);
+                return Gone::Held;
+            }
             State::Mapped { pfn: at, .. } if at == pfn => entry = self.recall(entry),
             State::Device { pfn: at, .. } if at == pfn => {}
             State::Shared { .. } => {

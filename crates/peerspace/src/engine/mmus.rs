@@ -240,11 +240,32 @@ impl<K: Kernel> Engine<K> {
                 }
             }
             State::Mapped { pfn, .. } => self.tiers.of(pfn).unmap(range),
+            State::Coherent { .. } => {
+                self.vacate(pages);
+                return entry;
+            }
             _ => return entry,
         }
         let now = coherence::recalled(state, || self.stamp()).expect("devices map it");
         entry.set(now);
         entry
+    }
+
+    /// Has all devices let go of `pages`, whose entries are locked and whose memory is in place: nobody keeps account of who maps it.
+    /// No access to it is under way when this returns. It goes on to be in place.
+    pub(super) fn vacate(&self, pages: PageRange) {
+        let mut any = false;
+        for tier in self.tiers.iter() {
+            if let Some(state) = &tier.mmu {
+                any = true;
+                tier.unmap(self.addresses(pages));
+                // It may ask for the same again and again, because it is taken away again and again.
+                state.forget_faults();
+            }
+        }
+        if any {
+            self.drain_remote();
+        }
     }
 
     /// How the CPU gets what is in the memory of the device of `pfn`: to write, where the page moves from one to the other and
@@ -273,7 +294,7 @@ impl<K: Kernel> Engine<K> {
 
     /// [Recalls](Engine::recall) whatever devices map of `pages`.
     pub(crate) fn recall_pages(&self, pages: PageRange) {
-        self.recall_where(pages, State::is_on_mmus);
+        self.recall_where(pages, State::may_be_on_mmus);
     }
 
     /// [Recalls](Engine::recall) what of `pages` is in such a state, which only that is that devices map. What is locked is waited for.
@@ -352,6 +373,8 @@ impl<K: Kernel> Engine<K> {
         let barred = self.table.is_locked(vpn) || write && self.is_for_reading(vpn);
         let allowed = match self.table.look(vpn).map(|(entry, _)| entry.state()) {
             Some(State::Shared { sharers, writable, .. }) => !barred && sharers.has(mmu) && (writable || !write),
+            // Whoever asks may have it, as long as it is there.
+            Some(State::Coherent { .. }) => !barred,
             _ => false,
         };
         // Even so, memory that the program owns may just have been unmapped.
@@ -373,6 +396,8 @@ impl<K: Kernel> Engine<K> {
                 (own.map_or(Target::Host, Target::Own), false)
             }
             (Grant::Frame { writable }, State::Shared { .. }) => (Target::Host, writable),
+            (Grant::Own, State::Coherent { pfn }) => (Target::Own(pfn - tier.range.base), true),
+            (Grant::Frame { writable }, State::Coherent { .. }) => (Target::Host, writable),
             (Grant::Zeros, State::Zero { .. }) => (Target::Zero, false),
             (grant, state) => unreachable!("{grant:?} in {state:?}"),
         };

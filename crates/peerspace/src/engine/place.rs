@@ -11,6 +11,7 @@ use super::mmus::MmuState;
 use crate::device::mmu::{DeviceAccess, Mode};
 use peerspace_core::addr::{Va, Vpn};
 use peerspace_core::coherence::Wish;
+use peerspace_core::entry::State;
 use peerspace_core::regions::{Attributes, Place, RegionInfo};
 use peerspace_core::sharers::MmuId;
 use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
@@ -139,6 +140,10 @@ impl<K: Kernel> Engine<K> {
             let (Some(region), Some(tier)) = (self.region(vpn), self.tiers.by_mmu(mmu)) else { return };
             let Some(state) = &tier.mmu else { return };
             let hints = region.attributes;
+            // What is in place of a device was sent there.
+            if matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Coherent { .. })) {
+                return;
+            }
             let stays = hints.accessed_by(mmu)
                 || hints.preferred() == Some(Place::Host)
                 || hints.has(Attributes::READ_MOSTLY);

@@ -56,6 +56,8 @@ pub(crate) struct Tier<W> {
     failed: AtomicBool,
     /// Pages lost so far.
     lost: AtomicU64,
+    /// It is closed for as long as a fork takes.
+    forking: AtomicBool,
     /// It is being emptied: what leaves RAM goes elsewhere.
     resting: AtomicBool,
     /// The next huge folio is refused: for tests of what happens then (rule H2).
@@ -186,6 +188,7 @@ impl<W: Words> Tier<W> {
             closed: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             lost: AtomicU64::new(0),
+            forking: AtomicBool::new(false),
             resting: AtomicBool::new(false),
             refuses: AtomicBool::new(false),
             foreign: AtomicBool::new(false),
@@ -405,6 +408,22 @@ impl<W: Words> Tier<W> {
         // Pairs with the fence in is_closed.
         self.closed.store(closed, Relaxed);
         fence(Ordering::SeqCst);
+    }
+
+    /// [Closes](Tier::close) it for a fork, or opens it after one. Its faults wait meanwhile.
+    pub(crate) fn close_for_fork(&self, closed: bool) {
+        if closed {
+            self.forking.store(true, Ordering::SeqCst);
+        }
+        self.close(closed);
+        if !closed {
+            self.forking.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether it is closed only until a fork is over.
+    pub(crate) fn is_forking(&self) -> bool {
+        self.forking.load(Ordering::SeqCst)
     }
 
     /// Whether it is being taken away: nothing is mapped on it any more. For somebody who has an entry locked: either he sees

@@ -331,7 +331,7 @@ impl<W: Words> Tiers<W> {
             let _ = slot.restore();
         }
         for tier in self.iter() {
-            tier.close(false);
+            tier.close_for_fork(false);
             tier.unreserve(u64::MAX);
             if let Some(state) = &tier.mmu {
                 state.closing.open();

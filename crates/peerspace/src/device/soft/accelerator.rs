@@ -9,7 +9,9 @@ use super::link::{Way, between};
 use super::options::Options;
 use super::queue::{Job, Kernel, run_lane};
 use crate::device::mmu::Mmu;
-use crate::device::{Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, PeerCopy, Store, Usage};
+use crate::device::{
+    Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, MemoryType, PeerCopy, SharedMemory, Store, Usage,
+};
 use peerspace_os::Trouble;
 use peerspace_os::own::{Box, Own, Shared};
 use std::any::Any;
@@ -168,7 +170,8 @@ impl Device for Accelerator {
             .capacity_bytes(core.bytes)
             .compares()
             .in_ram();
-        Descriptor { takes_evicted: core.options.takes_evicted, ..device }
+        let memory = if core.options.coherent { MemoryType::Coherent } else { MemoryType::Private };
+        Descriptor { memory, takes_evicted: core.options.takes_evicted, ..device }
     }
 
     fn store(&self, batch: &mut [Store<'_>]) {
@@ -224,6 +227,12 @@ impl Device for Accelerator {
         Some(self)
     }
 
+    fn shared(&self, page: u64) -> Option<SharedMemory<'_>> {
+        let core = self.core();
+        let file = core.memory.file().filter(|_| !core.foreign.load(Relaxed))?;
+        Some(SharedMemory { file, offset: page << core.page_shift })
+    }
+
     fn clear(&self, pages: DevicePages) -> Result<(), DeviceError> {
         let core = self.core();
         core.alive()?;
@@ -264,6 +273,8 @@ impl Device for Accelerator {
     fn after_fork(&self, side: ForkSide) {
         if side == ForkSide::Child {
             self.core().forget_lanes();
+            // What was there has moved elsewhere before; from here on each process has memory of its own.
+            self.core().foreign.store(self.core().memory.renew().is_err(), Relaxed);
         }
         self.core().release_lanes(super::core::FORKING);
     }

@@ -30,7 +30,7 @@ use peerspace_os::own::{Own, Shared, Vec};
 use rustix::process::Pid;
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Lanes stay out because the process is about to fork.
@@ -121,13 +121,16 @@ pub(super) struct Core {
     bell: AtomicU32,
     /// The process whose lanes run here.
     process: Pid,
+    /// The memory is that of the process that this one was forked from.
+    pub(super) foreign: AtomicBool,
 }
 
 impl Core {
     pub(super) fn new(options: Options) -> Result<Core, Trouble> {
         let page = rustix::param::page_size() as u64;
         let bytes = options.bytes / page * page;
-        let memory = DeviceMemory::new(usize::try_from(bytes).map_err(|_| Trouble::NoMemory)?)?;
+        let len = usize::try_from(bytes).map_err(|_| Trouble::NoMemory)?;
+        let memory = if options.coherent { DeviceMemory::shared(len)? } else { DeviceMemory::new(len)? };
         let mut lanes = Vec::with_capacity_in(options.lanes, Own);
         lanes.resize_with(options.lanes, || LaneState::new(options.tlb));
         Ok(Core {
@@ -146,6 +149,7 @@ impl Core {
             moved: Moved::default(),
             bell: AtomicU32::new(0),
             process: rustix::process::getpid(),
+            foreign: AtomicBool::new(false),
             options,
         })
     }

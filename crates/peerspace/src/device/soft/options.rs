@@ -29,6 +29,7 @@ pub struct Options {
     pub(super) occupied: Vec<Range<u64>>,
     pub(super) tlb: usize,
     pub(super) takes_evicted: bool,
+    pub(super) coherent: bool,
     pub(super) name: String,
     pub(super) deadline: Duration,
 }
@@ -53,6 +54,7 @@ impl Options {
             occupied: Vec::new(),
             tlb: 512,
             takes_evicted: false,
+            coherent: false,
             name: "accelerator".into(),
             deadline: Duration::from_secs(2),
         }
@@ -109,6 +111,12 @@ impl Options {
     /// Whether pages go there also when they leave RAM for want of room. Otherwise they do not.
     pub fn takes_evicted(self, takes_evicted: bool) -> Options {
         Options { takes_evicted, ..self }
+    }
+
+    /// Whether the CPU can map its memory in place (rule Z5): pages that are sent there are used by the CPU, the device's own code, and
+    /// other devices that can access memory in place, without moving. Otherwise the memory is the device's alone.
+    pub fn coherent(self, coherent: bool) -> Options {
+        Options { coherent, ..self }
     }
 
     /// Its name in reports and errors. Otherwise "accelerator".

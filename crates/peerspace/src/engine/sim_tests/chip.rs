@@ -9,7 +9,7 @@
 
 use super::{PAGE, Rig, Shelf, Tried};
 use crate::device::mmu::{DeviceAccess, FaultError, Mapping, Mmu, MmuDescriptor, Mode, Progress, Target};
-use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, PeerCopy, Store};
+use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, PeerCopy, SharedMemory, Store};
 use crate::engine::device_fault::Bring;
 use crate::sync::Mutex;
 use peerspace_core::addr::{Va, VaRange};
@@ -58,6 +58,8 @@ struct Table {
     fences: u64,
     /// It is cut off: nobody relies on what it does.
     cut: bool,
+    /// Its memory can be in place, for others as well.
+    coherent: bool,
 }
 
 impl Table {
@@ -90,7 +92,7 @@ impl Ground {
     fn judge(&self, who: usize, va: u64, new: Entered) -> Result<(), String> {
         for (i, table) in self.tables.iter().enumerate().filter(|(i, t)| *i != who && !t.cut) {
             if let Some(other) = table.entered.get(&va)
-                && !agree(new, *other)
+                && !agree((new, &self.tables[who]), (*other, table))
             {
                 let [a, b] = [&self.tables[who].name, &self.tables[i].name];
                 return Err(format!("{a} maps {va:#x} as {new:?}, while {b} does as {other:?}"));
@@ -111,8 +113,11 @@ impl Ground {
 }
 
 /// Whether two devices may have these at once (the table in `core::coherence`).
-fn agree(a: Entered, b: Entered) -> bool {
+fn agree((a, of): (Entered, &Table), (b, other): (Entered, &Table)) -> bool {
     match (a.to, b.to) {
+        // In place of the one: the same memory.
+        (Target::Own(_), Target::Host) if of.coherent => true,
+        (Target::Host, Target::Own(_)) if other.coherent => true,
         (Target::Zero, Target::Zero) => true,
         (Target::Zero, _) | (_, Target::Zero) => false,
         // One memory with one content.
@@ -160,6 +165,8 @@ impl Fleet {
                     (State::Shared { writable, sharers, .. }, Target::Host) => {
                         sharers.has(chip.mmu()) && (writable || !entered.writable)
                     }
+                    (State::Coherent { pfn }, Target::Own(page)) => tier.base() + page == pfn + offset,
+                    (State::Coherent { .. }, Target::Host) => true,
                     (State::Zero { sharers }, Target::Zero) => sharers.has(chip.mmu()) && !entered.writable,
                     _ => false,
                 };
@@ -187,6 +194,8 @@ struct Inner {
     fleet: Fleet,
     at: usize,
     takes_evicted: bool,
+    /// The CPU can map its memory in place.
+    coherent: bool,
     /// It copies from others, and makes zeros, without the host.
     able: bool,
     /// It answers an `unmap` later, always.
@@ -206,6 +215,7 @@ pub(super) struct Model {
     pub(super) pages: u64,
     pub(super) info: MmuDescriptor,
     pub(super) takes_evicted: bool,
+    pub(super) coherent: bool,
     pub(super) able: bool,
     pub(super) lazy: bool,
 }
@@ -215,11 +225,15 @@ impl Model {
         let info = MmuDescriptor::new(mode);
         // Time does not pass in a model.
         let info = if cfg!(shuttle) { info.deadline(Duration::from_secs(1 << 30)) } else { info };
-        Model { pages, info, takes_evicted: false, able: false, lazy: false }
+        Model { pages, info, takes_evicted: false, coherent: false, able: false, lazy: false }
     }
 
     pub(super) fn remote(self) -> Model {
         Model { info: self.info.remote(), ..self }
+    }
+
+    pub(super) fn coherent(self) -> Model {
+        Model { coherent: true, ..self }
     }
 
     pub(super) fn zero_page(self) -> Model {
@@ -231,20 +245,21 @@ impl Model {
 impl Chip {
     /// Makes a chip of `model`, and has it join the space of `rig`.
     pub(super) fn join(rig: &Rig, fleet: &Fleet, model: Model) -> Chip {
-        let Model { pages, info, takes_evicted, able, lazy } = model;
+        let Model { pages, info, takes_evicted, coherent, able, lazy } = model;
         let at = {
             let mut ground = fleet.0.lock();
             let name = format!("chip {}", ground.tables.len());
-            ground.tables.push(Table { name, ..Table::default() });
+            ground.tables.push(Table { name, coherent, ..Table::default() });
             ground.tables.len() - 1
         };
         let chip = Chip(Arc::new(Inner {
             name: format!("chip {at}"),
-            shelf: Shelf::new(pages),
+            shelf: if coherent { Shelf::new(pages).coherent() } else { Shelf::new(pages) },
             info,
             fleet: fleet.clone(),
             at,
             takes_evicted,
+            coherent,
             able,
             lazy,
             trouble: Trouble::default(),
@@ -418,7 +433,12 @@ impl Chip {
         let done = access();
         crate::sync::yield_now();
         let state = engine.table.look(engine.geometry.vpn(Va(va))).map(|(entry, _)| entry.state());
-        if !matches!(state, Some(State::Shared { sharers, .. }) if sharers.has(self.mmu())) {
+        let fine = match state {
+            Some(State::Shared { sharers, .. }) => sharers.has(self.mmu()),
+            Some(State::Coherent { .. }) => true,
+            _ => false,
+        };
+        if !fine {
             self.wrong(format!("{va:#x} became {state:?} while it was accessed in place (rule G10)"));
         }
         done
@@ -485,7 +505,10 @@ impl Chip {
 
 impl Device for Chip {
     fn describe(&self) -> Descriptor {
-        let mut info = Descriptor::private(self.0.name.clone(), self.0.shelf.pages);
+        let mut info = match self.0.coherent {
+            true => Descriptor::coherent(self.0.name.clone(), self.0.shelf.pages),
+            false => Descriptor::private(self.0.name.clone(), self.0.shelf.pages),
+        };
         info.takes_evicted = self.0.takes_evicted;
         info
     }
@@ -517,6 +540,10 @@ impl Device for Chip {
 
     fn mmu(&self) -> Option<&dyn Mmu> {
         Some(self)
+    }
+
+    fn shared(&self, page: u64) -> Option<SharedMemory<'_>> {
+        self.0.shelf.shared(page)
     }
 
     fn clear(&self, pages: DevicePages) -> Result<(), DeviceError> {

@@ -61,15 +61,17 @@ fn model(n: usize) -> Model {
         Model::new(1, Mode::Exclusive).zero_page(),
         Model::new(3, Mode::Replicate),
         Model { able: true, ..Model::new(600, Mode::Share).remote().zero_page() },
+        Model { able: true, ..Model::new(1100, Mode::Exclusive).coherent().remote() },
+        Model { lazy: true, ..Model::new(600, Mode::Replicate).coherent() },
     ];
     models[n % models.len()].clone()
 }
 
 impl World {
-    /// Has the first three devices join.
+    /// Has the first three devices join, and one whose memory can be in place.
     pub(super) fn join_chips(&mut self) {
         self.fleet.watch(&self.rig);
-        (0..3).for_each(|n| self.run_device(DeviceOp::Join { model: n }));
+        [0, 1, 2, 8].into_iter().for_each(|n| self.run_device(DeviceOp::Join { model: n }));
     }
 
     pub(super) fn run_device(&mut self, op: DeviceOp) {
@@ -216,7 +218,7 @@ impl World {
     ) -> bool {
         let (managed, va) = (self.areas[area].managed, self.areas[area].va(page));
         let failing = self.rig.engine.kernel.is_failing();
-        let relied_on = !self.holds.is_empty();
+        let relied_on = self.holds.any();
         let protects = self.rig.engine.kernel.capabilities().write_protect;
         let trouble = chip.trouble();
         let troubled = trouble.bad_maps.load(Relaxed) > 0 || chip.shelf().is_troubled();

@@ -17,6 +17,8 @@ struct Hold {
 #[derive(Default)]
 pub(super) struct Holds {
     all: Vec<Hold>,
+    /// Something of what was held has moved with its mapping, and nobody lets go of that.
+    left: bool,
 }
 
 fn overlap(a: PageRange, b: PageRange) -> bool {
@@ -38,14 +40,16 @@ impl Holds {
             let gone = self.all.swap_remove(i);
             engine.let_go(gone.pages);
             if !gone.kept {
+                self.left = true;
                 // What came in the place of what it held may be held by others, who lose that now.
                 self.touched(gone.pages);
             }
         }
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.all.is_empty()
+    /// Whether some page may be relied on.
+    pub(super) fn any(&self) -> bool {
+        self.left || !self.all.is_empty()
     }
 
     pub(super) fn let_all_go(&mut self, engine: &Tried) {

@@ -148,7 +148,17 @@ impl Shelf {
 
     /// Gives `what` the bytes of `page`, if it holds any.
     fn with<T>(&self, page: u64, what: impl FnOnce(&mut [u8]) -> T) -> Option<T> {
-        self.mood.lock().held.get_mut(&page).map(|bytes| what(bytes))
+        let mut mood = self.mood.lock();
+        let bytes = mood.held.get_mut(&page)?;
+        let Some(file) = &self.memory else { return Some(what(bytes)) };
+        // The CPU may have written there.
+        assert_eq!(pread(&**file, &mut bytes[..], page * PAGE as u64), Ok(PAGE));
+        let before = bytes.clone();
+        let done = what(bytes);
+        if *before != **bytes {
+            assert_eq!(pwrite(&**file, bytes, page * PAGE as u64), Ok(PAGE));
+        }
+        Some(done)
     }
 
     /// Pages that could not be read when they were asked for.

@@ -379,7 +379,9 @@ impl World {
                 let engine = &self.rig.engine;
                 let ids: Vec<u64> = engine.tiers.iter().map(|t| t.id).collect();
                 // Mostly to where it is mapped in place.
-                let coherent = engine.tiers.iter().find(|t| !t.info.takes_evicted).map(|t| t.id);
+                let coherent = engine.tiers.iter().filter(|t| t.info.memory == crate::device::MemoryType::Coherent);
+                let coherent: Vec<u64> = coherent.map(|t| t.id).collect();
+                let coherent = (!coherent.is_empty()).then(|| coherent[which / 4 % coherent.len()]);
                 let id = coherent.filter(|_| which % 4 > 0).unwrap_or(ids[which % ids.len()]);
                 let mut buffer = Buffer::new(512 * PAGE).unwrap();
                 for block in self.blocks(at, blocks) {
