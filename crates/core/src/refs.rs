@@ -123,6 +123,10 @@ impl Refs {
     /// # Errors
     /// When it was not revoked.
     pub fn restore(&self) -> Result<(), Refused> {
+        // Looked at first: to try to change it is to write to it, and in a forked child to have the page copied.
+        if self.state.load(Ordering::SeqCst) != REVOKED {
+            return Err(Refused);
+        }
         self.change(REVOKED, LIVE)
     }
 
@@ -150,7 +154,9 @@ impl Refs {
 
     /// In a forked child, where whoever had a reference does not exist.
     pub fn renew(&self) {
-        self.shards.iter().for_each(|shard| shard.0.store(0, Ordering::Relaxed));
+        // What is read alone is not copied for the child.
+        let held = self.shards.iter().filter(|shard| shard.0.load(Ordering::Relaxed) != 0);
+        held.for_each(|shard| shard.0.store(0, Ordering::Relaxed));
     }
 }
 

@@ -137,7 +137,9 @@ impl Section {
 
     /// Outside again, for a forked process that does not have the lane.
     pub fn reset(&self) {
-        self.0.store(0, Ordering::Release);
+        if !self.is_outside() {
+            self.0.store(0, Ordering::Release);
+        }
     }
 }
 

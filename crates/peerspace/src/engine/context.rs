@@ -151,9 +151,10 @@ impl Contexts {
     /// frozen may have had a context in hand for that moment, and does not exist here.
     pub(crate) fn renew(&self) {
         for slot in &self.all {
-            slot.as_ref().taken.store(0, Ordering::Relaxed);
-            slot.as_ref().section.store(0, Ordering::Relaxed);
-            slot.as_ref().remote.store(0, Ordering::Relaxed);
+            let Context { taken, section, remote, .. } = slot.as_ref();
+            // Only pages that are written to are copied for the child.
+            let set = [taken, section, remote].into_iter().filter(|word| word.load(Ordering::Relaxed) != 0);
+            set.for_each(|word| word.store(0, Ordering::Relaxed));
         }
     }
 

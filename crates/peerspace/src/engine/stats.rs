@@ -5,6 +5,13 @@
 use peerspace_core::sync::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+/// Sets it to zero; in a forked child only pages that are written to are copied.
+fn reset(counter: &AtomicU64) {
+    if counter.load(Relaxed) != 0 {
+        counter.store(0, Relaxed);
+    }
+}
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// What is counted.
@@ -28,7 +35,7 @@ macro_rules! counters {
         impl Counters {
             /// Sets all to zero: in a forked child, whose history begins.
             pub(crate) fn reset(&self) {
-                $(self.$name.store(0, Relaxed);)*
+                $(reset(&self.$name);)*
             }
         }
     };
@@ -142,9 +149,7 @@ impl Histogram {
     }
 
     pub(crate) fn reset(&self) {
-        for b in &self.buckets {
-            b.store(0, Relaxed);
-        }
+        self.buckets.iter().for_each(reset);
     }
 
     /// The latencies below which each of `shares` of all recorded in `all` lie, in ns, to an eighth; 0 for none.
