@@ -3,7 +3,7 @@
 
 // Its `main` is for the command line.
 #[allow(dead_code)]
-#[path = "../examples/peers_stress.rs"]
+#[path = "../examples/peers_stress/main.rs"]
 mod example;
 
 use peerspace::Faults;
