@@ -39,6 +39,19 @@ const CLOSED: u64 = 2;
 /// Somebody waits for the gate to open.
 const AWAITED: u64 = 4;
 const TURN: u64 = 8;
+/// How often to look, in a few microseconds, before the processor is left to others.
+const SPINS: u32 = 200;
+
+/// Waits for what is over in a few microseconds, unless the thread that is to bring it about has lost its processor: this may be
+/// the one that it needs.
+fn wait_a_little(spins: &mut u32) {
+    *spins += 1;
+    if *spins < SPINS {
+        spin_hint();
+    } else {
+        crate::sync::yield_now();
+    }
+}
 
 /// The right to touch region memory; leaves the section when dropped.
 #[derive(Debug)]
@@ -53,6 +66,7 @@ impl Gate {
 
     /// Enters a section, unless a change is being acted on.
     pub(crate) fn enter<'a>(&self, context: &'a Context) -> Option<Section<'a>> {
+        let mut spins = 0;
         loop {
             context.section.store(1, Ordering::Relaxed);
             fence(Ordering::SeqCst);
@@ -62,7 +76,7 @@ impl Gate {
                 0 => return Some(section),
                 PEEKING => {
                     drop(section);
-                    spin_hint();
+                    wait_a_little(&mut spins);
                 }
                 _ => return None,
             }
@@ -76,8 +90,9 @@ impl Gate {
         debug_assert!(before & STATE == 0, "two receivers");
         fence(Ordering::SeqCst);
         for context in contexts {
+            let mut spins = 0;
             while context.as_ref().section.load(Ordering::Acquire) != 0 {
-                spin_hint();
+                wait_a_little(&mut spins);
             }
         }
     }
