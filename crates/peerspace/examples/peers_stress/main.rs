@@ -2,8 +2,8 @@
 //!
 //!   peers_stress [SECONDS [SEED]]
 //!
-//! Three threads of the CPU and a thread on each of three devices (one exclusive, of a few pages; one with replicas and zeros;
-//! one that accesses the host's memory in place) read, write, add, discard, pin, set aside, collapse, migrate and prefetch at
+//! Three threads of the CPU and four on three devices (one exclusive, of a few pages; one with replicas and zeros; and two on one
+//! that accesses the host's memory in place, slowly now and then) read, write, add, discard, pin, set aside, collapse, migrate and prefetch at
 //! random, in regions and in adopted memory, with a fraction of the RAM that takes; a fourth device comes and goes, and dies
 //! now and then. Transfers to devices fail in passing.
 //!
@@ -23,6 +23,7 @@ mod actor;
 #[path = "../../tests/peers/chip.rs"]
 mod chip;
 mod memory;
+mod slow;
 mod upheaval;
 mod watch;
 mod works;
@@ -36,6 +37,12 @@ const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
 /// Threads of the CPU.
 const CPUS: usize = 3;
+/// Threads on devices, by the number of the device.
+const LANES: [usize; 4] = [0, 1, 2, 2];
+/// The one that does nothing but write.
+const WRITER: usize = 3;
+/// How long to go on when so much happens besides that there was no time for everything.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// xorshift.
 struct Random(u64);
@@ -70,14 +77,21 @@ pub(crate) fn stress(faults: Faults, time: Duration, seed: u64) -> Result<(), Er
     for me in 0..CPUS {
         works.push((format!("cpu {me}"), Box::new(move || world.cpu(me, random(me)))));
     }
-    for n in 0..world.chips.len() {
-        works.push((format!("device {n}"), Box::new(move || world.device(n, random(10 + n)))));
+    for (lane, n) in LANES.into_iter().enumerate() {
+        let work = move || match lane {
+            WRITER => world.writer(lane, random(10 + lane)),
+            _ => world.device(lane, random(10 + lane)),
+        };
+        works.push((format!("lane {lane} of device {n}"), Box::new(work)));
     }
     works.push(("mortal".into(), Box::new(move || world.mortal(random(20)))));
-    watch.run(works, time, |elapsed| trouble(world, elapsed));
-    assert!(world.detaches.load(SeqCst) > 0 && world.steps.load(SeqCst) > 1000, "hardly anything was done");
+    watch.run(works, |elapsed| {
+        trouble(world, elapsed);
+        elapsed >= time && (elapsed >= time + GRACE || world.left_out().is_empty())
+    });
+    assert!(world.left_out().is_empty(), "seed {seed}: {}; {:?}", world.left_out(), world.space.statistics());
     world.chips.iter().for_each(|chip| chip.trouble().mend());
-    watch.run(vec![("check".into(), Box::new(|| world.check_all()))], Duration::MAX, |_| {});
+    watch.run(vec![("check".into(), Box::new(|| world.check_all()))], |_| false);
     println!("{}", watch.so_far());
     let s = world.space.statistics();
     // Some may have been discarded before anybody asked for them.
@@ -87,11 +101,6 @@ pub(crate) fn stress(faults: Faults, time: Duration, seed: u64) -> Result<(), Er
         "{lost} pages were missed, {} lost, of {at_risk}",
         s.poisoned
     );
-    assert!(s.pages_out > 0 && s.pages_in > 0, "nothing left RAM, so nothing was shown: {s:?}");
-    // Each way to get at a page, and each way to leave one.
-    let mmus: Vec<_> = s.devices.iter().filter_map(|d| d.mmu.as_ref()).collect();
-    assert!(mmus.iter().all(|m| m.faults > 100 && m.recalls > 100 && m.moved > 0), "{s:?}");
-    assert!(mmus[0].evicted > 0 && mmus[1].replicated > 0 && mmus[2].remote > 0, "{s:?}");
     Ok(())
 }
 

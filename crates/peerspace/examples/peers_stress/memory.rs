@@ -3,13 +3,13 @@
 //! Each page has a few words with one writer each, who counts them up, and one word that all add to; the rest is the page's
 //! filling.
 
-use super::{MIB, PAGE, WORDS};
+use super::{CPUS, LANES, MIB, PAGE, WORDS};
 use peerspace::{Adopted, Region};
-use std::sync::RwLock;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Words of a page with a writer each; and one that all add to.
-pub(super) const OWNED: usize = 7;
+pub(super) const OWNED: usize = CPUS + LANES.len() + 1;
 pub(super) const SUM: usize = OWNED;
 /// Pages of each area: regions, adopted memory, and the region that may lose pages.
 pub(super) const AREAS: [usize; 4] = [6 * MIB / PAGE, 4 * MIB / PAGE, 3 * MIB / PAGE, 2 * MIB / PAGE];
@@ -75,8 +75,18 @@ pub(super) fn filling(area: usize, page: usize, word: usize, number: u64) -> u64
 
 /// What a word with a writer holds when it has been counted up to `count`.
 pub(super) fn counted(area: usize, page: usize, k: usize, count: u32) -> u64 {
-    let name = ((area * 7919 + page) * 8 + k + 1) as u64;
+    let name = ((area * 7919 + page) * OWNED + k + 1) as u64;
     if count == 0 { 0 } else { name << 32 | count as u64 }
+}
+
+/// Locks to read. Whoever found something wrong has said so: the others do not fail for that.
+pub(super) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locks to write; as above.
+pub(super) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Anonymous memory of the program's own, for as long as the process lives.

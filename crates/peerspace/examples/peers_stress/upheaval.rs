@@ -1,6 +1,6 @@
 //! What concerns many pages at once: discards, pins, migrations, hints, and memory that is given back.
 
-use super::memory::{ADOPTED, AREAS, discard};
+use super::memory::{ADOPTED, AREAS, discard, read, write};
 use super::world::World;
 use super::{PAGE, Random, WORDS};
 use peerspace::{Error, Hint, Node, Use};
@@ -16,18 +16,17 @@ impl World {
         let most = if random.next(4) == 0 { 600 } else { 8 };
         let count = 1 + random.next((at.pages.len() - page).min(most));
         let bytes = page * PAGE..(page + count) * PAGE;
-        let _managed = (area == ADOPTED).then(|| at.adopted.read().expect("unharmed"));
-        let region = at.region.as_ref().map(|r| r.read().expect("unharmed"));
+        let _managed = (area == ADOPTED).then(|| read(&at.adopted));
+        let region = at.region.as_ref().map(|r| read(r));
         match (random.next(9), region) {
             (0, region) => {
                 drop(region);
                 let count = count.min(24);
-                let mut alone: Vec<_> =
-                    at.pages[page..page + count].iter().map(|p| (p, p.filling.write().expect("unharmed"))).collect();
+                let mut alone: Vec<_> = at.pages[page..page + count].iter().map(|p| (p, write(&p.filling))).collect();
                 match &at.region {
                     Some(region) => {
                         let part = page * PAGE..(page + count) * PAGE;
-                        region.write().expect("unharmed").discard(part).expect("discard");
+                        write(region).discard(part).expect("discard");
                     }
                     None => discard(at.va(page, 0), count * PAGE),
                 }
@@ -76,12 +75,12 @@ impl World {
 
     pub(super) fn give_back_and_adopt(&self) {
         let area = &self.areas[ADOPTED];
-        let mut adopted = area.adopted.write().expect("unharmed");
+        let mut adopted = write(&area.adopted);
         adopted.take().expect("adopted").release().expect("give back");
         let known = &area.pages[3];
         // SAFETY: as elsewhere.
         let words = (0..WORDS).map(|i| unsafe { (*(area.va(3, i) as *const AtomicU64)).load(SeqCst) });
-        self.check_filling(ADOPTED, 3, &words.collect::<Vec<_>>(), *known.filling.read().expect("unharmed"));
+        self.check_filling(ADOPTED, 3, &words.collect::<Vec<_>>(), *read(&known.filling));
         *adopted = Some(self.space.adopt(area.start as *const u8, AREAS[ADOPTED] * PAGE).expect("adopt again"));
     }
 }

@@ -40,9 +40,9 @@ impl<'w> Watch<'w> {
         Watch { world, faults, seed, begin: Instant::now(), running, wrong }
     }
 
-    /// Does all of `works` until they are through, which they are told to be after `time`; and has `meanwhile` done now and
-    /// then. Panics if one of them found something wrong.
-    pub(super) fn run(&self, works: Vec<Work<'_>>, time: Duration, mut meanwhile: impl FnMut(Duration)) {
+    /// Does all of `works` until they have ended. Now and then `meanwhile` is told how long that has taken yet; when it says so
+    /// they are told to end. Panics if one of them found something wrong.
+    pub(super) fn run(&self, works: Vec<Work<'_>>, mut meanwhile: impl FnMut(Duration) -> bool) {
         self.running.lock().expect("unharmed").extend(works.iter().map(|(name, _)| name.clone()));
         let begin = Instant::now();
         std::thread::scope(|scope| {
@@ -62,10 +62,8 @@ impl<'w> Watch<'w> {
                     told = Instant::now();
                     println!("{}", self.so_far());
                 }
-                if begin.elapsed() >= time {
+                if meanwhile(begin.elapsed()) {
                     self.world.stop.store(true, SeqCst);
-                } else {
-                    meanwhile(begin.elapsed());
                 }
             }
         });

@@ -4,7 +4,7 @@ use super::actor::{Actor, Trouble};
 use super::chip::Chip;
 use super::memory::{AREAS, MORTAL};
 use super::world::World;
-use super::{CPUS, MIB, PAGE, Random};
+use super::{CPUS, LANES, MIB, PAGE, Random};
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
@@ -22,12 +22,21 @@ impl World {
         }
     }
 
-    pub(super) fn device(&self, n: usize, mut random: Random) {
-        let mut focus = (0, 0);
-        let actor = Actor::Chip(self.chips[n].clone());
+    pub(super) fn device(&self, lane: usize, mut random: Random) {
+        let (mut focus, actor) = ((0, 0), Actor::Chip(self.chips[LANES[lane]].clone()));
+        self.on_device(lane, || self.step(&actor, CPUS + lane, &mut random, &mut focus));
+    }
+
+    /// Does nothing but write, where the others are.
+    pub(super) fn writer(&self, lane: usize, mut random: Random) {
+        let actor = Actor::Chip(self.chips[LANES[lane]].clone());
+        self.on_device(lane, || self.write_hot(&actor, CPUS + lane, &mut random));
+    }
+
+    fn on_device(&self, lane: usize, mut step: impl FnMut() -> Result<(), Trouble>) {
         while !self.stop.load(SeqCst) {
-            if let Err(Trouble::Gone) = self.step(&actor, CPUS + n, &mut random, &mut focus) {
-                panic!("device {n} was cut off");
+            if let Err(Trouble::Gone) = step() {
+                panic!("device {} was cut off", LANES[lane]);
             }
         }
     }
@@ -40,10 +49,7 @@ impl World {
             let actor = Actor::Chip(chip.clone());
             for _ in 0..200 + random.next(600) {
                 let page = random.next(AREAS[MORTAL]);
-                self.steps.fetch_add(1, SeqCst);
-                if let Err(Trouble::Lost) = self.access(&actor, CPUS + 3, &mut random, MORTAL, page) {
-                    self.bury(MORTAL, page);
-                }
+                let _ = self.use_page(&actor, CPUS + LANES.len(), &mut random, MORTAL, page);
             }
             if random.next(2) == 0 {
                 // What it holds now, and nobody gives it more: its one thread is this one.

@@ -2,9 +2,10 @@
 
 use super::actor::{Actor, Trouble};
 use super::chip::Chip;
-use super::memory::{ADOPTED, AREAS, Area, MORTAL, Page, own_memory};
+use super::memory::{ADOPTED, AREAS, Area, MORTAL, Page, own_memory, read, write};
+use super::slow::Slow;
 use super::{MIB, PAGE, WORDS};
-use peerspace::device::mmu::{MmuDescriptor, Mode};
+use peerspace::device::mmu::{MmuDescriptor, Mode, Port};
 use peerspace::device::{dax::Dax, soft::Soft};
 use peerspace::{DeviceId, Error, Faults, Hint, Space};
 use std::sync::RwLock;
@@ -34,6 +35,10 @@ impl World {
             Chip::new("replicas", (3 * MIB / 2) as u64, MmuDescriptor::new(Mode::Replicate).zero_page()),
             Chip::new("sharing", (4 * MIB) as u64, MmuDescriptor::new(Mode::Share).remote()),
         ];
+        if let Some(slow) = Slow::new() {
+            let write = move |port: &Port, va, bytes: &[u8]| slow.write(port, va, bytes);
+            assert!(chips[2].trouble().host_write.set(Box::new(write)).is_ok());
+        }
         let mut builder =
             Space::builder().host((6 * MIB) as u64).device(Soft::new((64 * MIB) as u64).expect("a device"));
         for chip in &chips {
@@ -56,7 +61,7 @@ impl World {
             areas.push(Area { start, pages, region: region.map(RwLock::new), adopted: RwLock::new(adopted) });
         }
         if let Some(region) = &areas[1].region {
-            region.read().expect("unharmed").advise(Hint::Dense)?;
+            read(region).advise(Hint::Dense)?;
         }
         Ok(World {
             space,
@@ -78,17 +83,17 @@ impl World {
     pub(super) fn bury(&self, area: usize, page: usize) {
         assert_eq!(area, MORTAL, "page {page} of area {area} is lost, and was never on a device that died");
         let known = &self.areas[area].pages[page];
-        let mut filling = known.filling.write().expect("unharmed");
+        let mut filling = write(&known.filling);
         let region = self.areas[area].region.as_ref().expect("a region");
         let mut byte = [0];
-        if region.read().expect("unharmed").try_read(page * PAGE, &mut byte).is_ok() {
+        if read(region).try_read(page * PAGE, &mut byte).is_ok() {
             // Somebody else was here before.
             return;
         }
         let lost = self.lost.fetch_add(1, SeqCst) + 1;
         let most = self.at_risk.load(SeqCst);
         assert!(lost <= most, "{lost} pages are lost, and {most} were on devices that died");
-        region.write().expect("unharmed").discard(page * PAGE..(page + 1) * PAGE).expect("discard what is lost");
+        write(region).discard(page * PAGE..(page + 1) * PAGE).expect("discard what is lost");
         known.forget(&mut filling);
     }
 
@@ -98,7 +103,7 @@ impl World {
         for actor in [Actor::Cpu, Actor::Chip(self.chips[1].clone()), Actor::Cpu] {
             for (a, area) in self.areas.iter().enumerate() {
                 for (p, known) in area.pages.iter().enumerate() {
-                    let number = *known.filling.read().expect("unharmed");
+                    let number = *read(&known.filling);
                     let words = loop {
                         match actor.read_page(self, a, area.va(p, 0)) {
                             Ok(words) => break words,
@@ -110,7 +115,7 @@ impl World {
                             Err(Trouble::Gone) => panic!("a device was cut off"),
                         }
                     };
-                    let number = if *known.filling.read().expect("unharmed") == 0 { 0 } else { number };
+                    let number = if *read(&known.filling) == 0 { 0 } else { number };
                     self.check_filling(a, p, &words, number);
                     self.check_counted(a, p, &words);
                     self.steps.fetch_add(1, SeqCst);
@@ -120,9 +125,28 @@ impl World {
         }
     }
 
+    /// What has not been done yet, and must be for anything to be shown: each way to get at a page, and each way to leave one.
+    pub(super) fn left_out(&self) -> String {
+        let s = self.space.statistics();
+        let mmus: Vec<_> = s.devices.iter().filter_map(|d| d.mmu.as_ref()).take(self.chips.len()).collect();
+        let all = [
+            ("1000 steps", self.steps.load(SeqCst) > 1000),
+            ("a device that went", self.detaches.load(SeqCst) > 0),
+            ("pages that left RAM and came back", s.pages_out > 0 && s.pages_in > 0),
+            ("100 faults of each device", mmus.iter().all(|m| m.faults > 100)),
+            ("100 recalls from each device", mmus.iter().all(|m| m.recalls > 100)),
+            ("moves to each device", mmus.iter().all(|m| m.moved > 0)),
+            (
+                "evictions, copies and memory in place",
+                mmus[0].evicted > 0 && mmus[1].replicated > 0 && mmus[2].remote > 0,
+            ),
+        ];
+        all.iter().filter(|(_, done)| !done).map(|(what, _)| format!("no {what}")).collect::<Vec<_>>().join(", ")
+    }
+
     /// What was done so far.
     pub(super) fn so_far(&self) -> String {
-        format!(
+        let mut line = format!(
             "{} steps, {} times refused, {} devices gone of which {} died, {} pages lost of {}",
             self.steps.load(SeqCst),
             self.refused.load(SeqCst),
@@ -130,6 +154,13 @@ impl World {
             self.deaths.load(SeqCst),
             self.lost.load(SeqCst),
             self.at_risk.load(SeqCst)
-        )
+        );
+        for device in self.space.statistics().devices {
+            if let Some(m) = device.mmu {
+                let (moved, copied, in_place) = (m.moved, m.replicated, m.remote);
+                line += &format!("; {}: {moved} moved, {copied} copied, {in_place} in place", device.name);
+            }
+        }
+        line
     }
 }

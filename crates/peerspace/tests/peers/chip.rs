@@ -14,6 +14,9 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 pub(crate) const PAGE: u64 = 4096;
 
+/// How a chip writes to memory of the host.
+pub(crate) type HostWrite = Box<dyn Fn(&Port, u64, &[u8]) -> Result<(), FaultError> + Send + Sync>;
+
 /// What goes wrong with a chip.
 #[derive(Default)]
 pub(crate) struct Trouble {
@@ -47,6 +50,8 @@ pub(crate) struct Trouble {
     pub(crate) minds_host: AtomicBool,
     /// Unmapping is done when it has been asked for so many times whether it is.
     pub(crate) late: AtomicU64,
+    /// Memory of the host is written to in this way.
+    pub(crate) host_write: OnceLock<HostWrite>,
     failed_before: Mutex<BTreeSet<u64>>,
     count: AtomicU64,
 }
@@ -204,7 +209,10 @@ impl Chip {
                             DeviceAccess::Read => self.port().read(va, &mut buffer).map(|()| bytes(&mut buffer)),
                             _ => {
                                 bytes(&mut buffer);
-                                self.port().write(va, &buffer)
+                                match self.0.trouble.host_write.get() {
+                                    Some(write) => write(self.port(), va, &buffer),
+                                    None => self.port().write(va, &buffer),
+                                }
                             }
                         };
                         drop(table);
