@@ -128,6 +128,8 @@ pub struct CpuPage {
     pub zero: bool,
     /// It is part of a huge page, mapped as one.
     pub huge: bool,
+    /// It is a page of a file or of shared memory, not one of the program's own.
+    pub file: bool,
 }
 
 /// A fault, or a change the program made to its mappings.

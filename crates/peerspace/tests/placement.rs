@@ -429,6 +429,38 @@ fn g1_pages_of_the_kernels_own_are_told_apart() {
     unsafe { libc::munmap(at, len) };
 }
 
+/// Rule G11: a page of a file that is mapped privately can be read, until the first write makes a copy; of one that is shared, what
+/// the mapping permits is permitted.
+#[test]
+fn g11_pages_of_files_are_told_from_their_copies() {
+    let (space, _) = build(Faults::Signal, &[]);
+    let (len, file) = (4 * page(), tempfile::tempfile().unwrap());
+    file.set_len(len as u64).unwrap();
+    let map = |flags| {
+        use std::os::fd::AsRawFd;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), len, access, flags, file.as_raw_fd(), 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        at.cast::<u8>()
+    };
+    let (private, shared) = (map(libc::MAP_PRIVATE), map(libc::MAP_SHARED));
+    // SAFETY: both are this test's own, and as long as the file is.
+    unsafe {
+        private.read_volatile();
+        private.add(page()).write_volatile(1);
+        shared.add(page()).write_volatile(1);
+    }
+    let seen = |at: *const u8| space.pages(at, 2 * page()).unwrap().map(|view| view.cpu).collect::<Vec<_>>();
+    assert_eq!(seen(private), [CpuMapping::ReadOnly, CpuMapping::Writable]);
+    assert_eq!(seen(shared)[1], CpuMapping::Writable);
+    // SAFETY: they are not used any more.
+    unsafe {
+        libc::munmap(private.cast(), len);
+        libc::munmap(shared.cast(), len);
+    }
+}
+
 /// Rules G7, Z3: everything leaves a device that stays in use, data intact, also where it is more than the host has room for.
 #[test]
 fn g7_a_device_is_emptied_and_goes_on() {

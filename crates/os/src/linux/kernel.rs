@@ -466,7 +466,9 @@ impl Kernel for Linux {
         while let Some(vma) = self.maps.at_or_after(at).map_err(trouble)?.filter(|vma| vma.range.start < range.end) {
             let piece = VaRange { start: vma.range.start.max(at), end: vma.range.end.min(range.end) };
             if vma.read {
-                let page = |page: CpuPage| CpuPage { writable: page.writable && vma.write, ..page };
+                // The first write to a page of a file that is mapped privately makes a copy.
+                let writes = |page: CpuPage| page.writable && vma.write && (vma.shared || !page.file);
+                let page = |page: CpuPage| CpuPage { writable: writes(page), ..page };
                 self.pagemap.cpu_runs(piece, &mut |run, seen| found(run, page(seen))).map_err(trouble)?;
             }
             at = piece.end;

@@ -44,6 +44,7 @@ struct ScanArg {
 }
 
 const IS_WRITTEN: u64 = 1 << 1;
+const IS_FILE: u64 = 1 << 2;
 const IS_PRESENT: u64 = 1 << 3;
 const IS_SWAPPED: u64 = 1 << 4;
 const IS_ZERO: u64 = 1 << 5;
@@ -51,6 +52,7 @@ const IS_HUGE: u64 = 1 << 6;
 /// Pagemap bits: present, or swapped out by the kernel.
 const PM_PRESENT: u64 = 1 << 63;
 const PM_SWAP: u64 = 1 << 62;
+const PM_FILE: u64 = 1 << 61;
 /// Write-protected by a userfaultfd.
 const PM_PROTECTED: u64 = 1 << 57;
 
@@ -210,13 +212,14 @@ impl Pagemap {
             for at in (range.start.0..range.end.0).step_by(self.page as usize) {
                 let word = self.word(Va(at))?;
                 if word & PM_PRESENT != 0 {
-                    let page = CpuPage { writable: word & PM_PROTECTED == 0, zero: false, huge: false };
+                    let (writable, file) = (word & PM_PROTECTED == 0, word & PM_FILE != 0);
+                    let page = CpuPage { writable, zero: false, huge: false, file };
                     run(VaRange { start: Va(at), end: Va(at + self.page) }, page);
                 }
             }
             return Ok(());
         }
-        let told = IS_PRESENT | IS_WRITTEN | IS_ZERO | IS_HUGE;
+        let told = IS_PRESENT | IS_WRITTEN | IS_ZERO | IS_HUGE | IS_FILE;
         let wanted = Wanted { all_of: IS_PRESENT, any_of: 0, told };
         let mut found = [const { PageRegion { start: 0, end: 0, categories: 0 } }; 32];
         let mut at = range.start;
@@ -225,7 +228,8 @@ impl Pagemap {
             for r in &found[..n] {
                 let is = |category| r.categories & category != 0;
                 // What is not protected counts as written, whether it was or not.
-                let page = CpuPage { writable: is(IS_WRITTEN) && !is(IS_ZERO), zero: is(IS_ZERO), huge: is(IS_HUGE) };
+                let (zero, writable) = (is(IS_ZERO), is(IS_WRITTEN) && !is(IS_ZERO));
+                let page = CpuPage { writable, zero, huge: is(IS_HUGE), file: is(IS_FILE) };
                 run(VaRange { start: Va(r.start), end: Va(r.end) }, page);
             }
             if end <= at.0 {

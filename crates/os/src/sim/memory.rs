@@ -506,7 +506,7 @@ impl Memory {
             Content::Missing | Content::Poisoned => return None,
         };
         let page =
-            CpuPage { writable: !protected && kind.allowed == Allowed::Write, zero: false, huge: self.is_huge(vpn) };
+            CpuPage { writable: !protected && kind.allowed == Allowed::Write, zero: false, huge: self.is_huge(vpn), file: false };
         (kind.allowed >= Allowed::Read).then_some(page)
     }
 
