@@ -499,9 +499,16 @@ impl Kernel for Linux {
 
     fn unshare(&self, range: VaRange) -> Result<(), Trouble> {
         self.assert_foreign(range);
-        // SAFETY: populating for writing gives each page of the range an own copy with the same content.
-        unsafe { rustix::mm::madvise(range.start.0 as *mut _, range.len() as usize, Advice::LinuxPopulateWrite) }
-            .map_err(trouble)
+        let advise = |advice| {
+            // SAFETY: no advice below changes content. Populating for writing gives each page of the range an own copy.
+            unsafe { rustix::mm::madvise(range.start.0 as *mut _, range.len() as usize, advice) }
+        };
+        advise(Advice::LinuxPopulateWrite).map_err(trouble)?;
+        // A page may have become ours because the other process let go of it first. Of a huge page that is mapped in pieces the
+        // kernel then goes by the first piece alone, which may be neither ours nor here (Linux 6.18: it says EBUSY for ever).
+        // Pieces of it that are said to be cold are taken apart. Refusal leaves it as it is.
+        let _ = advise(Advice::LinuxCold);
+        Ok(())
     }
 
     fn discard(&self, range: VaRange) -> Result<(), Trouble> {

@@ -70,6 +70,61 @@ fn wait_for(until: impl Fn() -> bool) {
     }
 }
 
+// --- pages that a fork has shared ---
+
+/// A huge page that another process has let go of, mapped in pieces here: its pieces can be moved out, one by one, each when it
+/// has been made this process's own. The kernel by itself goes by the first piece, and refuses the others for ever.
+#[test]
+fn pieces_of_a_huge_page_that_was_shared_can_be_moved() {
+    let k = open();
+    let len = k.geometry().block_bytes() as u64;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: new memory.
+    let at =
+        unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), 2 * len as usize, prot, flags) }.unwrap() as u64;
+    let start = Va(at.next_multiple_of(len));
+    let block = VaRange { start, end: Va(start.0 + len) };
+    // SAFETY: the advice changes nothing.
+    unsafe { libc::madvise(start.0 as *mut _, len as usize, libc::MADV_HUGEPAGE) };
+    (0..512).for_each(|n| write(page(block, n).start, n + 1));
+    let mut bell = [0; 2];
+    // SAFETY: two descriptors, of which the child waits for the end of one.
+    assert_eq!(unsafe { libc::pipe(bell.as_mut_ptr()) }, 0);
+    // SAFETY: the child does nothing but wait, by system calls, and end.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: as above.
+        unsafe {
+            libc::close(bell[1]);
+            libc::read(bell[0], (&raw mut bell).cast(), 1);
+            libc::_exit(0);
+        }
+    }
+    // The kernel breaks the mapping up, and copies this piece.
+    write(page(block, 5).start, 77);
+    // SAFETY: the child ends, and is waited for.
+    unsafe {
+        libc::close(bell[0]);
+        libc::close(bell[1]);
+        assert_eq!(libc::waitpid(child, std::ptr::null_mut(), 0), child);
+    }
+    k.adopt(block).unwrap();
+    for n in [5, 100, 511, 1, 0] {
+        let from = page(block, n);
+        let first = k.take_out(slot(&k, n % 64).start, from);
+        if first.trouble.is_some() {
+            assert_eq!((first.trouble, first.pages), (Some(Trouble::Busy), Pages(0)));
+            k.unshare(from).unwrap();
+            assert_eq!(k.take_out(slot(&k, n % 64).start, from).trouble, None, "page {n}");
+        }
+        assert_eq!(staged(&k, slot(&k, n % 64)), if n == 5 { 77 } else { n + 1 });
+        k.drop_staged(slot(&k, n % 64)).unwrap();
+    }
+    k.disown(block).unwrap();
+    munmap(VaRange { start: Va(at), end: Va(at + 2 * len) });
+}
+
 // --- changes of mappings ---
 
 /// From the moment a change is made until somebody receives it, nothing is done to registered memory; trying again

@@ -505,8 +505,12 @@ impl Memory {
             Content::Device(..) => false,
             Content::Missing | Content::Poisoned => return None,
         };
-        let page =
-            CpuPage { writable: !protected && kind.allowed == Allowed::Write, zero: false, huge: self.is_huge(vpn), file: false };
+        let page = CpuPage {
+            writable: !protected && kind.allowed == Allowed::Write,
+            zero: false,
+            huge: self.is_huge(vpn),
+            file: false,
+        };
         (kind.allowed >= Allowed::Read).then_some(page)
     }
 
