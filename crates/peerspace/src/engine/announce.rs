@@ -191,25 +191,24 @@ impl<K: Kernel> Engine<K> {
             return None;
         }
         let halted = Halted(self);
-        let reach = VaRange { start: peerspace_core::addr::Va(0), end: peerspace_core::addr::Va(u64::MAX) };
-        self.tiers.iter().for_each(|tier| tier.halt(reach));
+        for tier in self.tiers.iter() {
+            // What becomes a region meanwhile it gets no translations of.
+            tier.halt(|| self.regions.iter().map(|region| self.addresses(region.range)));
+        }
         Some(halted)
     }
 }
 
 impl<W: peerspace_core::words::Words> Tier<W> {
     /// No access by any translation is under way when this returns, and none begins before [`go_on`](Tier::go_on). A device
-    /// that cannot be halted loses all of its translations.
-    fn halt(&self, all: VaRange) {
+    /// that cannot be halted loses its translations of all `regions`.
+    fn halt<I: Iterator<Item = VaRange>>(&self, regions: impl FnOnce() -> I) {
         let Some((state, mmu)) = self.live_mmu() else { return };
         let begun = unwinding(|| mmu.halt());
         if let Some(Err(DeviceError::Unsupported)) = begun {
             state.forget_faults();
             state.closing.close();
-            let reach = &state.info.addresses;
-            let (start, end) = (all.start.0.max(reach.start), all.end.0.min(reach.end));
-            return self
-                .unmap(VaRange { start: peerspace_core::addr::Va(start), end: peerspace_core::addr::Va(end) });
+            return regions().for_each(|region| self.unmap(region));
         }
         if let Err(why) = self.await_progress(begun, mmu, state.info.deadline) {
             self.quarantine(&format!("it could not be halted: {why}"));
