@@ -86,6 +86,11 @@ impl Attributes {
 
     /// Devices may read here, and not write (rule G4).
     pub const DEVICES_READ: Attributes = Attributes(256);
+    /// Memory of the program that the kernel keeps: shared, of a file, of huge pages. It never moves, and devices access it
+    /// where it is (rule G11). No page of it has a state; it is not [`ADOPTED`](Attributes::ADOPTED), whose pages can move.
+    pub const IN_PLACE: Attributes = Attributes(512);
+    /// What the program does to the mappings of memory [in place](Attributes::IN_PLACE) is told.
+    pub const WATCHED: Attributes = Attributes(1024);
 
     /// Both.
     pub const fn with(self, other: Attributes) -> Attributes {
@@ -95,6 +100,12 @@ impl Attributes {
     /// This without `other`.
     pub const fn without(self, other: Attributes) -> Attributes {
         Attributes(self.0 & !other.0)
+    }
+
+    /// True when any of `other` is set.
+    #[inline]
+    pub const fn has_any(self, other: Attributes) -> bool {
+        self.0 & other.0 != 0
     }
 
     /// True when all of `other` is set.

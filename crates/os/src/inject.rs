@@ -15,7 +15,7 @@
 //! What the wrapper keeps are counters of its own, never those of a model checker: they are no part of what is
 //! tested.
 
-use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
+use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Mapped, Message, Protect, SharedMemory, Trouble, Wake};
 use peerspace_core::addr::{Access, Geometry, Pages, Va, VaRange};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -405,6 +405,14 @@ impl<K: Kernel> Kernel for Inject<K> {
 
     fn allowed_at(&self, va: Va) -> Result<Option<(VaRange, Access)>, Trouble> {
         self.whole(Call::MappingAt, || self.kernel.allowed_at(va))
+    }
+
+    fn watch(&self, range: VaRange) -> Result<(), Trouble> {
+        self.whole(Call::Adopt, || self.kernel.watch(range))
+    }
+
+    fn mapped_from(&self, va: Va) -> Result<Option<Mapped>, Trouble> {
+        self.whole(Call::MappingAt, || self.kernel.mapped_from(va))
     }
 
     fn staging(&self) -> VaRange {

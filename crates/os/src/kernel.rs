@@ -164,6 +164,15 @@ pub enum Message {
     Fork(i32),
 }
 
+/// A mapping of the program's, whatever it maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mapped {
+    /// Its addresses.
+    pub range: VaRange,
+    /// What the program may do there; `None` for nothing.
+    pub allowed: Option<Access>,
+}
+
 /// What this kernel can do. Everything else is emulated or done without; see [`Kernel`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
@@ -339,6 +348,23 @@ pub trait Kernel: Send + Sync + 'static {
     /// # Errors
     /// When it cannot be found out.
     fn allowed_at(&self, va: Va) -> Result<Option<(VaRange, Access)>, Trouble>;
+
+    // --- memory of the program that stays where it is ---
+
+    /// Has [`Message`]s tell what the program does to the mappings of `range`, which are of any kind and hold memory that
+    /// nobody takes out: no access of it ever faults here. [Disowning](Kernel::disown) it undoes that.
+    ///
+    /// # Errors
+    /// [`Trouble::Unsuitable`] where the kernel does not tell about all of it: of regular files it does not. See also
+    /// [`Trouble`].
+    fn watch(&self, range: VaRange) -> Result<(), Trouble>;
+
+    /// The mapping that holds `va`, or else the next one behind it; `None` where there is none. Permissions, and what is not
+    /// [watched](Kernel::watch), change without a message.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn mapped_from(&self, va: Va) -> Result<Option<Mapped>, Trouble>;
 
     // --- memory of devices, in the place of a region's ---
 

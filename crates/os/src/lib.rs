@@ -18,4 +18,4 @@ pub mod sim;
 pub mod slot;
 
 pub use error::OsError;
-pub use kernel::{Capabilities, CpuPage, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
+pub use kernel::{Capabilities, CpuPage, Done, Kernel, Mapped, Message, Protect, SharedMemory, Trouble, Wake};

@@ -15,7 +15,7 @@ use peerspace_core::entry::State;
 use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_os::linux::fork::{ForkHandler, early_child_memory};
 use peerspace_os::linux::signal;
-use peerspace_os::linux::{Delivery, exit_now};
+use peerspace_os::linux::{Delivery, Kept, exit_now};
 use peerspace_os::own::{Shared, Vec};
 use peerspace_os::{Kernel, OsError, own};
 use std::sync::{Mutex, PoisonError};
@@ -118,13 +118,17 @@ fn is_in_place(engine: &Real, vpn: Vpn) -> bool {
     matches!(state, Some(State::Coherent { .. }))
 }
 
-fn regions(engine: &Real) -> impl Iterator<Item = VaRange> + '_ {
+fn regions(engine: &Real) -> impl Iterator<Item = (VaRange, Kept)> + '_ {
     // What is persistent is the same memory for both, and needs nothing of us: as long as it is in place.
     let persistent = |region: &RegionInfo| region.attributes.has(Attributes::PERSISTENT);
-    let own = engine.regions.iter().filter(move |r| !persistent(r)).map(|r| r.range);
+    let kept = |region: &RegionInfo| match region.attributes.has(Attributes::IN_PLACE) {
+        true => Kept::InPlace,
+        false => Kept::Movable,
+    };
+    let own = engine.regions.iter().filter(move |r| !persistent(r)).map(move |r| (r.range, kept(&r)));
     let taken = engine.regions.iter().filter(move |r| persistent(r));
     let taken = taken.flat_map(move |r| r.range.by_block().filter(move |piece| !is_in_place(engine, piece.start)));
-    own.chain(taken).map(|r| engine.addresses(r))
+    own.chain(taken.map(|r| (r, Kept::Movable))).map(|(r, kept)| (engine.addresses(r), kept))
 }
 
 /// The engine of a space, and what it takes to set it going in a child.

@@ -16,7 +16,7 @@ use super::self_memory::{read_self, write_self};
 use super::staging::{Staging, Use};
 use super::uffd::{FAULT_WP, FAULT_WRITE, Mode, Partial, Uffd, event, feature};
 use crate::error::OsError;
-use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
+use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Mapped, Message, Protect, SharedMemory, Trouble, Wake};
 use peerspace_core::addr::{Access, Geometry, Va, VaRange};
 use peerspace_core::plan::CLUSTER;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -52,14 +52,14 @@ pub struct Setup {
 #[derive(Debug)]
 pub struct Linux {
     geometry: Geometry,
-    capabilities: Capabilities,
+    pub(super) capabilities: Capabilities,
     delivery: Delivery,
-    uffd: Uffd,
-    mode: Mode,
-    staging: Staging,
+    pub(super) uffd: Uffd,
+    pub(super) mode: Mode,
+    pub(super) staging: Staging,
     zeros: Mapping,
-    pagemap: Pagemap,
-    maps: Maps,
+    pub(super) pagemap: Pagemap,
+    pub(super) maps: Maps,
 }
 
 impl Linux {
@@ -108,60 +108,6 @@ impl Linux {
     /// How faults reach the engine.
     pub fn delivery(&self) -> Delivery {
         self.delivery
-    }
-
-    /// In a forked child: opens everything anew and registers staging and `regions`, which have their pages but not
-    /// their registration. Calls `gone` with what is mapped no longer: another thread of the parent had unmapped it,
-    /// and nobody will tell this process. With `by_signal`, faults come by signal until the next call, whatever the
-    /// [delivery](Linux::delivery): for as long as no thread runs yet that could receive them.
-    ///
-    /// No page of the regions may be accessed meanwhile, by any thread.
-    ///
-    /// # Errors
-    /// When the system refuses. Missing pages then read as zeros: the child must not go on.
-    pub fn renew(
-        &self,
-        by_signal: bool,
-        regions: impl Iterator<Item = VaRange>,
-        gone: &mut dyn FnMut(VaRange),
-    ) -> Result<(), OsError> {
-        let signal = by_signal || self.delivery == Delivery::Signal;
-        let more = if signal { feature::SIGBUS } else { 0 };
-        self.uffd
-            .renew(signal && !self.capabilities.kernel_faults, more)
-            .map_err(|e| OsError::new("open a userfaultfd in a forked process", e))?;
-        self.pagemap.renew().map_err(|e| OsError::new("open /proc/self/pagemap", e).remedy("mount /proc"))?;
-        self.maps.renew().map_err(|e| OsError::new("open /proc/self/maps", e).remedy("mount /proc"))?;
-        let register = |r: VaRange, mode| {
-            self.uffd
-                .register(r.start.0, r.len(), mode)
-                .map_err(|e| OsError::new(format!("register {r} in a forked process"), e))
-        };
-        if self.capabilities.move_pages {
-            register(self.staging.range(), Mode::Protected)?;
-        }
-        for region in regions {
-            let mut at = region.start;
-            while at < region.end {
-                let vma = self.maps.at_or_after(at).map_err(|e| OsError::new("read /proc/self/maps", e))?;
-                let vma = vma.filter(|v| v.range.start < region.end);
-                let start = vma.map_or(region.end, |v| v.range.start.max(at));
-                if at < start {
-                    gone(VaRange { start: at, end: start });
-                }
-                at = start;
-                if let Some(v) = vma {
-                    let piece = VaRange { start, end: v.range.end.min(region.end) };
-                    if v.file || v.shared {
-                        gone(piece);
-                    } else {
-                        register(piece, self.mode)?;
-                    }
-                    at = piece.end;
-                }
-            }
-        }
-        Ok(())
     }
 
     /// The mappings of this process.
@@ -525,6 +471,19 @@ impl Kernel for Linux {
     fn allowed_at(&self, va: Va) -> Result<Option<(VaRange, Access)>, Trouble> {
         let mapping = self.maps.at(va).map_err(trouble)?.filter(|v| !v.file && !v.shared && v.read);
         Ok(mapping.map(|v| (v.range, if v.write { Access::Write } else { Access::Read })))
+    }
+
+    fn watch(&self, range: VaRange) -> Result<(), Trouble> {
+        self.assert_foreign(range);
+        // Nothing is ever protected in it, so nothing faults; but its mappings are ours to hear of.
+        self.uffd.register(range.start.0, range.len(), Mode::Protected).map_err(trouble)
+    }
+
+    fn mapped_from(&self, va: Va) -> Result<Option<Mapped>, Trouble> {
+        Ok(self.maps.at_or_after(va).map_err(trouble)?.map(|v| {
+            let access = if v.write { Access::Write } else { Access::Read };
+            Mapped { range: v.range, allowed: v.read.then_some(access) }
+        }))
     }
 
     fn show(&self, range: VaRange, memory: SharedMemory<'_>) -> Result<(), Trouble> {

@@ -16,6 +16,7 @@ pub mod place;
 pub mod probe;
 pub mod raw_thread;
 pub mod remap;
+mod renew;
 pub mod scan;
 pub mod self_memory;
 pub mod shared;
@@ -28,6 +29,7 @@ pub mod uffd;
 pub mod uring;
 
 pub use kernel::{Delivery, Linux, Setup};
+pub use renew::Kept;
 
 /// Ends the process at once with `status`, running nothing else.
 pub fn exit_now(status: i32) -> ! {

@@ -309,8 +309,33 @@ pub enum VmaName {
     Other,
 }
 
+/// How a space can manage a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nature {
+    /// Private anonymous memory: its pages can be taken elsewhere, as far as its protection lets them at the time.
+    Movable,
+    /// Anything else that the program has mapped: shared memory, files, huge pages of the kernel's pool, executable memory.
+    /// The kernel keeps it.
+    InPlace,
+    /// Not at all: the main thread's stack.
+    Stack,
+    /// Not at all: it is the kernel's own.
+    Special,
+}
+
 impl Vma {
-    /// Private anonymous memory that can be read and written but not executed: what can be managed.
+    /// How it can be managed.
+    pub fn nature(&self) -> Nature {
+        match self.name {
+            VmaName::Stack => Nature::Stack,
+            VmaName::Special => Nature::Special,
+            _ if self.shared || self.file || self.execute => Nature::InPlace,
+            _ => Nature::Movable,
+        }
+    }
+
+    /// Private anonymous memory that can be read and written but not executed: what can be managed by whoever knows
+    /// nothing of the program.
     pub fn is_plain(&self) -> bool {
         self.read
             && self.write

@@ -24,15 +24,37 @@ pub enum Allowed {
     Write,
 }
 
+/// Whose the pages of a mapping are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// The process's own.
+    Private,
+    /// Shared memory.
+    Shared,
+    /// A regular file's.
+    File,
+}
+
 /// What kind of mapping a page belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Kind {
     pub(super) registered: bool,
     pub(super) allowed: Allowed,
+    pub(super) keep: Keep,
     /// A file without bytes: access raises SIGBUS.
     pub(super) buried: bool,
     /// Memory of a device.
     pub(super) in_place: bool,
+}
+
+impl Kind {
+    /// Private and anonymous, to be read and written.
+    pub(super) const PLAIN: Kind =
+        Kind { registered: false, allowed: Allowed::Write, keep: Keep::Private, buried: false, in_place: false };
+
+    fn is_plain(self) -> bool {
+        !self.buried && !self.in_place && self.keep == Keep::Private
+    }
 }
 
 /// A physical page.
@@ -140,7 +162,7 @@ impl Memory {
 
     /// Maps the memory of a device, from `offset` on.
     pub(super) fn map_device(&mut self, range: PageRange, file: &Arc<OwnedFd>, offset: u64) {
-        let kind = Kind { registered: false, allowed: Allowed::Write, buried: false, in_place: true };
+        let kind = Kind { in_place: true, ..Kind::PLAIN };
         for (i, vpn) in range.iter().enumerate() {
             let content = Content::Device(file.clone(), offset + (i * self.page_bytes) as u64);
             self.places.insert(vpn.0, Place { kind, content });
@@ -174,7 +196,18 @@ impl Memory {
 
     /// The mapping around `vpn`.
     pub(super) fn mapping_at(&self, vpn: Vpn) -> Option<PageRange> {
-        let kind = self.kind(vpn.0).filter(|k| !k.buried && !k.in_place)?;
+        let kind = self.kind(vpn.0).filter(|k| k.is_plain())?;
+        Some(self.around(vpn, kind))
+    }
+
+    /// The mapping that holds `vpn` or else the next one, whatever it maps.
+    pub(super) fn mapped_from(&self, vpn: Vpn) -> Option<(PageRange, Kind)> {
+        let (at, place) = self.places.range(vpn.0..).next()?;
+        Some((self.around(Vpn(*at), place.kind), place.kind))
+    }
+
+    /// The mapping of this kind around `vpn`.
+    fn around(&self, vpn: Vpn, kind: Kind) -> PageRange {
         let (mut start, mut end) = (vpn.0, vpn.0 + 1);
         while start > 0 && self.kind(start - 1) == Some(kind) {
             start -= 1;
@@ -182,7 +215,7 @@ impl Memory {
         while self.kind(end) == Some(kind) {
             end += 1;
         }
-        Some(PageRange { start: Vpn(start), end: Vpn(end) })
+        PageRange { start: Vpn(start), end: Vpn(end) }
     }
 
     /// The pieces of `range` that are mapped, each of one mapping, and whether that is registered.
@@ -203,7 +236,7 @@ impl Memory {
 
     /// True when all of `range` is mapped, private and anonymous.
     pub(super) fn is_plain(&self, range: PageRange) -> bool {
-        range.iter().all(|v| self.kind(v.0).is_some_and(|k| !k.buried && !k.in_place))
+        range.iter().all(|v| self.kind(v.0).is_some_and(Kind::is_plain))
     }
 
     /// Moves a mapping with its pages.
@@ -239,9 +272,20 @@ impl Memory {
     /// Drops the pages of `range`, as MADV_DONTNEED does.
     pub(super) fn drop_pages(&mut self, range: PageRange) {
         let there = self.places.range_mut(range.start.0..range.end.0);
-        // What a file holds, it goes on to hold.
-        there.filter(|(_, p)| !p.kind.in_place).for_each(|(_, p)| p.content = Content::Missing);
+        // What a file holds, or others share, is there as before.
+        let own = |place: &Place| !place.kind.in_place && place.kind.keep == Keep::Private;
+        there.filter(|(_, p)| own(p)).for_each(|(_, p)| p.content = Content::Missing);
         self.forget_huge(range);
+    }
+
+    /// A file ends before `range`.
+    pub(super) fn cut(&mut self, range: PageRange) {
+        self.places.range_mut(range.start.0..range.end.0).for_each(|(_, p)| p.content = Content::Poisoned);
+    }
+
+    /// The pages of `range` are zeros from here on, as MADV_REMOVE has it.
+    pub(super) fn remove(&mut self, range: PageRange) {
+        self.places.range_mut(range.start.0..range.end.0).for_each(|(_, p)| p.content = Content::Missing);
     }
 
     // --- accesses of the program ---
@@ -262,7 +306,7 @@ impl Memory {
             return Err(Trap::Lost);
         }
         if let Content::Missing = place.content {
-            if place.kind.registered {
+            if place.kind.registered && place.kind.keep == Keep::Private {
                 return Err(Trap::Fault { protected: false });
             }
             place.content = Content::Page(Page::new(zeros));
@@ -311,7 +355,7 @@ impl Memory {
         if let Some(done) = self.check_changing() {
             return done;
         }
-        if !self.one_mapping(to).is_some_and(|k| k.registered) {
+        if !self.one_mapping(to).is_some_and(|k| k.registered && k.keep == Keep::Private) {
             return Done::stopped(Pages(0), Trouble::Absent);
         }
         for (i, vpn) in to.iter().enumerate() {
@@ -333,7 +377,7 @@ impl Memory {
             return done;
         }
         match self.one_mapping(from) {
-            Some(Kind { allowed: Allowed::Write, buried: false, in_place: false, .. }) => {}
+            Some(Kind { allowed: Allowed::Write, keep: Keep::Private, buried: false, in_place: false, .. }) => {}
             _ => return Done::stopped(Pages(0), Trouble::Unsuitable),
         }
         let whole = is_block(from) && to.is_block_start() && self.huge.contains(&from.start.block());
@@ -412,7 +456,7 @@ impl Memory {
     }
 
     pub(super) fn collapse(&mut self, block: PageRange) -> Result<(), Trouble> {
-        if !is_block(block) || self.one_mapping(block).is_none_or(|k| k.buried || k.in_place) {
+        if !is_block(block) || self.one_mapping(block).is_none_or(|k| !k.is_plain()) {
             return Err(Trouble::Unsuitable);
         }
         for vpn in block.iter() {

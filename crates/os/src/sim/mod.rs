@@ -14,11 +14,11 @@ mod memory;
 mod program;
 mod words;
 
-pub use memory::{Allowed, Trap};
+pub use memory::{Allowed, Keep, Trap};
 pub use program::Waiting;
 pub use words::SimWords;
 
-use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Message, Protect, SharedMemory, Trouble, Wake};
+use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Mapped, Message, Protect, SharedMemory, Trouble, Wake};
 use memory::{Kind, Memory};
 use peerspace_core::addr::{Access, BLOCK_PAGES, Geometry, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::sync::{AtomicU64, Ordering, Spin, spin_hint};
@@ -246,7 +246,7 @@ impl Kernel for Sim {
 
     fn map(&self, len: u64) -> Result<VaRange, Trouble> {
         let len = len.next_multiple_of(self.geometry.page_bytes() as u64);
-        Ok(self.place(len, Kind { registered: true, allowed: Allowed::Write, buried: false, in_place: false }))
+        Ok(self.place(len, Kind { registered: true, ..Kind::PLAIN }))
     }
 
     fn unmap(&self, range: VaRange) -> Result<(), Trouble> {
@@ -362,7 +362,7 @@ impl Kernel for Sim {
             let mut m = self.step();
             let told = m.pieces(page).iter().any(|(_, k)| k.registered);
             m.changing += told as u32;
-            m.map(page, Kind { registered: false, allowed: Allowed::Write, buried: true, in_place: false });
+            m.map(page, Kind { buried: true, ..Kind::PLAIN });
             told
         };
         if told {
@@ -390,7 +390,7 @@ impl Kernel for Sim {
 
     fn hide(&self, range: VaRange) -> Result<(), Trouble> {
         let pages = self.foreign(range);
-        let kind = Kind { registered: true, allowed: Allowed::Write, buried: false, in_place: false };
+        let kind = Kind { registered: true, ..Kind::PLAIN };
         let fresh = self.place(range.len(), kind);
         {
             let mut m = self.step();
@@ -408,8 +408,7 @@ impl Kernel for Sim {
 
     fn close(&self, range: VaRange) -> Result<(), Trouble> {
         let pages = self.foreign(range);
-        let kind = Kind { registered: false, allowed: Allowed::Nothing, buried: false, in_place: false };
-        self.step().map(pages, kind);
+        self.step().map(pages, Kind { allowed: Allowed::Nothing, ..Kind::PLAIN });
         Ok(())
     }
 
@@ -494,6 +493,30 @@ impl Kernel for Sim {
             Some(Allowed::Write) => Access::Write,
         };
         Ok(m.mapping_at(vpn).map(|r| (self.geometry.range(r), access)))
+    }
+
+    fn watch(&self, range: VaRange) -> Result<(), Trouble> {
+        let pages = self.foreign(range);
+        let mut m = self.step();
+        let pieces = m.pieces(pages);
+        let mapped: u64 = pieces.iter().map(|(piece, _)| piece.pages().0).sum();
+        if mapped < pages.pages().0 || pieces.iter().any(|(_, kind)| kind.keep == Keep::File) {
+            return Err(Trouble::Unsuitable);
+        }
+        m.change_kind(pages, |k| k.registered = true);
+        Ok(())
+    }
+
+    fn mapped_from(&self, va: Va) -> Result<Option<Mapped>, Trouble> {
+        let found = self.step().mapped_from(self.geometry.vpn(va));
+        Ok(found.map(|(pages, kind)| {
+            let allowed = match kind.allowed {
+                Allowed::Nothing => None,
+                Allowed::Read => Some(Access::Read),
+                Allowed::Write => Some(Access::Write),
+            };
+            Mapped { range: self.geometry.range(pages), allowed }
+        }))
     }
 
     fn staging(&self) -> VaRange {

@@ -5,7 +5,7 @@
 //! caller, after somebody has received that, goes on. Discarding tells first and drops the pages after. Growth in
 //! place and changed permissions are not told at all.
 
-use super::memory::{Allowed, Kind, Trap};
+use super::memory::{Allowed, Keep, Kind, Trap};
 use super::{Sim, pages_of};
 use crate::kernel::Message;
 use peerspace_core::addr::{PageRange, Va, VaRange};
@@ -68,7 +68,38 @@ impl Sim {
 
     /// Maps ordinary memory of whole pages at a block boundary: the kernel itself populates it.
     pub fn map_plain(&self, len: u64) -> VaRange {
-        self.place(len, Kind { registered: false, allowed: Allowed::Write, buried: false, in_place: false })
+        self.place(len, Kind::PLAIN)
+    }
+
+    /// Maps memory of another kind, that many bytes of zeros.
+    pub fn map_kept(&self, len: u64, keep: Keep) -> VaRange {
+        self.place(len, Kind { keep, ..Kind::PLAIN })
+    }
+
+    /// Maps it at `range`, where nothing is.
+    pub fn map_kept_at(&self, range: VaRange, keep: Keep) {
+        let pages = pages_of(self.geometry, range);
+        let mut m = self.step();
+        assert!(m.pieces(pages).is_empty(), "something is at {range}");
+        m.map(pages, Kind { keep, ..Kind::PLAIN });
+    }
+
+    /// The file of which `range` is mapped ends before it from here on. Nobody is told.
+    pub fn truncate(&self, range: VaRange) {
+        self.step().cut(pages_of(self.geometry, range));
+    }
+
+    /// Has zeros in the place of what is shared in `range`, as MADV_REMOVE does.
+    pub fn remove(&self, range: VaRange) {
+        let pages = pages_of(self.geometry, range);
+        let pieces = self.step().pieces(pages);
+        for (piece, kind) in pieces {
+            if kind.registered && self.can.move_pages {
+                self.step().changing += 1;
+                self.tell(Message::Discard(self.geometry.range(piece)));
+            }
+            self.step().remove(piece);
+        }
     }
 
     /// Unmaps `range`, whatever is there.
@@ -116,10 +147,7 @@ impl Sim {
                 to
             }
             None => {
-                let free = self.place(
-                    range.len(),
-                    Kind { registered: false, allowed: Allowed::Nothing, buried: false, in_place: false },
-                );
+                let free = self.place(range.len(), Kind { allowed: Allowed::Nothing, ..Kind::PLAIN });
                 free.start
             }
         };
