@@ -8,7 +8,7 @@ use crate::space::Space;
 use peerspace_core::addr::{Access, DevicePfn, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_os::linux::fork::is_arena_start;
 use peerspace_os::linux::map::ours_within;
-use peerspace_os::linux::scan::Vma;
+use peerspace_os::linux::scan::{Nature, Vma};
 use peerspace_os::linux::signal::without_signals;
 use std::fmt;
 
@@ -34,7 +34,7 @@ impl From<Use> for Access {
 }
 
 /// Memory of the program that a space manages until this is dropped. Then everything comes home, beyond the budget
-/// if need be, and is the kernel's again.
+/// if need be, and is the kernel's again; devices have no part in it any more.
 #[must_use = "dropping it brings everything home at once"]
 pub struct Adopted {
     space: Space,
@@ -53,17 +53,31 @@ pub struct Resident {
 }
 
 impl Space {
-    /// Manages memory that the program already has, from now on: the whole pages of `len` bytes from `start`.
+    /// Manages memory that the program already has, from now on: the whole pages of `len` bytes from `start`. It may be memory
+    /// of any kind (rules G1, G11), and a range may span mappings of several kinds.
     ///
-    /// Nothing is moved before memory is scarce, and every pointer stays good. The program goes on to own the memory:
-    /// it may unmap, move, discard, protect and fork as it likes, and the space follows.
+    /// Nothing is moved before memory is scarce or a device wants it, and every pointer stays good. The program goes on to own
+    /// the memory: it may unmap, move, discard, protect and fork as it likes, and the space follows.
+    ///
+    /// - *Private anonymous memory* (heap, mmap), whatever its protection, takes part in everything. A device may do there
+    ///   what the program may at the time; what the program has protected since, the device is
+    ///   [told](crate::device::mmu::FaultError).
+    /// - *Everything else* stays where it is: shared memory, mappings of files, huge pages of the kernel's pool
+    ///   (`MAP_HUGETLB`), executable memory. It takes up nothing of the budget and never moves. Devices with
+    ///   [`remote`](crate::device::mmu::MmuDescriptor::remote) access it in place, by the program's permissions; for others it is
+    ///   [no way](crate::device::mmu::FaultError::NoWay) to be had. It is not migrated, nobody has it
+    ///   [exclusively](crate::Space::exclusive), and hints say nothing to it. [`Adopted::in_place`] says what of a range it is.
+    ///
+    /// The kernel does not tell of changes to mappings of regular files. A device that uses such memory after the program has
+    /// unmapped it gets an error; if something else has been mapped there meanwhile, it accesses that. So let go of the memory
+    /// before it is unmapped, as of anything that somebody uses.
     ///
     /// Not to be adopted: stacks, thread-local storage, and whatever the [devices](crate::device) of the space or the
     /// handlers of signals use. A heap's arena header stays out by itself.
     ///
     /// # Errors
-    /// For a range that is empty, wraps, is not wholly private anonymous memory that can be read and written, is
-    /// managed already, or belongs to this library. Nothing is changed then.
+    /// For a range that is empty, wraps, is not wholly mapped, is managed already, belongs to this library, or is a stack or
+    /// memory of the kernel's own. Nothing is changed then.
     pub fn adopt(&self, start: *const u8, len: usize) -> Result<Adopted, Error> {
         let engine = self.engine();
         let bad = |why| Error::BadRange { what: format!("{len} bytes at {start:p}"), why };
@@ -81,40 +95,57 @@ impl Space {
                 why: "that is memory of the space itself",
             });
         }
-        let stack = &raw const range as u64;
-        if self.mappings(range, &bad)?.any(|v| v.contains(Va(stack))) {
-            return Err(bad("it holds the stack of the calling thread"));
+        let parts = self.parts(range, &bad)?;
+        // Dropped, it gives back what has been adopted so far.
+        let mut adopted =
+            Adopted { space: self.clone(), range: VaRange { start: range.start, end: range.start }, released: false };
+        for (part, nature) in parts {
+            let done = without_signals(|| match nature {
+                Nature::InPlace => engine.adopt_in_place(part),
+                _ => engine.adopt(part),
+            });
+            match done {
+                Ok(()) => adopted.range.end = part.end,
+                Err(AdoptError::Table(e)) => {
+                    return Err(Error::BadRange {
+                        what: format!("{range}: {e}"),
+                        why: "it is managed already, or there is no room",
+                    });
+                }
+                Err(AdoptError::Changed) => return Err(bad("its mappings are being changed")),
+                Err(AdoptError::Kernel(why)) => {
+                    return Err(Error::Kernel { what: format!("adopt {part}"), why });
+                }
+            }
         }
-        match without_signals(|| engine.adopt(range)) {
-            Ok(()) => Ok(Adopted { space: self.clone(), range, released: false }),
-            Err(AdoptError::Table(e)) => Err(Error::BadRange {
-                what: format!("{range}: {e}"),
-                why: "it is managed already, or there is no room",
-            }),
-            Err(AdoptError::Changed) => Err(bad("its mappings are being changed")),
-            Err(AdoptError::Kernel(why)) => Err(Error::Kernel { what: format!("adopt {range}"), why }),
-        }
+        Ok(adopted)
     }
 
-    /// The mappings that make up `range`, if they are all of the kind that can be managed.
-    fn mappings(
-        &self,
-        range: VaRange,
-        bad: &dyn Fn(&'static str) -> Error,
-    ) -> Result<impl Iterator<Item = VaRange>, Error> {
+    /// The parts that make up `range`, of one nature each, if it can all be managed.
+    fn parts(&self, range: VaRange, bad: &dyn Fn(&'static str) -> Error) -> Result<Vec<(VaRange, Nature)>, Error> {
+        let here = 0u8;
+        let stack = Va(&raw const here as u64);
         let maps = self.engine().kernel.maps();
-        let mut found = Vec::new();
+        let mut parts: Vec<(VaRange, Nature)> = Vec::new();
         let mut at = range.start;
         while at < range.end {
             let vma: Option<Vma> = maps.at(at).map_err(|_| bad("the mappings of the process cannot be read"))?;
             let vma = vma.ok_or_else(|| bad("part of it is not mapped"))?;
-            if !vma.is_plain() {
-                return Err(bad("only private anonymous memory that can be read and written can be managed"));
+            match vma.nature() {
+                _ if vma.range.contains(stack) => return Err(bad("it holds the stack of the calling thread")),
+                Nature::Stack => return Err(bad("it holds the stack of the first thread")),
+                Nature::Special => return Err(bad("it holds memory that the kernel has mapped for itself")),
+                nature => {
+                    let part = VaRange { start: at, end: vma.range.end.min(range.end) };
+                    match parts.last_mut() {
+                        Some((last, same)) if *same == nature => last.end = part.end,
+                        _ => parts.push((part, nature)),
+                    }
+                }
             }
             at = vma.range.end;
-            found.push(vma.range);
         }
-        Ok(found.into_iter())
+        Ok(parts)
     }
 
     /// Brings the pages of a part of a managed range into RAM, permits `how`, and keeps them so.
@@ -182,6 +213,9 @@ impl Space {
         match e {
             HoldError::Lost(vpn, pfn) => self.lost(vpn, pfn),
             HoldError::Foreign(_) => bad("part of it is not managed by this space"),
+            HoldError::Unreachable(_) => {
+                bad("part of it is mapped and cannot be accessed: it is beyond the end of its file, or protected")
+            }
             HoldError::TooMany(_) => bad("a page of it is kept resident too many times"),
             HoldError::Stays(vpn, why) => {
                 let page = self.engine().addresses(PageRange::new(vpn, Pages(1)));
@@ -200,6 +234,20 @@ impl Adopted {
     /// The addresses managed.
     pub fn range(&self) -> std::ops::Range<usize> {
         self.range.start.0 as usize..self.range.end.0 as usize
+    }
+
+    /// The parts of it that stay where they are, and that devices access in place: see [`Space::adopt`].
+    pub fn in_place(&self) -> Vec<std::ops::Range<usize>> {
+        let engine = self.space.engine();
+        let mut parts: Vec<std::ops::Range<usize>> = Vec::new();
+        for part in engine.in_place_parts(engine.geometry.pages_inside(self.range)) {
+            let VaRange { start, end } = engine.addresses(part);
+            match parts.last_mut() {
+                Some(last) if last.end == start.0 as usize => last.end = end.0 as usize,
+                _ => parts.push(start.0 as usize..end.0 as usize),
+            }
+        }
+        parts
     }
 
     /// Says how the memory is going to be used. What is in RAM already stays as it is.
@@ -234,7 +282,7 @@ impl Adopted {
     }
 
     fn give_up(&mut self) -> Result<(), Error> {
-        if std::mem::replace(&mut self.released, true) {
+        if std::mem::replace(&mut self.released, true) || self.range.is_empty() {
             return Ok(());
         }
         let engine = self.space.engine();

@@ -67,8 +67,9 @@
 //!
 //! # What cannot
 //!
-//! - Memory is managed that is private and anonymous. Stacks, thread-local storage, program text and shared mappings
-//!   are not, and must not be adopted.
+//! - Pages move and leave RAM that are private and anonymous. Shared memory, files and huge pages of the kernel's pool can be
+//!   [adopted](Space::adopt) as well, and stay where they are: devices that can access the host's memory use them there. Stacks
+//!   and thread-local storage must not be adopted.
 //! - A process that is forked past the C library (by a bare `clone`) is not seen, and must not touch managed memory.
 //! - Closing every descriptor (`closefrom` and the like) closes the space's too: what is not in RAM then reads as
 //!   zeros. The `peerspace` command guards against it; a program that uses the library sees to it itself.

@@ -22,7 +22,8 @@ impl Space {
     /// 4 KiB) that lie inside go as huge folios where there is room for such, everything else in small pages (rule H2).
     ///
     /// A page that somebody relies on stays where it is, and the others go: what is kept resident, held by a launch, on a
-    /// named region's device, or more than the device has room for. [`prefetch`](Space::prefetch) does not wait, and
+    /// named region's device, more than the device has room for, or memory that stays in any case
+    /// ([`Adopted::in_place`](crate::Adopted::in_place)). [`prefetch`](Space::prefetch) does not wait, and
     /// rounds out to blocks.
     ///
     /// # Errors

@@ -26,6 +26,9 @@ pub enum Residence {
     Zeros,
     /// The kernel has populated it, in memory of the program's own, and the space has not had it in hand yet.
     Kernel,
+    /// It stays where it is: memory that is shared, of a file, of huge pages of the kernel's pool
+    /// ([`Adopted::in_place`](crate::Adopted::in_place)). The kernel keeps it, in RAM or not; devices use it there.
+    InPlace,
     /// In RAM, and the CPU maps it. Devices may map it beside the CPU: [`PageView::devices`] says which.
     Host,
     /// In RAM, and nobody maps it: an access takes it back without input.
@@ -97,7 +100,7 @@ pub struct PageView {
     /// How the CPU maps it.
     pub cpu: CpuMapping,
     /// Whose MMUs have been given translations of it: to its own memory, a copy, the host's memory, or zeros. What the CPU maps in
-    /// [place](Residence::Coherent) of a device is not kept account of in this way.
+    /// place of a [device](Residence::Coherent), or stays where it [is](Residence::InPlace), is not kept account of in this way.
     pub devices: DeviceSet,
 }
 
@@ -141,7 +144,10 @@ impl Pages {
                     && let Some((entry, whole)) = engine.table.look(vpn)
                 {
                     let entry = if whole { entry.nth(vpn - vpn.block_start()) } else { entry };
-                    states[i] = self.residence(entry, whole, region.attributes.has(Attributes::ADOPTED));
+                    states[i] = match region.attributes.has(Attributes::IN_PLACE) {
+                        true => (Residence::InPlace, false, 0, false),
+                        false => self.residence(entry, whole, region.attributes.has(Attributes::ADOPTED)),
+                    };
                 }
             }
             // Where it cannot be found out, nothing is said to be mapped.

@@ -23,6 +23,25 @@ pub enum FaultError {
     /// It is in place on a coherent or persistent device, and does not leave it.
     #[error("what is at address {0:#x} is mapped in place on another device, and cannot be taken from there")]
     InPlace(u64),
+    /// It is memory that stays where it is (shared, of a file, of huge pages: rule G11), and the device has no way to access the
+    /// host's memory.
+    #[error(
+        "what is at address {0:#x} stays on the host (it is shared, a file's, or a huge page of the kernel's), and the device \
+         cannot access it there: copy it to other memory for this device"
+    )]
+    NoWay(u64),
+    /// It is memory that stays where it is, and so no device can have it alone (rules G11, G14).
+    #[error(
+        "what is at address {0:#x} stays on the host (it is shared, a file's, or a huge page of the kernel's): no device can \
+         have it alone, nor on its own memory"
+    )]
+    Stays(u64),
+    /// The program has mapped it, and the kernel cannot bring it: it is beyond the end of its file, mostly.
+    #[error(
+        "what is mapped at address {0:#x} cannot be had: it is beyond the end of its file, the file cannot be read or has no \
+         room, or there is no huge page left"
+    )]
+    Unreachable(u64),
     /// The data is gone (rule Z9).
     #[error("what was at address {0:#x} is lost: {1}")]
     Lost(u64, String),

@@ -11,7 +11,7 @@ use super::fault::Hold;
 use super::stats::{count, count_n};
 use super::{AddError, Engine, Entry};
 use arrayvec::ArrayVec;
-use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
+use peerspace_core::addr::{Access, BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::memmap::{Arrival, Frame};
 use peerspace_core::regions::{Attributes, RegionInfo};
@@ -96,8 +96,8 @@ impl<K: Kernel> Engine<K> {
         let around = self.around(range);
         // The region first: from the moment of registration on, faults in it come. Until that moment no page may
         // leave, since the kernel would put zeros in its place.
-        let new = self.cover(pages).map_err(AdoptError::Table)?;
-        self.insert_region(pages, Attributes::ADOPTED.with(Attributes::KEPT), new).map_err(AdoptError::Table)?;
+        let kept = Attributes::ADOPTED.with(Attributes::KEPT);
+        self.insert_fresh_region(pages, kept).map_err(AdoptError::Table)?;
         // Once more, as late as can be: of memory that is not registered no change is told.
         let same = seen.is_none_or(|(_, mapping)| self.kernel.mapping_at(range.start) == Ok(Some(mapping)));
         let registered =
@@ -143,8 +143,26 @@ impl<K: Kernel> Engine<K> {
     /// poisoned stays poisoned.
     ///
     /// # Errors
-    /// When the kernel refuses; the range is managed as before then.
+    /// When the kernel refuses; what comes before is managed no longer, the rest as before.
     pub(crate) fn disown(&self, range: VaRange) -> Result<(), Trouble> {
+        let pages = self.geometry.pages_inside(range);
+        let mut at = pages.start;
+        while at < pages.end {
+            let rest = PageRange { start: at, end: pages.end };
+            let part = self.in_place_parts(rest).next();
+            let end = part.map_or(pages.end, |part| part.start);
+            if at < end {
+                self.disown_movable(self.addresses(PageRange { start: at, end }))?;
+            }
+            if let Some(part) = part {
+                self.disown_in_place(part);
+            }
+            at = part.map_or(pages.end, |part| part.end);
+        }
+        Ok(())
+    }
+
+    fn disown_movable(&self, range: VaRange) -> Result<(), Trouble> {
         let pages = self.geometry.pages_inside(range);
         let keep = |kept: bool| {
             let change = |a: Attributes| {
@@ -168,8 +186,14 @@ impl<K: Kernel> Engine<K> {
             let pieces = || self.pieces(pages).map(|region| self.addresses(region.range));
             let mut given = 0;
             if let Err(t) = pieces().try_for_each(|piece| self.kernel.disown(piece).map(|()| given += 1)) {
+                let changing = self.kernel.is_changing();
                 let back = pieces().take(given).all(|piece| self.kernel.adopt(piece).is_ok());
                 drop(rest);
+                if changing && back {
+                    // It has unmapped some just now.
+                    self.wait_for_changes();
+                    continue;
+                }
                 // What is not registered must not leave: it would read as zeros.
                 if back {
                     keep(false)?;
@@ -276,11 +300,14 @@ impl<K: Kernel> Engine<K> {
 
     /// Takes some native pages in hand: moves them to standby. Returns how many; 0 when a long search found none.
     pub(crate) fn take_native(&self, work: &mut Working<'_>) -> u64 {
+        let mut rounds = 0;
         for _ in 0..LOOK {
             let hand = Vpn(self.native_hand.load(Relaxed));
             let region = self.regions.next(hand);
             let Some(region) = region else {
-                if hand.0 == 0 {
+                rounds += 1;
+                // Twice: the first round began anywhere.
+                if hand.0 == 0 || rounds > 1 {
                     return 0;
                 }
                 self.native_hand.store(0, Relaxed);
@@ -303,7 +330,8 @@ impl<K: Kernel> Engine<K> {
         0
     }
 
-    /// Takes native pages of one block in hand. Returns how many, and where to go on.
+    /// Takes native pages of one block in hand. Returns how many, and where to go on: behind the block, where its memory is of
+    /// a mapping that lets none go.
     pub(super) fn take_native_from(&self, piece: PageRange, work: &mut Working<'_>) -> (u64, Vpn) {
         let mut runs: ArrayVec<PageRange, 16> = ArrayVec::new();
         let mut more = None;
@@ -321,8 +349,9 @@ impl<K: Kernel> Engine<K> {
         {
             return (taken, piece.end);
         }
+        let mut at = piece.start;
         for run in runs {
-            let mut at = run.start;
+            at = at.max(run.start);
             while at < run.end {
                 let (taken, next) = self.take_native_run(PageRange { start: at, end: run.end }, work);
                 if taken > 0 {
@@ -331,7 +360,7 @@ impl<K: Kernel> Engine<K> {
                 at = next;
             }
         }
-        (0, more.unwrap_or(piece.end))
+        (0, at.max(more.unwrap_or(piece.end)))
     }
 
     /// Takes a block in hand that the kernel has populated wholly, of which the table knows nothing yet.
@@ -422,6 +451,17 @@ impl<K: Kernel> Engine<K> {
         Done { pages: first.pages + second.pages, ..second }
     }
 
+    /// Where memory begins that may be taken out of its mapping, behind `vpn`, which may not: mostly because the program has
+    /// protected it.
+    fn behind_protected(&self, vpn: Vpn) -> Vpn {
+        match self.kernel.mapped_from(self.geometry.va(vpn)) {
+            Ok(Some(mapped)) if mapped.allowed != Some(Access::Write) => {
+                self.geometry.vpn(mapped.range.end).max(vpn + 1)
+            }
+            _ => vpn + 1,
+        }
+    }
+
     /// Takes native pages at the start of `run` in hand. Returns how many, and where to go on.
     fn take_native_run(&self, run: PageRange, work: &mut Working<'_>) -> (u64, Vpn) {
         let mut locks: ArrayVec<(Entry<'_, K>, Frame), TAKE> = ArrayVec::new();
@@ -474,7 +514,10 @@ impl<K: Kernel> Engine<K> {
                 _ => {
                     if i == took {
                         // This one cannot go now; the search goes on behind it.
-                        next = entry.vpn() + 1;
+                        next = match done.trouble {
+                            Some(Trouble::Unsuitable) => self.behind_protected(entry.vpn()),
+                            _ => entry.vpn() + 1,
+                        };
                         count(&work.counters.busy);
                     }
                     self.memmap.give_back(frame);

@@ -36,6 +36,7 @@ use crate::device::DeviceError;
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{PageRange, VaRange};
+use peerspace_core::regions::Attributes;
 use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering};
 use peerspace_os::Kernel;
 use std::time::Duration;
@@ -161,7 +162,11 @@ impl<K: Kernel> Engine<K> {
         }
         // Of what becomes a region only now, faults have seen the note.
         for piece in ranges.iter().flat_map(|range| self.pieces(*range)) {
-            self.recall_pages(piece.range);
+            match piece.attributes.has(Attributes::IN_PLACE) {
+                // Whoever looks from here on finds it announced, as if it were no region any more.
+                true => self.withdraw_gone(piece.range),
+                false => self.recall_pages(piece.range),
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use peerspace_core::addr::{BLOCK_PAGES, Order, PageRange, Pages, Va, VaRange, Vp
 use peerspace_core::entry::State;
 use peerspace_core::folio::SplitBusy;
 use peerspace_core::memmap::{Backing, Frame};
-use peerspace_core::regions::RegionInfo;
+use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_os::own::{Own, Vec};
 use peerspace_os::{Kernel, Message, Trouble};
 use std::time::Duration;
@@ -110,6 +110,7 @@ impl<K: Kernel> Engine<K> {
                 let pages = self.geometry.pages_inside(range);
                 self.going.note(pages);
                 self.discard(pages, counters);
+                self.withdraw_in_place(pages);
             }
             Message::Unmap(range) if self.service.graves.is_ours(self.geometry.pages_inside(range)) => {}
             Message::Unmap(range) => match news.due.iter().position(|d| *d == range) {
@@ -283,9 +284,12 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn forget_range(&self, range: VaRange, counters: &Counters) {
         // First the region, so that a fault that comes now finds nothing; then what it held. A failure means that
         // there are more regions than a process can have mappings.
-        for RegionInfo { range: piece, .. } in self.pieces(self.geometry.pages_inside(range)) {
+        for RegionInfo { range: piece, attributes } in self.pieces(self.geometry.pages_inside(range)) {
             let removed = self.remove_region(piece, |_| {});
             debug_assert!(removed.is_ok(), "{removed:?}");
+            if attributes.has(Attributes::IN_PLACE) {
+                self.withdraw_gone(piece);
+            }
             self.discard(piece, counters);
             self.release_table(piece);
         }
@@ -294,10 +298,14 @@ impl<K: Kernel> Engine<K> {
     /// Joins the blocks of `pages`, all of which were regions, that no region touches any more, and takes back the
     /// promise of their leaves.
     pub(crate) fn release_table(&self, pages: PageRange) {
-        if pages.is_empty() {
-            return;
+        if !pages.is_empty() {
+            let _changes = self.region_changes.lock();
+            self.release_table_here(pages);
         }
-        let _changes = self.region_changes.lock();
+    }
+
+    /// The same by somebody who holds `region_changes`.
+    pub(super) fn release_table_here(&self, pages: PageRange) {
         let mut gone = 0;
         let (first, last) = (pages.start.block(), Vpn(pages.end.0 - 1).block());
         for block in first..=last {
@@ -329,6 +337,9 @@ impl<K: Kernel> Engine<K> {
             let target = PageRange { start: shift(piece.start), end: shift(piece.end) };
             self.take_apart(piece, shift, counters);
             let moved = self.remove_region(piece, |_| {}).map_err(AddError::Region).and_then(|()| {
+                if attributes.has(Attributes::IN_PLACE) {
+                    self.withdraw_gone(piece);
+                }
                 let _changes = self.region_changes.lock();
                 let new = self.cover(target)?;
                 self.each_entry(piece, counters, |entry| self.relocate_entry(entry, shift, counters));

@@ -63,7 +63,8 @@ impl<K: Kernel> Engine<K> {
     fn try_collapse(&self, start: Vpn) -> Result<(), NoCollapse> {
         let pages = PageRange::block(start.block());
         let region = self.region(pages.start).ok_or(NoCollapse::Unsuitable)?;
-        if !self.block_inside(region, pages.start) || region.attributes.has(Attributes::NO_HUGE) || !self.has_huge() {
+        let never = region.attributes.has_any(Attributes::NO_HUGE.with(Attributes::IN_PLACE));
+        if !self.block_inside(region, pages.start) || never || !self.has_huge() {
             return Err(NoCollapse::Unsuitable);
         }
         // The kernel collapses no page that is protected, and none that is not there.

@@ -65,7 +65,9 @@ impl<K: Kernel> Engine<K> {
             State::Device { pfn, .. } | State::Mapped { pfn, .. } => At::Device(pfn + (vpn - entry.vpn())),
             State::Host { .. } | State::Shared { .. } | State::Coherent { .. } => At::Mapped,
             State::Empty | State::Zero { .. } => {
-                let adopted = self.region(vpn).is_some_and(|r| r.attributes.has(Attributes::ADOPTED));
+                // What is the kernel's, and what stays where it is.
+                let other = Attributes::ADOPTED.with(Attributes::IN_PLACE);
+                let adopted = self.region(vpn).is_some_and(|r| r.attributes.has_any(other));
                 if adopted { At::Other } else { At::Zeros }
             }
             State::Poisoned { pfn } => At::Lost(pfn),
@@ -152,7 +154,7 @@ impl<K: Kernel> Engine<K> {
         let n = (end - from.0).min(CHUNK as u64);
         let read = self.kernel.read_mapped(from, &mut through.bytes[..n as usize]);
         self.let_go_some(held);
-        if read { Ok(n) } else { Err(HoldError::Foreign(vpn)) }
+        if read { Ok(n) } else { Err(self.not_there(vpn)) }
     }
 
     /// Writes the first `len` bytes of `through.bytes` to `to`.
@@ -211,7 +213,15 @@ impl<K: Kernel> Engine<K> {
         let n = self.addresses(held).end.0.min(to.0 + len) - to.0;
         let written = self.kernel.write_mapped(to, &through.bytes[done as usize..(done + n) as usize]);
         self.let_go_some(held);
-        if written { Ok(n) } else { Err(HoldError::Foreign(wanted.start)) }
+        if written { Ok(n) } else { Err(self.not_there(wanted.start)) }
+    }
+
+    /// Why bytes from `vpn` on could not be had although they were held.
+    fn not_there(&self, vpn: Vpn) -> HoldError {
+        match self.region(vpn) {
+            Some(r) if r.attributes.has(Attributes::IN_PLACE) => HoldError::Unreachable(vpn),
+            _ => HoldError::Foreign(vpn),
+        }
     }
 }
 

@@ -24,6 +24,7 @@ use peerspace_core::addr::{Access, DevicePfn, Order, Pages, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::memmap::Backing;
 use peerspace_core::pagemap::PfnRange;
+use peerspace_core::regions::Attributes;
 use peerspace_os::own::{Box, Buffer};
 use peerspace_os::{Kernel, Protect, Wake};
 use std::time::Duration;
@@ -153,7 +154,12 @@ impl<K: Kernel> Engine<K> {
                 State::Coherent { .. } => true,
                 _ => false,
             };
-            self.regions.iter().for_each(|region| self.recall_where(region.range, shares));
+            for region in self.regions.iter() {
+                match region.attributes.has(Attributes::IN_PLACE) {
+                    true => self.tiers.of(base).unmap(self.addresses(region.range)),
+                    false => self.recall_where(region.range, shares),
+                }
+            }
         }
     }
 

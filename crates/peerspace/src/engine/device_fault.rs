@@ -30,9 +30,10 @@ use peerspace_os::{Kernel, Protect, Wake};
 use std::time::{Duration, Instant};
 
 /// Faults in a row of one device on one page that it has already, before that is given up.
-const FRUITLESS: u64 = 10_000;
+pub(super) const FRUITLESS: u64 = 10_000;
 /// How long a fault goes on trying where the kernel or other threads are in the way.
-const PATIENCE: Duration = if cfg!(shuttle) { Duration::from_secs(1 << 30) } else { Duration::from_secs(10) };
+pub(super) const PATIENCE: Duration =
+    if cfg!(shuttle) { Duration::from_secs(1 << 30) } else { Duration::from_secs(10) };
 /// How long it waits for a page that is pinned.
 const PINNED: Duration = if cfg!(test) { Duration::ZERO } else { Duration::from_millis(250) };
 /// Between two tries, after the first few.
@@ -116,6 +117,8 @@ enum Next {
     Changing,
     /// The program has said that it is about to change what is there: wait until it has.
     Announced(PageRange),
+    /// It stays where it is.
+    Stays,
     Fail(FaultError),
 }
 
@@ -214,6 +217,13 @@ impl<K: Kernel> Engine<K> {
                     self.await_announced(pages);
                     continue;
                 }
+                // Also by who sends it: it does not go.
+                Next::Stays if !matches!(how, Bring::AsChosen) => return Err(FaultError::Stays(va.0)),
+                Next::Stays => {
+                    if let Some(done) = self.bring_in_place(mmu, vpn, access, most) {
+                        return done;
+                    }
+                }
                 Next::Split => self.split_for_device(vpn),
                 Next::Home(access) => match self.fault(va, access, Wake::Yes, Patience::Waits) {
                     Ok(Outcome::Foreign) => return Err(FaultError::NotManaged(va.0)),
@@ -303,6 +313,9 @@ impl<K: Kernel> Engine<K> {
         let gone = Attributes::LEAVING.with(Attributes::KEPT);
         if region.attributes.without(gone) != region.attributes {
             return Next::Fail(FaultError::NotManaged(va.0));
+        }
+        if region.attributes.has(Attributes::IN_PLACE) {
+            return Next::Stays;
         }
         let Some((_, whole)) = self.table.look(vpn) else { return Next::Again };
         let first = if whole { vpn.block_start() } else { vpn };

@@ -209,10 +209,8 @@ impl<K: Kernel> Engine<K> {
         ration: &mut Ration,
     ) -> Result<Outcome, Hold> {
         let Some(region) = self.region(fault.vpn) else { return self.unknown(fault.vpn, work) };
-        if region.attributes.has(Attributes::LEAVING) {
-            // Too late: nobody refers to it any more. Whoever does all the same faults again, until it is unmapped.
-            let _ = self.kernel.wake(self.addresses(PageRange::new(fault.vpn, Pages(1))));
-            return Ok(Outcome::Resolved);
+        if region.attributes.has_any(Attributes::LEAVING.with(Attributes::IN_PLACE)) {
+            return self.fault_elsewhere(region, fault, work);
         }
         let (seen, whole) = self.table.look(fault.vpn).ok_or(Hold::Again)?;
         // What a device had in one piece comes home so.
@@ -363,7 +361,7 @@ impl<K: Kernel> Engine<K> {
         let mut ours = false;
         let mut at = mapping.start;
         while let Some(r) = self.regions.next(at).filter(|r| r.range.start < mapping.end) {
-            ours = true;
+            ours |= !r.attributes.has(Attributes::IN_PLACE);
             if r.range.end <= vpn {
                 gap.start = r.range.end;
             } else if r.range.start > vpn {
@@ -391,7 +389,8 @@ impl<K: Kernel> Engine<K> {
         let page = self.addresses(PageRange::new(self.geometry.vpn(va), Pages(1)));
         // Files and shared memory raise SIGBUS for reasons of their own, and could be registered all the same.
         let plain = matches!(self.kernel.mapping_at(va), Ok(Some(_)));
-        if !plain || page.overlaps(self.kernel.staging()) || self.kernel.adopt(page).is_err() {
+        let in_place = self.region(self.geometry.vpn(va)).is_some_and(|r| r.attributes.has(Attributes::IN_PLACE));
+        if !plain || in_place || page.overlaps(self.kernel.staging()) || self.kernel.adopt(page).is_err() {
             return false;
         }
         // If there is something in the way, the access faults again.

@@ -25,6 +25,8 @@ pub(crate) enum HoldError {
     TooMany(Vpn),
     /// It is in place on a device, and cannot be migrated out of there, for this reason.
     Stays(Vpn, Trouble),
+    /// It is mapped and stays where it is, but cannot be accessed.
+    Unreachable(Vpn),
 }
 
 /// The folios of a range, one after the other: which of them was pinned last.
@@ -69,6 +71,10 @@ impl<K: Kernel> Engine<K> {
     fn hold_at(&self, vpn: Vpn, access: Access, walk: &mut Walk) -> Result<Vpn, HoldError> {
         let mut faulted = false;
         loop {
+            // The kernel keeps it, and brings it for whoever wants it.
+            if let Some(end) = self.end_in_place(vpn) {
+                return Ok(end);
+            }
             let work = self.contexts.take();
             let Ok(entry) = self.table.lock(vpn) else { return Err(HoldError::Foreign(vpn)) };
             match entry.state() {
@@ -124,6 +130,13 @@ impl<K: Kernel> Engine<K> {
     /// # Errors
     /// [`HoldError`] for the first page; nothing is held then.
     pub(crate) fn hold_some(&self, pages: PageRange, access: Access) -> Result<PageRange, HoldError> {
+        if let Some(end) = self.end_in_place(pages.start) {
+            let page = self.addresses(PageRange::new(pages.start, Pages(1)));
+            return match self.kernel.is_accessible(page, access == Access::Write) {
+                true => Ok(PageRange { start: pages.start, end: end.min(pages.end) }),
+                false => Err(HoldError::Unreachable(pages.start)),
+            };
+        }
         if let Some(held) = self.hold_mapped(pages, access) {
             return Ok(held);
         }
@@ -177,7 +190,7 @@ impl<K: Kernel> Engine<K> {
 
     /// The same, by somebody who has a context.
     pub(super) fn track_here(&self, vpn: Vpn) {
-        while self.region(vpn).is_some()
+        while self.region(vpn).is_some_and(|r| !r.attributes.has(Attributes::IN_PLACE))
             && let Ok(entry) = self.table.lock(vpn)
             && entry.state() == State::Empty
             && self.kernel.is_present(self.geometry.va(vpn)).unwrap_or(false)
@@ -193,8 +206,8 @@ impl<K: Kernel> Engine<K> {
     /// Takes a native page into the table where it is.
     fn track_native(&self, entry: Entry<'_, K>) {
         // With the entry locked: what is discarded or unmapped from here on takes it back. Whatever has been put in the place
-        // of a region that has gone is none of ours.
-        if self.region(entry.vpn()).is_none() {
+        // of a region that has gone is none of ours, and what the kernel keeps is in no table.
+        if self.region(entry.vpn()).is_none_or(|r| r.attributes.has(Attributes::IN_PLACE)) {
             return;
         }
         if entry.is_whole() {

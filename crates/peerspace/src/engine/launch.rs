@@ -79,8 +79,19 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Holds the page at `vpn`, or the block that it is mapped with. Returns what comes next.
+    ///
+    /// What stays where it is takes no mark: nobody takes it from the device but who takes it from everybody. It is mapped to be
+    /// written if the program may write it.
     fn hold_one(&self, mmu: MmuId, vpn: Vpn) -> Result<Vpn, FaultError> {
         loop {
+            if self.end_in_place(vpn).is_some() {
+                let bring = |access| self.bring_to_device(mmu, vpn, access, (Bring::AsChosen, CLUSTER));
+                let got = match bring(DeviceAccess::Write) {
+                    Err(FaultError::ReadOnly(_)) => bring(DeviceAccess::Read)?,
+                    got => got?,
+                };
+                return Ok(vpn + got.0);
+            }
             self.bring_to_device(mmu, vpn, DeviceAccess::Atomic, (Bring::Here, CLUSTER))?;
             let _work = self.contexts.take();
             let tier = self.tiers.by_mmu(mmu).ok_or(FaultError::Cut)?;
@@ -113,6 +124,10 @@ impl<K: Kernel> Engine<K> {
         let mut all = true;
         let mut at = range.start;
         while at < range.end {
+            if let Some(end) = self.end_in_place(at) {
+                at = end;
+                continue;
+            }
             let _work = self.contexts.take();
             let Ok(entry) = self.table.lock(at) else {
                 all = false;

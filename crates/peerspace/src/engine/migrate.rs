@@ -76,7 +76,8 @@ impl<K: Kernel> Engine<K> {
         let (base, memory) = {
             let _work = self.contexts.take();
             let region = self.region(start).ok_or(MigrateError::NotOwn)?;
-            if region.attributes.has(Attributes::ADOPTED) || region.attributes.has(Attributes::PERSISTENT) {
+            let others = Attributes::ADOPTED.with(Attributes::PERSISTENT).with(Attributes::IN_PLACE);
+            if region.attributes.has_any(others) {
                 return Err(MigrateError::NotOwn);
             }
             let tier = self.tiers.by_id(id).ok_or(MigrateError::NotThere)?;

@@ -52,6 +52,9 @@ pub(crate) struct MmuState {
     /// bits) and how often. Each page has its slot, so that threads of the device that are in trouble with different pages
     /// do not hide each other's.
     fruitless: [AtomicU64; SLOTS],
+    /// Pages in place that it was given last, each in its slot: the page as above, and how often something had been taken away
+    /// from it until then.
+    in_place: [AtomicU64; SLOTS],
     pub(crate) counters: MmuCounters,
     pub(crate) closing: Closing,
 }
@@ -80,6 +83,7 @@ impl MmuState {
             streams: Streams::new(),
             hand: AtomicU64::new(0),
             fruitless: [const { AtomicU64::new(0) }; SLOTS],
+            in_place: [const { AtomicU64::new(0) }; SLOTS],
             counters: MmuCounters::default(),
             closing: Closing::new(),
         }
@@ -97,12 +101,24 @@ impl MmuState {
             self.fruitless.iter().filter(|slot| slot.load(Relaxed) != 0).for_each(|slot| slot.store(0, Relaxed));
             return false;
         }
-        let slot = &self.fruitless[(vpn.0 ^ vpn.0 >> 6) as usize % SLOTS];
+        let slot = &self.fruitless[Self::slot(vpn)];
         let (page, seen) = ((vpn.0 + 1) << COUNT_BITS, slot.load(Relaxed));
         let count = if seen >> COUNT_BITS == page >> COUNT_BITS { (seen & COUNT) + 1 } else { 1 };
         // Two threads at once may count as one.
         slot.store(if count > most { 0 } else { page | count.min(COUNT) }, Relaxed);
         count > most
+    }
+
+    /// The same for a page in place, of which nobody notes who has it: it has it already if it was given nothing else in that
+    /// page's slot since, and nothing has been taken away from it.
+    pub(crate) fn note_in_place(&self, vpn: Vpn, most: u64) -> bool {
+        let now = (vpn.0 + 1) << COUNT_BITS | self.counters.recalls.load(Relaxed) & COUNT;
+        let already = self.in_place[Self::slot(vpn)].swap(now, Relaxed) == now;
+        self.note_fault(vpn, already, most)
+    }
+
+    fn slot(vpn: Vpn) -> usize {
+        (vpn.0 ^ vpn.0 >> 6) as usize % SLOTS
     }
 }
 
@@ -325,13 +341,18 @@ impl<K: Kernel> Engine<K> {
     /// Recalls everything, of all regions: before a fork.
     pub(crate) fn recall_all(&self) {
         if self.tiers.iter().any(|tier| tier.mmu.is_some()) {
-            self.regions.iter().for_each(|region| self.recall_pages(region.range));
+            for region in self.regions.iter() {
+                match region.attributes.has(Attributes::IN_PLACE) {
+                    true => self.withdraw(region.range),
+                    false => self.recall_pages(region.range),
+                }
+            }
         }
     }
 
     /// Waits until the accesses of devices to the host's memory are over that were under way. The caller has locked the entry
     /// that it is about.
-    fn drain_remote(&self) {
+    pub(super) fn drain_remote(&self) {
         // Pairs with the fence in remote_access.
         fence(Ordering::SeqCst);
         for slot in self.contexts.all() {
@@ -364,17 +385,17 @@ impl<K: Kernel> Engine<K> {
         let context = work.context();
         let Some(_section) = self.gate.enter(context) else { return Err(FaultError::NotMapped(va.0)) };
         let _remote = Remote::begin(context);
-        match self.tiers.by_mmu(mmu) {
-            Some(tier) if !tier.has_failed() => {}
-            _ => return Err(FaultError::Cut),
-        }
+        let tier = self.tiers.by_mmu(mmu).filter(|tier| !tier.has_failed()).ok_or(FaultError::Cut)?;
         // The lock first. Whoever takes it from here on sees this access; had the state been read before, somebody could take
         // the page away, and be done, between the two.
-        let barred = self.table.is_locked(vpn) || write && self.is_for_reading(vpn);
+        let reads = write && self.is_for_reading(vpn);
+        let barred = self.table.is_locked(vpn) || reads;
         let allowed = match self.table.look(vpn).map(|(entry, _)| entry.state()) {
             Some(State::Shared { sharers, writable, .. }) => !barred && sharers.has(mmu) && (writable || !write),
             // Whoever asks may have it, as long as it is there.
             Some(State::Coherent { .. }) => !barred,
+            // What takes it away from devices takes the region away first; no lock says so.
+            Some(State::Empty) => !reads && self.may_access_in_place(&tier, vpn),
             _ => false,
         };
         // Even so, memory that the program owns may just have been unmapped.

@@ -11,6 +11,7 @@
 //! | [`tiers`], [`tier`] | the devices, and who owns each of their pages; `no_tiers.rs` in a build without any |
 //! | [`detach`], [`empty`] | devices that come and go, and those that are emptied and stay |
 //! | [`adopt`] | memory the program already has |
+//! | [`stays`], [`stays_fault`] | memory the program has that stays where it is, and devices in it |
 //! | [`own`] | regions of the space's own, made and given back |
 //! | [`collapse`], [`compact`] | small pages become huge folios again, and room is made for them |
 //! | [`migrate`], [`inplace`] | blocks sent to a device, and mapped there in place |
@@ -100,6 +101,9 @@ pub(crate) mod serve;
 mod sim_tests;
 pub(crate) mod staging;
 pub(crate) mod stats;
+pub(crate) mod stays;
+#[cfg(feature = "devices")]
+mod stays_fault;
 #[cfg(feature = "devices")]
 pub(crate) mod tier;
 #[cfg_attr(not(feature = "devices"), path = "no_tiers.rs")]

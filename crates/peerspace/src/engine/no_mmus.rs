@@ -44,4 +44,8 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn halt_devices(&self) -> Option<core::convert::Infallible> {
         None
     }
+
+    pub(super) fn withdraw_gone(&self, _: peerspace_core::addr::PageRange) {}
+
+    pub(super) fn withdraw_in_place(&self, _: peerspace_core::addr::PageRange) {}
 }

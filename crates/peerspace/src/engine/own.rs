@@ -63,7 +63,7 @@ impl<K: Kernel> Engine<K> {
                 continue;
             }
             let pages = self.geometry.pages_inside(range);
-            let added = self.cover(pages).and_then(|new| self.insert_region(pages, attributes, new));
+            let added = self.insert_fresh_region(pages, attributes);
             if let Err(e) = added {
                 drop(changes);
                 unmap(memory);

@@ -144,7 +144,8 @@ impl<K: Kernel> Engine<K> {
             if matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Coherent { .. })) {
                 return;
             }
-            let stays = hints.accessed_by(mmu)
+            let stays = hints.has(Attributes::IN_PLACE)
+                || hints.accessed_by(mmu)
                 || hints.preferred() == Some(Place::Host)
                 || hints.has(Attributes::READ_MOSTLY);
             let start = self.table.look(vpn).map_or(vpn, |(_, whole)| if whole { vpn.block_start() } else { vpn });

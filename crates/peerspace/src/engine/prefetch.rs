@@ -73,6 +73,9 @@ impl Ticket {
 
 #[derive(Debug, Clone)]
 struct Request {
+    /// What was asked for.
+    asked: PageRange,
+    /// The blocks that are to be sent yet.
     rest: PageRange,
     to: Goal,
     ticket: Shared<Ticket>,
@@ -105,11 +108,11 @@ impl Prefetches {
 }
 
 /// Takes the next block of request `i`.
-fn take_block(requests: &mut Vec<Request>, i: usize) -> (PageRange, Goal, Shared<Ticket>) {
-    let Request { rest, to, ticket } = &mut requests[i];
+fn take_block(requests: &mut Vec<Request>, i: usize) -> Request {
+    let Request { asked, rest, to, ticket } = &mut requests[i];
     let block = PageRange::block(rest.start.block());
     rest.start = block.end;
-    let next = (block, *to, ticket.clone());
+    let next = Request { asked: *asked, rest: block, to: *to, ticket: ticket.clone() };
     if rest.is_empty() {
         requests.remove(i);
     }
@@ -132,7 +135,7 @@ impl<K: Kernel> Engine<K> {
                 end: PageRange::block(pages.start.block() + blocks - 1).end,
             };
             let _work = self.contexts.take();
-            self.prefetches.requests.lock().push(Request { rest, to, ticket: ticket.clone() });
+            self.prefetches.requests.lock().push(Request { asked: pages, rest, to, ticket: ticket.clone() });
             ring(&self.prefetches.bell, &self.kernel.park());
         }
         ticket
@@ -144,11 +147,11 @@ impl<K: Kernel> Engine<K> {
         await_bell(self.service.started(), &park);
         while !self.service.stopped() {
             await_bell(&self.prefetches.bell, &park);
-            while let Some((block, to, ticket)) = self.next_prefetch() {
-                if !ticket.cancelled.load(Ordering::Relaxed) && !self.service.stopped() {
-                    self.send_block(block, to, &ticket);
+            while let Some(block) = self.next_prefetch() {
+                if !block.ticket.cancelled.load(Ordering::Relaxed) && !self.service.stopped() {
+                    self.send_block(&block);
                 }
-                ticket.block_done(&park);
+                block.ticket.block_done(&park);
             }
         }
     }
@@ -162,15 +165,15 @@ impl<K: Kernel> Engine<K> {
                 let ours = requests.iter().position(|r| Shared::as_ptr(&r.ticket) == Shared::as_ptr(ticket));
                 ours.map(|i| take_block(&mut requests, i))
             };
-            let Some((block, to, _)) = next else { return };
+            let Some(block) = next else { return };
             if !ticket.cancelled.load(Ordering::Relaxed) {
-                self.send_block(block, to, ticket);
+                self.send_block(&block);
             }
             ticket.block_done(&self.kernel.park());
         }
     }
 
-    fn next_prefetch(&self) -> Option<(PageRange, Goal, Shared<Ticket>)> {
+    fn next_prefetch(&self) -> Option<Request> {
         let _work = self.contexts.take();
         let mut requests = self.prefetches.requests.lock();
         if requests.is_empty() {
@@ -181,13 +184,15 @@ impl<K: Kernel> Engine<K> {
         Some(take_block(&mut requests, 0))
     }
 
-    fn send_block(&self, block: PageRange, to: Goal, ticket: &Ticket) {
+    fn send_block(&self, request: &Request) {
+        let Request { asked, rest: block, to, ticket } = request;
         let mut at = block.start;
         while at < block.end {
             // The parts of the block that are regions of ours.
             let Some(region) = self.regions.next(at).filter(|r| r.range.start < block.end) else { return };
             let piece = region.range.intersect(PageRange { start: at, end: block.end });
-            let sent = match to {
+            let sent = match *to {
+                _ if region.attributes.has(Attributes::IN_PLACE) => self.send_nowhere(piece, (*asked, *to), ticket),
                 Goal::Host => self.send_home(piece, ticket),
                 Goal::Mmu(mmu) => self.send_to_device(mmu, piece, region.attributes, ticket),
             };
@@ -195,6 +200,25 @@ impl<K: Kernel> Engine<K> {
                 ticket.failed.lock().get_or_insert(e);
             }
             at = piece.end;
+        }
+    }
+
+    /// `pages` stay where they are, which is on the host. It is an error if they were asked for, and not only lie in a block
+    /// of what was.
+    fn send_nowhere(
+        &self,
+        pages: PageRange,
+        (asked, to): (PageRange, Goal),
+        ticket: &Ticket,
+    ) -> Result<(), FaultError> {
+        let wanted = pages.intersect(asked);
+        match to {
+            Goal::Host => {
+                ticket.there.fetch_add(pages.pages().0, Ordering::Release);
+                Ok(())
+            }
+            Goal::Mmu(_) if wanted.is_empty() => Ok(()),
+            Goal::Mmu(_) => Err(FaultError::Stays(self.geometry.va(wanted.start).0)),
         }
     }
 

@@ -113,7 +113,7 @@ impl<K: Kernel> Engine<K> {
             };
             let next = if whole { Vpn(at.block_start().0 + BLOCK_PAGES).min(pages.end) } else { at + 1 };
             there += match (entry.state(), range) {
-                (State::Empty, None) => self.count_native(PageRange { start: at, end: next }),
+                (State::Empty, None) => self.count_untracked(PageRange { start: at, end: next }),
                 (state, range) if is_there(state, range) => next - at,
                 _ => 0,
             };
@@ -122,9 +122,10 @@ impl<K: Kernel> Engine<K> {
         Pages(there)
     }
 
-    /// How many of `pages`, of which the table knows nothing, the kernel has populated.
-    fn count_native(&self, pages: PageRange) -> u64 {
-        let mut native = 0;
+    /// How many of `pages`, of which the table knows nothing, are the kernel's on the host: because it has populated them, or
+    /// because they stay there in any case.
+    fn count_untracked(&self, pages: PageRange) -> u64 {
+        let mut native: u64 = self.in_place_parts(pages).map(|part| part.pages().0).sum();
         if self.region(pages.start).is_some_and(|r| r.attributes.has(Attributes::ADOPTED)) {
             let count = &mut |run: peerspace_core::addr::VaRange| native += self.geometry.pages_in(run.len()).0;
             // Where that cannot be found out they are not counted.

@@ -31,7 +31,7 @@ impl Holds {
             Ok(()) => self.all.push(Hold { pages, kept: true }),
             // A page is lost, or the kernel was made to refuse.
             Err(HoldError::Lost(..) | HoldError::Foreign(_) | HoldError::Stays(..)) => {}
-            Err(e @ HoldError::TooMany(_)) => panic!("{e:?}"),
+            Err(e @ (HoldError::TooMany(_) | HoldError::Unreachable(_))) => panic!("{e:?}"),
         }
     }
 
