@@ -12,8 +12,9 @@ use crate::device::mmu::{DeviceAccess, FaultError, Mapping, Mmu, MmuDescriptor, 
 use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, PeerCopy, SharedMemory, Store};
 use crate::engine::device_fault::Bring;
 use crate::sync::Mutex;
-use peerspace_core::addr::{Va, VaRange};
+use peerspace_core::addr::{Va, VaRange, Vpn};
 use peerspace_core::entry::State;
+use peerspace_core::regions::Attributes;
 use peerspace_core::sharers::MmuId;
 use peerspace_os::Kernel;
 use peerspace_os::own::{Box as OwnBox, Own};
@@ -112,6 +113,11 @@ impl Ground {
     }
 }
 
+/// Whether the page at `vpn` is of memory that stays where it is.
+fn stays(engine: &Tried, vpn: Vpn) -> bool {
+    engine.region(vpn).is_some_and(|r| r.attributes.has(Attributes::IN_PLACE))
+}
+
 /// Whether two devices may have these at once (the table in `core::coherence`).
 fn agree((a, of): (Entered, &Table), (b, other): (Entered, &Table)) -> bool {
     match (a.to, b.to) {
@@ -167,6 +173,7 @@ impl Fleet {
                     }
                     (State::Coherent { pfn }, Target::Own(page)) => tier.base() + page == pfn + offset,
                     (State::Coherent { .. }, Target::Host) => true,
+                    (State::Empty, Target::Host) => stays(engine, vpn),
                     (State::Zero { sharers }, Target::Zero) => sharers.has(chip.mmu()) && !entered.writable,
                     _ => false,
                 };
@@ -429,10 +436,16 @@ impl Chip {
 
     /// Makes an access to the host's memory, which takes its time: the table says all the while that the device may.
     fn in_place(&self, engine: &Tried, va: u64, access: impl FnOnce() -> bool) -> bool {
+        let vpn = engine.geometry.vpn(Va(va));
+        let stays = stays(engine, vpn);
         crate::sync::yield_now();
         let done = access();
         crate::sync::yield_now();
-        let state = engine.table.look(engine.geometry.vpn(Va(va))).map(|(entry, _)| entry.state());
+        let state = engine.table.look(vpn).map(|(entry, _)| entry.state());
+        // Who takes such memory away takes the region first, and then waits for the access.
+        if stays && engine.region(vpn).is_none_or(|r| r.attributes.has(Attributes::IN_PLACE)) {
+            return done;
+        }
         let fine = match state {
             Some(State::Shared { sharers, .. }) => sharers.has(self.mmu()),
             Some(State::Coherent { .. }) => true,

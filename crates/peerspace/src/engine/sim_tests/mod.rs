@@ -30,6 +30,8 @@ mod oracle;
 mod races;
 #[cfg(all(not(shuttle), feature = "process"))]
 mod replays;
+#[cfg(all(not(shuttle), feature = "process"))]
+mod stays;
 
 use super::fault::{Outcome, Patience};
 use super::reclaim::Step;
