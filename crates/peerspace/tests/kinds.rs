@@ -14,7 +14,7 @@ use common::*;
 use memory::*;
 use peerspace::device::mmu::{FaultError, MmuDescriptor, Mode, Target};
 use peerspace::device::soft::{Accelerator, Lane, Options, Soft};
-use peerspace::{Error, Faults, Hint, Node, Space, Use};
+use peerspace::{Error, Faults, Hint, Node, Residence, Space, Use};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
@@ -188,6 +188,10 @@ fn g11_what_stays_is_not_moved_and_nobody_has_it_alone() {
         let e = adopted.prefetch(Node::Device(chips_id)).unwrap().wait().unwrap_err();
         assert!(matches!(&e, Error::Migrate { why, .. } if why.contains("stays on the host")), "{e}");
         assert!(adopted.prefetch(Node::Host).unwrap().wait().is_ok());
+        assert_eq!(adopted.migrate(Node::Device(chips_id)).unwrap(), 0, "{what}");
+        assert_eq!(adopted.migrate(Node::Host).unwrap(), 2 * MIB, "{what}");
+        assert!(space.pages(memory.start, memory.len).unwrap().all(|p| p.residence == Residence::InPlace), "{what}");
+        assert_eq!(chip.target(va), None, "{what}: nothing was mapped for it");
         // Hints that say where things are to be change nothing about that.
         for hint in [Hint::Prefer(Some(Node::Device(chips_id))), Hint::ReadMostly(true), Hint::Dense] {
             adopted.advise(hint).unwrap();

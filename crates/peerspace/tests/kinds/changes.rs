@@ -339,3 +339,40 @@ fn g12_shared_memory_is_shared_after_a_fork_and_private_is_not() {
     let output = in_process("changes::forking", &[]);
     assert!(output.status.success(), "{}", said(&output));
 }
+
+/// Rule G5: from when a change is announced until it is over no device accesses what stays, and after that none does what may not
+/// be done any more.
+#[test]
+fn g5_announced_changes_keep_devices_out() {
+    each_kind(&STAYING, 2 * MIB, |faults, kind, memory| {
+        let what = format!("{kind:?} {faults:?}");
+        let [a, b, _] = chips();
+        let space = space_of(faults, &[&a, &b]);
+        let adopted = space.adopt(memory.start, memory.len).unwrap();
+        for chip in [&a, &b] {
+            (0..512).for_each(|i| assert_eq!(chip.load(memory.va(i)), Ok(word(i))));
+        }
+        let (va, beside) = (memory.va(3), memory.va(300));
+        let change = space.announce(va as *const u8, 4096);
+        assert_eq!((a.target(va), b.target(va)), (None, None), "{what}");
+        assert!(matches!(a.port().read(va, &mut [0; 8]), Err(FaultError::NotMapped(_))), "{what}");
+        assert_eq!(b.load(beside), Ok(word(300)), "{what}: what is not concerned goes on");
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| {
+                let stored = a.store(va, 1);
+                assert!(is_over.load(SeqCst), "{what}: it did not wait");
+                stored
+            });
+            std::thread::sleep(Duration::from_millis(20));
+            let done = if kind == Huge || kind == SharedHuge { 0..512 } else { 3..4 };
+            memory.protect(done, libc::PROT_READ);
+            is_over.store(true, SeqCst);
+            drop(change);
+            assert_eq!(waits.join().unwrap(), Err(FaultError::ReadOnly(va)), "{what}");
+        });
+        assert_eq!((b.load(va), memory.word(3, 0).load(SeqCst)), (Ok(word(3)), word(3)), "{what}");
+        space.check();
+        drop(adopted);
+    });
+}
