@@ -300,6 +300,48 @@ fn g1_adopted_memory_migrates_by_the_page() {
     }
 }
 
+/// Rules G1, G3: a device that uses memory where it is reads a page that nobody has touched, among others that the kernel has
+/// populated. In the first page of a block, too.
+#[test]
+fn g3_an_untouched_page_among_the_kernels_own_is_read_as_zeros() {
+    for protected in [false, true] {
+        let a = Accelerator::new(Options::new(mib(4)).mode(Mode::Share)).unwrap();
+        let (space, _) = build(Faults::Signal, &[&a]);
+        let len = 6 * MIB;
+        // SAFETY: a new mapping.
+        let at = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
+        assert_ne!(at, libc::MAP_FAILED);
+        let block = at.cast::<u8>().wrapping_add(at.align_offset(2 * MIB));
+        for i in [2, 7, 511] {
+            // SAFETY: it is this test's own.
+            unsafe { block.add(i * page()).cast::<u64>().write_volatile(word(i)) };
+        }
+        if protected {
+            // SAFETY: as above.
+            assert_eq!(unsafe { libc::mprotect(block.cast(), 2 * MIB, libc::PROT_READ) }, 0);
+        }
+        let adopted = space.adopt(block, 2 * MIB).unwrap();
+        let start = block as u64;
+        let kernel = move |lane: &Lane, items: Range<u64>| {
+            for i in items {
+                let expected = if [2, 7, 511].contains(&i) { word(i as usize) } else { 0 };
+                assert_eq!(lane.load::<u64>(start + i * page() as u64)?, expected, "page {i}");
+            }
+            Ok(())
+        };
+        let begun = std::time::Instant::now();
+        // SAFETY: the memory stays as it is, and any bytes make a word.
+        unsafe { a.launch(512, kernel) }.unwrap().wait().unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        adopted.release().unwrap();
+        // SAFETY: it is not used any more.
+        unsafe { libc::munmap(at, len) };
+    }
+}
+
 /// Rules Z3, Z9, G13: what cannot be done is said with the first page.
 #[test]
 fn z9_what_cannot_go_is_said() {

@@ -634,6 +634,18 @@ impl<K: Kernel> Engine<K> {
             }
         }
         self.track_here(vpn);
-        if known() { Next::Again } else { Next::Pause }
+        if known() || self.part_from_natives(vpn) { Next::Again } else { Next::Pause }
+    }
+
+    /// Takes a block of which the table knows nothing apart if the kernel has not populated this page of it, only others. Whether
+    /// that was so: the page is by itself then.
+    fn part_from_natives(&self, vpn: Vpn) -> bool {
+        let Ok(entry) = self.table.lock(vpn) else { return false };
+        let populated = || self.kernel.is_present(self.geometry.va(vpn)).unwrap_or(true);
+        let apart = entry.is_whole() && entry.state() == State::Empty && !populated();
+        if apart {
+            entry.split_evenly();
+        }
+        apart
     }
 }
