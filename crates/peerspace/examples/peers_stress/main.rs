@@ -62,7 +62,7 @@ fn trouble(world: &World, elapsed: Duration) {
     for (n, chip) in world.chips.iter().enumerate() {
         let n = n as u128;
         chip.trouble().bad_stores.store(if tick % 8 == n { 7 } else { 0 }, SeqCst);
-        chip.trouble().every_other_load.store(tick % 5 == n, SeqCst);
+        chip.trouble().every_other_load.store(tick % 5 != n, SeqCst);
         chip.trouble().bad_peers.store(tick % 3 == n, SeqCst);
         chip.trouble().late.store((tick % 2 * 3) as u64, SeqCst);
     }

@@ -106,7 +106,6 @@ pub(crate) struct Fault {
     pub(crate) direction: Direction,
     /// Bring in this page alone: a transfer with neighbours has failed.
     pub(crate) alone: bool,
-    pub(crate) failures: u32,
     /// Nobody waits for it: it is read ahead.
     pub(crate) ahead: bool,
 }
@@ -122,7 +121,6 @@ impl Fault {
             level,
             direction: Direction::Up,
             alone: false,
-            failures: 0,
             ahead: true,
         }
     }

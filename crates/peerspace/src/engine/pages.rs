@@ -20,8 +20,7 @@ use peerspace_core::stream::Direction;
 use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_os::{Done, Kernel, Protect, Trouble, Wake};
 
-/// How often in a row a page alone must fail to load before it is lost. Two are not enough: between them, others may read
-/// the page for nothing.
+/// How often in a row a page alone must fail to load before it is lost.
 const TRIES: u32 = 3;
 /// Pages brought in by one fault.
 const MOST: usize = CLUSTER.0 as usize;
@@ -294,23 +293,28 @@ impl<K: Kernel> Engine<K> {
         let run = self.span(&locks);
         let (context, buffer) = work.parts();
         let bytes = self.geometry.bytes(run.pages()) as usize;
-        if let Err(e) = self.transfer(&locks, &mut buffer[..bytes]) {
+        let mut loaded = self.transfer(&locks, &mut buffer[..bytes]);
+        // A passing failure, perhaps. The page stays locked: that others bring it home in between, and it goes again and fails
+        // anew, would be no sign of its being lost.
+        let mut tries = 1;
+        while loaded.is_err() && locks.len() == 1 && tries < TRIES {
+            loaded = self.transfer(&locks, &mut buffer[..bytes]);
+            tries += 1;
+        }
+        if let Err(e) = loaded {
             for f in frames {
                 self.memmap.give_back(f);
             }
             self.spare_charges(ration);
-            if locks.len() > 1 || fault.failures + 1 < TRIES {
-                // Again, this page alone: it may be a neighbour that cannot be read, or a passing failure.
+            if locks.len() > 1 {
+                // Again, this page alone: it may be a neighbour that cannot be read.
                 fault.alone = true;
-                fault.failures += (locks.len() == 1) as u32;
                 return Err(Hold::Again);
             }
             let entry = locks.pop().expect("one entry is locked");
             self.lose(entry, e, context);
             return Ok(Outcome::Poisoned);
         }
-        // The device can read it: what went wrong before has passed.
-        fault.failures = 0;
         let keeps = tier.info.compares && tier.has_room();
         let (protect, writable, dirt) =
             if fault.access == Access::Read && rewritten && (keeps || self.is_sure(context)) {
