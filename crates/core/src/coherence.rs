@@ -32,6 +32,9 @@
 //! shared and read-only, any CPU access to what is mapped on a device, a move, an eviction of the frame or of the device's page,
 //! a discard, a fork, and a detach.
 //!
+//! It takes them from all devices: to take them from one alone would save a fault now and then, and be one more way in which each
+//! pair of states can follow each other.
+//!
 //! Of what is `Coherent` no account is kept of who maps it: nobody has to give way as long as it stays in place. Before it is taken
 //! from there *all* devices let go of it, and accesses through the port are waited for. An atomic access that must be alone
 //! ([`Request::atomic`]) takes it from its place; the memory itself is one for all, so that single words are exchanged in one

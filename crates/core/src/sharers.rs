@@ -1,6 +1,13 @@
 //! Which devices' MMUs map a page, beside the CPU: the presence bits of a directory protocol, in a table word.
 //!
 //! In a build without devices the type has no values (rule Z10), and neither have the states that name one.
+//!
+//! # The table's word is the directory
+//!
+//! Which devices map a page is said by bits of its word, where a page that was evicted has its stamp. So who may access a page
+//! changes in one store, under the one lock that decides about it, and nothing else has to be kept in step; the fault on a page
+//! that no device maps pays nothing for it. Which of its pages a device has a copy on is asked for seldom, and looked up by hash
+//! (`inverted.rs`).
 
 use core::fmt;
 

@@ -7,6 +7,9 @@
 //!
 //! A child whose faults are to be delivered to threads has none at first, and starting one touches the C library's
 //! heap, which may be managed itself. Until its threads run, its faults therefore come by signal.
+//!
+//! Files are shared read-only from then on, and each side writes to one of its own. Pages that a fork shares cannot be moved:
+//! they are made the process's own first.
 
 use crate::engine::tiers::ForkSide;
 use crate::space::{Real, start_threads_of_child};

@@ -3,6 +3,12 @@
 //! A descriptor that serves accesses of the kernel needs privileges, and is of use only where faults come as messages; one for
 //! the program's own accesses anybody may open. Features that are missing have a fallback, or an error that says which kernel has
 //! them.
+//!
+//! # Write protection is synchronous
+//!
+//! `WP_ASYNC` would spare signal delivery its trouble with system calls that write to protected pages, but it belongs to the whole
+//! descriptor and splits huge mappings. Instead the library makes ranges resident, writable where asked, before they are handed to
+//! the kernel (`make_resident`), and the preload library does so for the calls that it covers.
 
 use super::kernel::{Delivery, Setup};
 use super::uffd::{Uffd, feature};

@@ -3,8 +3,9 @@
 //! One userfaultfd serves the regions and the staging area. That staging is registered with the same descriptor
 //! as the regions is what makes [`take_out`](Kernel::take_out) safe: the kernel refuses it (EAGAIN) while an
 //! unmap of a region is announced but not received, so a page can never be taken from a mapping that somebody
-//! else has put in the place of ours. Staging itself is only ever emptied while unregistered, so that our own
-//! housekeeping causes no messages.
+//! else has put in the place of ours. With a second userfaultfd for staging it could: only operations through the
+//! region's own descriptor are refused then. Staging is registered for write protection only, and emptied by unregister,
+//! discard, register, so that our own housekeeping causes no messages.
 
 use super::choice::Choice;
 use super::futex::Futex;

@@ -8,6 +8,13 @@
 //! In the background ([`Engine::serve_collapse`]) blocks are looked through in turn, in a bounded share of the time, and
 //! those are chosen that lack few pages ([`MOST_MISSING`]), since what they lack becomes memory that the program did not ask
 //! for, and of which not too many are clean ([`MOST_CLEAN`]).
+//!
+//! # Why it is left to the kernel
+//!
+//! Where small pages were mapped there is a page table, and a huge page moved in is broken up at once. To have the table freed,
+//! the empty block would have to be discarded, which destroys whatever the program has put there since; and making a huge page
+//! and freeing small ones costs as much in either way. `MADV_COLLAPSE` needs neither. It takes unprotected pages only, which is
+//! why blocks that are mostly clean are left alone.
 
 use super::serve::await_bell;
 use super::stats::count;

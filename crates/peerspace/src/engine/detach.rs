@@ -12,6 +12,9 @@
 //!
 //! The program and other devices go on meanwhile. A page is moved with its entry locked, as everything about a page is done:
 //! whoever faults on it waits for as long as one transfer takes.
+//!
+//! A device that is gone (by its own word, by `Space::fail`, or because it was made to fail for a trial) is not asked again: exactly
+//! what it alone holds is lost, when it is asked for.
 
 use super::context::Working;
 use super::fault::{Outcome, Patience};

@@ -3,6 +3,13 @@
 //! What it takes to drop a frame is decided by [`plan::on_evict`]: nothing where another copy is certain, a
 //! comparison where it is likely, a write otherwise. A frame that no device takes stays where it is; nothing is
 //! ever dropped on hope.
+//!
+//! # What is clean is known, not guessed
+//!
+//! A page that came by COPY with write protection from its first moment is clean until a write faults. One that was moved in and
+//! protected afterwards may have been written in between: it is *unverified*, and compared with the device's copy
+//! ([`Device::holds`](crate::device::Device::holds)) when it leaves. Pages that were written each time they were home are mapped
+//! writable at once, unverified, which saves the second fault; if they were not written after all, the comparison says so.
 
 use super::context::Working;
 use super::stats::{count, count_n};

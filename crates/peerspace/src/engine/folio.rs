@@ -7,6 +7,10 @@
 //! A folio some of whose pages the program has discarded holds memory that nobody uses, since the kernel keeps a huge page
 //! in one piece as well. It is queued ([`Blocks::defer`](super::staging::Blocks::defer)), and reclaim splits what is queued
 //! before it looks for victims; the first of its pages that leaves makes the kernel split its own.
+//!
+//! Where the kernel puts migration entries (H9), all of the folio's entries are locked. What is left of split blocks moves to
+//! small frames when huge folios find no room ([`compact`](super::compact)); the pages stay where they are, only their numbers
+//! change.
 
 use super::Engine;
 use super::stats::{Counters, count};

@@ -21,6 +21,12 @@
 //! Orderings: entering stores the section's flag, then loads the gate; closing stores the gate, then loads the
 //! flags. Both pairs are separated by a sequentially consistent fence, so at least one side sees the other
 //! (Dekker). Leaving is a Release that the closer acquires.
+//!
+//! # Who waits
+//!
+//! A fault that meets a change waits, where faults come by signal, or is put aside, where threads receive, and tried again when
+//! the change is over. Threads that receive never wait for anything that only a receiver can bring about, and reclaim that a
+//! change stops says so instead of trying on.
 
 use crate::engine::context::Context;
 use peerspace_core::sync::{AtomicU64, Ordering, Park, fence, spin_hint};

@@ -15,11 +15,15 @@
 //! news. Whoever calls has the entry of the block locked, and a receiver that acts on somebody else's change may want that
 //! entry. So the one who changes says so first, in a section, when nobody acts on anything ([`InPlace::begin`]); and a receiver
 //! that finds such a change under way receives until it is over, before it acts on anything else ([`InPlace::is_ours`],
-//! `Engine::apply`). Only one thread changes at a time; it has the [*turn*](super::turn), which forks and walks of
-//! everything take as well.
+//! `Engine::apply`), and resolves faults only where it waits for no entry. Only one thread changes at a time; it has the
+//! [*turn*](super::turn), which forks and walks of everything take as well.
 //!
 //! Nothing but regions of the space's own is used so. The program does not unmap these, so nobody else's mapping can have
 //! come to be where memory is put in place; of adopted memory the kernel would not say.
+//!
+//! On the way back a registered mapping, prepared elsewhere, is moved over the device's memory, so that a reader waits and never
+//! sees zeros. Neighbours that are neighbours on the device as well share a mapping, and no more than a quarter of the mappings
+//! that a process may have is spent ([`SHARE`]). Before a fork everything moves to where two processes do not share it.
 
 use super::context::{Context, Working};
 use super::detach::DetachError;

@@ -1,7 +1,8 @@
 //! Pages held on a device for the duration of a launch: for devices that cannot fault (rules G4, G14).
 //!
 //! A launch holds its pages in ascending order, each brought to the device alone and marked; so two launches that want the same
-//! pages wait for each other in one direction only. What is held stays: eviction passes it by, CPU and other devices wait. The
+//! pages wait for each other in one direction only. The mark is in the page's word, where whoever locks the page sees it, so
+//! there is no list to search. What is held stays: eviction passes it by, CPU and other devices wait. The
 //! program may discard it all the same; then the launch is told.
 //!
 //! A fork waits until no launch is under way, and none begins before it is over.

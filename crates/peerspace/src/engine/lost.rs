@@ -7,6 +7,9 @@
 //! ([`Graves`]). A thread that waits for the page goes on waiting until then.
 //!
 //! Where faults come by signal nothing of this is needed: each access asks anew, and is told.
+//!
+//! A page that the kernel refuses to map for want of memory is not lost. But its access fails after two seconds instead of hanging
+//! the program (`fault.rs`).
 
 use super::context::Context;
 use super::{Engine, Entry};

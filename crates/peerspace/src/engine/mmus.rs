@@ -16,6 +16,10 @@
 //! ```
 //!
 //! Either the access sees the lock bit, or the recall sees the access.
+//!
+//! Devices could be handed pointers; but a pointer cannot be taken back from a device that has stopped answering. Accesses through
+//! the port are our own code, so the wait for them ends, whatever the device does; and they can be counted, so that a page that is
+//! used much moves ([`place`](super::place)).
 
 use super::announce::Closing;
 use super::context::Context;

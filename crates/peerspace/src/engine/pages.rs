@@ -4,6 +4,14 @@
 //! read can be write-protected from its first moment on, which proves that it stays clean. Neighbours of the
 //! faulting page in the same state come along when the faults show a stream: they are locked beside it if nobody
 //! else holds them, transferred in one batch and installed by one call.
+//!
+//! # Copied in, moved out
+//!
+//! Unmapping by `UFFDIO_MOVE` makes the kernel flush the translations of every processor that runs a thread of the process:
+//! 9 to 10 us on a virtual machine with a second running thread, where the call alone is below 1 us. `UFFDIO_COPY` into a
+//! hole needs no flush and takes about 1 us. So a small page comes in by COPY, and is unmapped by MOVE into a slot of standby,
+//! in runs where neighbours go together. A huge folio moves both ways for 2 us ([`block`](super::block)). Where flushes prove
+//! expensive, the background reclaimer leaves small pages to the faulting threads ([`reclaim`](super::reclaim)).
 
 use super::context::{Context, Working};
 use super::fault::{Fault, Hold, Outcome, Patience, Ration};

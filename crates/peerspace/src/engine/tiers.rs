@@ -2,6 +2,9 @@
 //!
 //! Devices come and go while the space is in use (rules Z1 to Z3). Whoever works with one has a reference to it, which keeps
 //! it there; a page in use keeps it there as well, so that its owner can always have one.
+//!
+//! A device that is full is skipped until it has freed something. When none has room, the budget is exceeded with a warning rather
+//! than data lost.
 
 use super::mmus::MmuState;
 use super::tier::{Tier, answer, unwinding};

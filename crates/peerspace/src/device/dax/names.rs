@@ -22,6 +22,9 @@
 //!
 //! There is no lock here: a directory is for one process at a time, and for one thread of it. The caller sees to
 //! both.
+//!
+//! What is not understood, or does not add up, is refused, never repaired. A test takes a crash at each of the writes, with any part
+//! of what was not flushed missing.
 
 use super::format::{
     COMMIT, DIRECTORY, Extent, MAGIC, Medium, Named, PAGE, SLOT, SLOT_HEAD, Shape, UNFINISHED, commit_word, decode,
