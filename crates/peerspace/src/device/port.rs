@@ -97,6 +97,8 @@ impl Port {
     }
 
     /// Reads memory of the host that is mapped in place for the device, up to the end of the page.
+    /// `to` is the device's own memory, none that a space manages: while the access is under way nobody may have to wait for a
+    /// fault.
     ///
     /// # Errors
     /// [`FaultError::NotMapped`] when it is not: the device faults then.
@@ -105,6 +107,7 @@ impl Port {
     }
 
     /// Writes memory of the host that is mapped in place for the device, and writable, up to the end of the page.
+    /// `from` is the device's own memory, as above.
     ///
     /// # Errors
     /// [`FaultError::NotMapped`] when it is not: the device faults then.
