@@ -4,7 +4,7 @@ use crate::device::Device;
 use crate::engine::detach::DetachError;
 use crate::error::Error;
 use crate::space::Space;
-use crate::spec::own;
+use crate::spec::{DeviceSpec, OpenDevice, own};
 use peerspace_os::linux::signal::without_signals;
 
 /// A device of a space. No two devices of a space ever have the same, also when one is gone.
@@ -29,12 +29,27 @@ impl Space {
     /// # Errors
     /// [`Error::Device`] when the device cannot be used; [`Error::Kernel`] when there is no memory for its tables.
     pub fn attach(&self, device: impl Device + 'static) -> Result<DeviceId, Error> {
-        let id = DeviceId(without_signals(|| self.engine().attach(own(device)))?);
+        self.attach_open(own(device))
+    }
+
+    fn attach_open(&self, device: OpenDevice) -> Result<DeviceId, Error> {
+        let id = DeviceId(without_signals(|| self.engine().attach(device))?);
         if let Err(e) = self.connect(id) {
             let _ = self.detach(id);
             return Err(e);
         }
         Ok(id)
+    }
+
+    /// [`attach`](Space::attach) for a device as it is written on a command line. A size that is left out follows from the
+    /// budget.
+    ///
+    /// # Errors
+    /// As for [`attach`](Space::attach); [`Error::Device`] also when the device cannot be had, or this build is without it.
+    pub fn attach_spec(&self, spec: &DeviceSpec) -> Result<DeviceId, Error> {
+        let engine = self.engine();
+        let device = spec.open(engine.geometry.bytes(engine.budget.limit()));
+        self.attach_open(device.map_err(|e| Error::Device { name: spec.to_string(), why: e.to_string() })?)
     }
 
     /// Takes a device away, and drops it (rule Z3): room for what it holds is reserved on the other devices and in free RAM,

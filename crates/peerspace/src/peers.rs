@@ -52,7 +52,7 @@ impl Prefetch {
     ///
     /// # Errors
     /// [`Error::Migrate`] says the first page that could not go, and why: all others have gone, and it is where it was.
-    pub fn wait(self) -> Result<usize, Error> {
+    pub fn wait(&self) -> Result<usize, Error> {
         let engine = self.space.engine();
         without_signals(|| engine.help_prefetch(&self.ticket));
         self.ticket.wait(&engine.kernel.park());

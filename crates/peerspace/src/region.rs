@@ -1,5 +1,6 @@
 //! A region: memory of a space, to be used as bytes, typed slices or raw pointers.
 
+use crate::adopt::Use;
 use crate::engine::own::MakeError;
 use crate::error::Error;
 use crate::huge::Hint;
@@ -191,6 +192,17 @@ impl Region {
         self.discard_unused(self.part(part)?)
     }
 
+    /// [`discard`](Region::discard) where several share the region by raw pointers.
+    ///
+    /// # Safety
+    /// Nobody refers to the bytes of `part`.
+    ///
+    /// # Errors
+    /// As for [`discard`](Region::discard).
+    pub unsafe fn discard_shared(&self, part: Range<usize>) -> Result<(), Error> {
+        self.discard_unused(self.part(part)?)
+    }
+
     /// Makes huge folios of the blocks (of 2 MiB, with pages of 4 KiB) that lie wholly inside `part`, now (rule H3):
     /// what is missing of them is brought in, memory never used included. Returns how many bytes of them are huge then;
     /// the rest stays in small pages, because somebody relies on where they are, or there is no huge page to be had.
@@ -239,6 +251,30 @@ impl Region {
         // The kernel waits until the news is received; devices have to have heard of it (rule G5).
         engine.await_devices();
         lost()
+    }
+}
+
+impl Space {
+    /// Calls `each` with managed memory, piece after piece; while it is called with one, that is in RAM, permits `how`, and
+    /// stays. For accesses by raw pointers to which errors are said rather than signals sent, in regions and in adopted memory.
+    ///
+    /// `each` had best be quick. It must not wait for anybody who uses the memory.
+    ///
+    /// # Errors
+    /// As for [`Region::try_read`]; [`Error::BadRange`] where the memory is not managed by this space. `each` has been called
+    /// with what comes before.
+    pub fn with_held(
+        &self,
+        start: *const u8,
+        len: usize,
+        how: Use,
+        mut each: impl FnMut(*mut u8, usize),
+    ) -> Result<(), Error> {
+        let bad = || Error::BadRange { what: format!("{len} bytes at {start:p}"), why: "the range wraps" };
+        let all = VaRange::new(Va(start as u64), len as u64).ok_or_else(bad)?;
+        held_in_pieces(self, all, 0, len, how.into(), |piece| {
+            each(start.cast_mut().wrapping_add(piece.start), piece.end - piece.start);
+        })
     }
 }
 

@@ -1,11 +1,23 @@
 //! What a space is doing, in numbers.
 
 #[cfg(feature = "devices")]
+use crate::attach::DeviceId;
+#[cfg(feature = "devices")]
 use crate::device::Usage;
 use crate::engine::stats::{Histogram, Sums};
+#[cfg(feature = "devices")]
+use crate::engine::tier::Tier;
+#[cfg(feature = "devices")]
+use crate::error::Error;
 use crate::space::Real;
 #[cfg(feature = "devices")]
+use crate::space::Space;
+#[cfg(feature = "devices")]
+use peerspace_core::addr::Geometry;
+#[cfg(feature = "devices")]
 use peerspace_core::sync::Ordering::Relaxed;
+#[cfg(feature = "devices")]
+use peerspace_core::words::Words;
 use std::time::Duration;
 
 /// Numbers of a space, from its start to now; in a forked process, from the fork on. Bytes are bytes, pages are base
@@ -242,35 +254,49 @@ impl Statistics {
             #[cfg(feature = "devices")]
             device_errors: engine.tiers.iter().map(|t| t.errors.load(Relaxed)).sum(),
             #[cfg(feature = "devices")]
-            devices: engine
-                .tiers
-                .iter()
-                .map(|t| {
-                    let pages = |n| g.bytes(peerspace_core::addr::Pages(n));
-                    let usage = t.device().usage().unwrap_or_else(|| Usage {
-                        used_bytes: g.bytes(t.range.pages - t.available()),
-                        peak_bytes: pages(t.most_used.load(Relaxed)),
-                    });
-                    let [host, own] = t.metadata_bytes();
-                    DeviceStatistics {
-                        name: t.info.name.clone(),
-                        memory: t.info.memory.name(),
-                        capacity_bytes: match t.info.capacity_bytes {
-                            0 => g.bytes(t.info.pages),
-                            n => n,
-                        },
-                        used_bytes: usage.used_bytes,
-                        peak_bytes: usage.peak_bytes,
-                        loads: t.loads.load(Relaxed),
-                        stores: t.stores.load(Relaxed),
-                        errors: t.errors.load(Relaxed),
-                        metadata_bytes: host,
-                        own_metadata_bytes: own,
-                        in_place_bytes: pages(t.pages_in_place()),
-                        mmu: t.mmu_statistics(),
-                    }
-                })
-                .collect(),
+            devices: engine.tiers.iter().map(|tier| DeviceStatistics::of(g, &tier)).collect(),
         }
+    }
+}
+
+#[cfg(feature = "devices")]
+impl DeviceStatistics {
+    fn of<W: Words>(g: Geometry, tier: &Tier<W>) -> DeviceStatistics {
+        let pages = |n| g.bytes(peerspace_core::addr::Pages(n));
+        let usage = tier.device().usage().unwrap_or_else(|| Usage {
+            used_bytes: g.bytes(tier.range.pages - tier.available()),
+            peak_bytes: pages(tier.most_used.load(Relaxed)),
+        });
+        let [host, own] = tier.metadata_bytes();
+        DeviceStatistics {
+            name: tier.info.name.clone(),
+            memory: tier.info.memory.name(),
+            capacity_bytes: match tier.info.capacity_bytes {
+                0 => g.bytes(tier.info.pages),
+                n => n,
+            },
+            used_bytes: usage.used_bytes,
+            peak_bytes: usage.peak_bytes,
+            loads: tier.loads.load(Relaxed),
+            stores: tier.stores.load(Relaxed),
+            errors: tier.errors.load(Relaxed),
+            metadata_bytes: host,
+            own_metadata_bytes: own,
+            in_place_bytes: pages(tier.pages_in_place()),
+            mmu: tier.mmu_statistics(),
+        }
+    }
+}
+
+#[cfg(feature = "devices")]
+impl Space {
+    /// The numbers of one device, as they are among the [space's](Space::statistics).
+    ///
+    /// # Errors
+    /// [`Error::NoSuchDevice`] when it is not there.
+    pub fn device_statistics(&self, device: DeviceId) -> Result<DeviceStatistics, Error> {
+        let engine = self.engine();
+        let tier = engine.tiers.by_id(device.0).ok_or(Error::NoSuchDevice)?;
+        Ok(DeviceStatistics::of(engine.geometry, &tier))
     }
 }
