@@ -116,6 +116,20 @@ pub(crate) enum Kind {
         /// How fast they are reached.
         link: LinkSpeed,
     },
+    /// Somebody who makes the same calls through the C library, and without.
+    CCall(CCall),
+}
+
+/// A call that can be made through C, and without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum CCall {
+    /// Where a region is.
+    Lookup,
+    /// A page is kept resident, and let go: two calls.
+    Pin,
+    /// The numbers of a device.
+    Statistics,
 }
 
 /// What a program does to its memory.
@@ -297,6 +311,12 @@ pub(crate) enum Metric {
     PerCall,
     /// Microseconds until another thread has been asked and has answered.
     RoundTrip,
+    /// Nanoseconds for a call, directly.
+    PerCallDirect,
+    /// Nanoseconds for the same through the C library.
+    PerCallByC,
+    /// What that is more.
+    AddedByC,
 }
 
 impl Metric {
@@ -344,6 +364,9 @@ impl Metric {
             Metric::ByTurns => "moves by turns",
             Metric::PerCall => "us",
             Metric::RoundTrip => "us to ask a thread",
+            Metric::PerCallDirect => "ns/call",
+            Metric::PerCallByC => "ns/call through C",
+            Metric::AddedByC => "ns added by C",
         }
     }
 

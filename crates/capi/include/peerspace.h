@@ -288,7 +288,8 @@ typedef struct ps_mmu_ops {
     // all of them; all of the batch are taken away then. Needed.
     int (*map)(void *context, const struct ps_mapping *batch, size_t count);
     // Takes away the translations of the addresses from `start` to `end`, exclusively: whole pages, some of which may have none. A
-    // block of which a part is meant goes as a whole. Where that is not done on return, sets `*fence` to a number, not 0,
+    // block of which a part is meant goes as a whole. A device without `halt` is also asked for all its addresses at once: it had
+    // best look through its translations then, and not through the addresses. Where that is not done on return, sets `*fence` to a number, not 0,
     // of which `is_done` is asked. Returns 0, or an errno when it cannot: the device is quarantined. Needed.
     int (*unmap)(void *context, uint64_t start, uint64_t end, uint64_t *fence);
     // Sets `*done` to whether the request with this fence is done. Returns 0, or an errno when it will never be. Needed where
@@ -302,6 +303,13 @@ typedef struct ps_mmu_ops {
     // Returns whether the device has used a page among these addresses since it was last asked. What was not used is evicted
     // first. May be null.
     int (*take_accessed)(void *context, uint64_t start, uint64_t end);
+    // Halts the device: from when this has returned 0 without a fence, or its fence is reached, until `go_on`, it makes no access
+    // by any translation. Translations stay, and faults that its port is resolving go on. For moments in which the meaning of
+    // addresses changes without its having been told before (rule G5). Returns 0, or an errno when it cannot: the device is
+    // quarantined. May be null together with `go_on`: then all of its translations are taken away instead.
+    int (*halt)(void *context, uint64_t *fence);
+    // Ends what `halt` began.
+    void (*go_on)(void *context);
 } ps_mmu_ops;
 
 // A device: what it is, and what it does. `context` is passed to each function.

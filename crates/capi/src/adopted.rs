@@ -6,6 +6,7 @@ use crate::region::hint_of;
 use crate::space::{SpaceEntry, ps_device, ps_space};
 use crate::table::{self, Of};
 use peerspace::Adopted;
+use peerspace_os::own::Shared;
 use std::ffi::c_void;
 
 /// Memory that the program got elsewhere, and that a space manages.
@@ -40,7 +41,7 @@ pub unsafe extern "C" fn ps_adopt(
         // SAFETY: the caller's promise.
         let out = unsafe { Out::new(adopted, "adopted") }?;
         args::memory(start, len, "start")?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         let it = entry.space.adopt(start.cast(), len)?;
         out.put(ps_adopted { id: table::open(Of { it, space: space.id })? });
         Ok(())

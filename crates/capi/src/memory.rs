@@ -53,7 +53,7 @@ pub unsafe extern "C" fn ps_read(space: ps_space, from: *const c_void, to: *mut 
             return Ok(());
         }
         ends((from, "from"), (to, "to"), len)?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         let mut to = to.cast::<u8>();
         let copy = |piece: *mut u8, n| {
             // SAFETY: the piece is memory of the process, which is kept meanwhile; the caller's promise for the rest. The two do
@@ -80,7 +80,7 @@ pub unsafe extern "C" fn ps_write(space: ps_space, to: *mut c_void, from: *const
             return Ok(());
         }
         ends((to.cast_const(), "to"), (from, "from"), len)?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         let mut from = from.cast::<u8>();
         let copy = |piece: *mut u8, n| {
             // SAFETY: as in `ps_read`; the piece may be written.
@@ -105,7 +105,7 @@ pub extern "C" fn ps_copy(space: ps_space, to: *mut c_void, from: *const c_void,
         }
         args::memory(to, len, "to")?;
         args::memory(from, len, "from")?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         // SAFETY: C refers to memory by pointers alone; that nobody uses it now is its promise.
         Ok(unsafe { entry.space.copy(to.cast(), from.cast(), len) }?)
     })
@@ -120,7 +120,7 @@ pub extern "C" fn ps_copy(space: ps_space, to: *mut c_void, from: *const c_void,
 pub extern "C" fn ps_exclusive(space: ps_space, start: *mut c_void, len: usize, device: ps_device) -> ps_status {
     call("ps_exclusive", || {
         args::memory(start, len, "start")?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         Ok(entry.space.exclusive(start.cast(), len, true_device_of(space.id, device)?)?)
     })
 }
@@ -145,7 +145,7 @@ pub unsafe extern "C" fn ps_pin_create(
         // SAFETY: the caller's promise.
         let out = unsafe { Out::new(pin, "pin") }?;
         args::memory(start, len, "start")?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         let held = entry.space.make_resident(start.cast(), len, use_of(how)?)?;
         out.put(ps_pin { id: table::open(held)? });
         Ok(())
@@ -179,7 +179,7 @@ pub unsafe extern "C" fn ps_prefetch_create(
         // SAFETY: the caller's promise.
         let out = unsafe { Out::new(prefetch, "prefetch") }?;
         args::memory(start, len, "start")?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         let begun = entry.space.prefetch(start.cast(), len, node_of(space.id, to)?)?;
         out.put(ps_prefetch { id: table::open(Shared::new(begun))? });
         Ok(())

@@ -111,7 +111,8 @@ pub struct ps_mmu_ops {
     /// all of them; all of the batch are taken away then. Needed.
     pub map: Option<unsafe extern "C" fn(context: *mut c_void, batch: *const ps_mapping, count: usize) -> c_int>,
     /// Takes away the translations of the addresses from `start` to `end`, exclusively: whole pages, some of which may have none. A
-    /// block of which a part is meant goes as a whole. Where that is not done on return, sets `*fence` to a number, not 0,
+    /// block of which a part is meant goes as a whole. A device without `halt` is also asked for all its addresses at once: it had
+    /// best look through its translations then, and not through the addresses. Where that is not done on return, sets `*fence` to a number, not 0,
     /// of which `is_done` is asked. Returns 0, or an errno when it cannot: the device is quarantined. Needed.
     pub unmap: Option<unsafe extern "C" fn(context: *mut c_void, start: u64, end: u64, fence: *mut u64) -> c_int>,
     /// Sets `*done` to whether the request with this fence is done. Returns 0, or an errno when it will never be. Needed where
@@ -125,6 +126,13 @@ pub struct ps_mmu_ops {
     /// Returns whether the device has used a page among these addresses since it was last asked. What was not used is evicted
     /// first. May be null.
     pub take_accessed: Option<unsafe extern "C" fn(context: *mut c_void, start: u64, end: u64) -> c_int>,
+    /// Halts the device: from when this has returned 0 without a fence, or its fence is reached, until `go_on`, it makes no access
+    /// by any translation. Translations stay, and faults that its port is resolving go on. For moments in which the meaning of
+    /// addresses changes without its having been told before (rule G5). Returns 0, or an errno when it cannot: the device is
+    /// quarantined. May be null together with `go_on`: then all of its translations are taken away instead.
+    pub halt: Option<unsafe extern "C" fn(context: *mut c_void, fence: *mut u64) -> c_int>,
+    /// Ends what `halt` began.
+    pub go_on: Option<unsafe extern "C" fn(context: *mut c_void)>,
 }
 
 // SAFETY: repr(C), begins with its size; words of eight bytes, but for two of four that follow each other; functions that may be
@@ -150,6 +158,9 @@ impl CMmu {
         args::flags(ops.flags, PS_MMU_REMOTE | PS_MMU_ZERO_PAGE | PS_MMU_NO_FAULTS, &format!("{name}.flags"))?;
         if ops.flags & PS_MMU_NO_FAULTS == 0 {
             ops.attached.ok_or_else(|| missing("attached"))?;
+        }
+        if ops.halt.is_some() != ops.go_on.is_some() {
+            return Err(missing(if ops.halt.is_some() { "go_on" } else { "halt" }));
         }
         if mode(ops.mode, name)? == Mode::Share && ops.flags & PS_MMU_REMOTE == 0 {
             return Err(Failure::argument(format_args!("{name}.mode is PS_MODE_SHARE, which needs PS_MMU_REMOTE")));
@@ -231,6 +242,25 @@ impl Mmu for CDevice {
         // SAFETY: a function of the device.
         answer(inside(Inside::Device, || unsafe { unmap(context, addresses.start, addresses.end, &mut fence) }))?;
         Ok(if fence == 0 { Progress::Done } else { Progress::Pending(fence) })
+    }
+
+    fn halt(&self) -> Result<Progress, DeviceError> {
+        let Some((halt, context)) = self.translations().and_then(|(ops, c)| Some((ops.halt?, c))) else {
+            return Err(DeviceError::Unsupported);
+        };
+        let mut fence = 0;
+        // SAFETY: a function of the device.
+        let said = answer(inside(Inside::Device, || unsafe { halt(context, &mut fence) }));
+        // One that has the function, and cannot, is not to be taken for one that has it not.
+        said.map_err(|e| if e == DeviceError::Unsupported { DeviceError::Io(libc::EOPNOTSUPP) } else { e })?;
+        Ok(if fence == 0 { Progress::Done } else { Progress::Pending(fence) })
+    }
+
+    fn go_on(&self) {
+        if let Some((go_on, context)) = self.translations().and_then(|(ops, c)| Some((ops.go_on?, c))) {
+            // SAFETY: a function of the device.
+            inside(Inside::Device, || unsafe { go_on(context) });
+        }
     }
 
     fn is_done(&self, fence: u64) -> Result<bool, DeviceError> {

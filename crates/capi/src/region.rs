@@ -5,6 +5,7 @@ use crate::error::{Failure, Inside, call, call_from, ps_status};
 use crate::space::{SpaceEntry, device_of, ps_device, ps_space, true_device_of};
 use crate::table::{self, Of};
 use peerspace::{Hint, Node, Region, Use};
+use peerspace_os::own::Shared;
 use std::ffi::c_void;
 
 /// Memory of a space. It begins as zeros, and takes up RAM only where it is used.
@@ -98,7 +99,7 @@ pub unsafe extern "C" fn ps_region_create(space: ps_space, bytes: u64, region: *
     call("ps_region_create", || {
         // SAFETY: the caller's promise.
         let out = unsafe { Out::new(region, "region") }?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         let it = entry.space.region(bytes)?;
         out.put(ps_region { id: table::open(Of { it, space: space.id })? });
         Ok(())

@@ -6,6 +6,7 @@ use crate::error::{Failure, Inside, call, call_from, ps_status};
 use crate::statistics::{ps_device_statistics, ps_statistics};
 use crate::table;
 use peerspace::{DeviceId, DeviceSpec, Faults, Space};
+use peerspace_os::own::Shared;
 use std::ffi::c_char;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -82,10 +83,12 @@ pub(crate) struct SpaceEntry {
     devices: Mutex<Vec<(DeviceId, u64)>>,
 }
 
-/// A device, and the handle of its space.
+/// A device, and its space. Whoever releases a space releases those of its devices as well, so this does not keep it.
 pub(crate) struct DeviceEntry {
-    pub(crate) id: DeviceId,
-    pub(crate) space: u64,
+    id: DeviceId,
+    of: Shared<SpaceEntry>,
+    /// The handle of the space.
+    space: u64,
 }
 
 impl SpaceEntry {
@@ -93,10 +96,10 @@ impl SpaceEntry {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a device of this space, which has the handle `space`, a handle.
-    fn add_device(&self, id: DeviceId, space: u64) -> Result<u64, Failure> {
-        let handle = table::open(DeviceEntry { id, space })?;
-        self.devices().push((id, handle));
+    /// Gives a device of the space, which has the handle `space`, a handle.
+    fn add_device(this: &Shared<SpaceEntry>, id: DeviceId, space: u64) -> Result<u64, Failure> {
+        let handle = table::open(DeviceEntry { id, of: this.clone(), space })?;
+        this.devices().push((id, handle));
         Ok(handle)
     }
 }
@@ -124,11 +127,8 @@ pub(crate) fn with_device<T>(
     device: ps_device,
     f: impl FnOnce(&SpaceEntry, DeviceId) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
-    let (id, space) = {
-        let entry = table::find::<DeviceEntry>(device.id, "device")?;
-        (entry.id, entry.space)
-    };
-    f(&*table::find::<SpaceEntry>(space, "the device's space")?, id)
+    let entry = table::find::<DeviceEntry>(device.id, "device")?;
+    f(&entry.of, entry.id)
 }
 
 /// Makes a space.
@@ -183,12 +183,10 @@ pub unsafe extern "C" fn ps_space_create(options: *const ps_space_options, space
         }
         let made = builder.build()?;
         let ids = made.devices();
-        let handle = table::open(SpaceEntry { space: made, devices: Mutex::default() })?;
-        let add = || -> Result<(), Failure> {
-            let entry = table::find::<SpaceEntry>(handle, "space")?;
-            ids.into_iter().try_for_each(|id| entry.add_device(id, handle).map(drop))
-        };
-        if let Err(e) = add() {
+        let entry = Shared::new(SpaceEntry { space: made, devices: Mutex::default() });
+        let handle = table::open(entry.clone())?;
+        let added = ids.into_iter().try_for_each(|id| SpaceEntry::add_device(&entry, id, handle).map(drop));
+        if let Err(e) = added {
             drop(release(handle));
             return Err(e);
         }
@@ -200,8 +198,10 @@ pub unsafe extern "C" fn ps_space_create(options: *const ps_space_options, space
 }
 
 fn release(handle: u64) -> Result<(), Failure> {
-    let entry = table::close::<SpaceEntry>(handle, "space")?;
-    for (_, device) in entry.devices().drain(..) {
+    let entry = table::close::<Shared<SpaceEntry>>(handle, "space")?;
+    // Not locked: calls on devices are waited for, and one that detaches its device wants the list.
+    let devices = std::mem::take(&mut *entry.devices());
+    for (_, device) in devices {
         // Detached by another thread in this moment.
         let _ = table::close::<DeviceEntry>(device, "device");
     }
@@ -226,7 +226,7 @@ pub unsafe extern "C" fn ps_space_faults(space: ps_space, faults: *mut u32) -> p
     call_from(Inside::Work, "ps_space_faults", || {
         // SAFETY: the caller's promise.
         let out = unsafe { Out::new(faults, "faults") }?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         out.put(match entry.space.faults() {
             Faults::Signal => ps_faults::PS_FAULTS_SIGNAL as u32,
             _ => ps_faults::PS_FAULTS_THREADS as u32,
@@ -245,7 +245,7 @@ pub unsafe extern "C" fn ps_space_get_statistics(space: ps_space, statistics: *m
     call_from(Inside::Work, "ps_space_get_statistics", || {
         // SAFETY: the caller's promise.
         let out = unsafe { VersionedOut::new(statistics, "statistics") }?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         out.put(&ps_statistics::of(&entry.space.statistics()));
         Ok(())
     })
@@ -257,7 +257,7 @@ pub unsafe extern "C" fn ps_space_get_statistics(space: ps_space, statistics: *m
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_space_check(space: ps_space) -> ps_status {
     call("ps_space_check", || {
-        table::find::<SpaceEntry>(space.id, "space")?.space.check();
+        table::find::<Shared<SpaceEntry>>(space.id, "space")?.space.check();
         Ok(())
     })
 }
@@ -279,7 +279,7 @@ pub unsafe extern "C" fn ps_space_devices(
         let out = unsafe { Out::new(count, "count") }?;
         // SAFETY: as above.
         let to = unsafe { args::room(devices, room, "devices") }?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         let known = entry.devices();
         let mut n = 0;
         for id in entry.space.devices() {
@@ -312,7 +312,7 @@ pub unsafe extern "C" fn ps_device_attach(
         let out = unsafe { Out::new(device, "device") }?;
         // SAFETY: as above.
         let new = unsafe { CDevice::new(ops, "ops") }?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         let owned = new.ownership();
         let id = match new.deadline() {
             None => entry.space.attach(new)?,
@@ -341,7 +341,7 @@ pub unsafe extern "C" fn ps_device_attach_spec(
         let out = unsafe { Out::new(device, "device") }?;
         // SAFETY: as above.
         let spec = unsafe { args::text(spec, "spec") }?.parse::<DeviceSpec>()?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         let id = entry.space.attach_spec(&spec)?;
         out.put(attached(&entry, id, space)?);
         Ok(())
@@ -367,7 +367,7 @@ pub unsafe extern "C" fn ps_device_attach_persistent(
         let out = unsafe { Out::new(device, "device") }?;
         // SAFETY: as above.
         let path = unsafe { args::text(path, "path") }?;
-        let entry = table::find::<SpaceEntry>(space.id, "space")?;
+        let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
         let id = attach_persistent(&entry, path, (bytes > 0).then_some(bytes))?;
         out.put(attached(&entry, id, space)?);
         Ok(())
@@ -388,8 +388,8 @@ fn attach_persistent(_: &SpaceEntry, path: &str, _: Option<u64>) -> Result<Devic
 }
 
 /// A handle for a device that was just attached; without one it goes again.
-fn attached(entry: &SpaceEntry, id: DeviceId, space: ps_space) -> Result<ps_device, Failure> {
-    match entry.add_device(id, space.id) {
+fn attached(entry: &Shared<SpaceEntry>, id: DeviceId, space: ps_space) -> Result<ps_device, Failure> {
+    match SpaceEntry::add_device(entry, id, space.id) {
         Ok(id) => Ok(ps_device { id }),
         Err(e) => {
             let _ = entry.space.detach(id);

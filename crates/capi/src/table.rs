@@ -1,12 +1,12 @@
 //! The table of handles: what C holds is a number, and every number that was ever given out means one thing or nothing.
 //!
 //! ```text
-//!   handle  kind:8 | index:24 | generation:32         state of a slot  generation:32 | closing:1 | calls:31
+//!   handle  kind:8 | index:24 | generation:32         state of a slot  generation:32 | kind:4 | closing:1 | calls:27
 //! ```
 //!
 //! A call on a handle counts itself in the slot's state by one addition, and looks at what was there before: where the
-//! generation is another one, or the slot is closing, the handle is stale, and the call takes itself away again. So a lookup
-//! takes no lock, and what it finds stays until the call is over. Whoever releases a handle closes the slot first, so that no
+//! generation or the kind is another one, or the slot is closing, the handle is stale, and the call takes itself away again. So
+//! a lookup takes no lock, and what it finds stays until the call is over. Whoever releases a handle closes the slot first, so that no
 //! call begins, and waits until those under way have ended; then what was there is his alone.
 //!
 //! A slot has a new generation each time that it is opened, and is used no more when there are none left: a stale handle never
@@ -18,7 +18,7 @@ use peerspace::{Adopted, Persistent, Prefetch, Region, Resident};
 use peerspace_os::linux::fork::{ForkHandler, Registration, register};
 use peerspace_os::linux::futex::{Mutex, wait_word, wake_word};
 use peerspace_os::own::{Own, Shared, Vec};
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::mem::forget;
 use std::ops::Deref;
 use std::ptr::null_mut;
@@ -28,8 +28,10 @@ use std::time::Duration;
 
 /// One generation.
 const GENERATION: u64 = 1 << 32;
+/// One kind.
+const KIND: u64 = 1 << 28;
 /// Set while nothing is in the slot, or it is being taken away.
-const CLOSING: u64 = 1 << 31;
+const CLOSING: u64 = 1 << 27;
 /// The calls under way.
 const CALLS: u64 = CLOSING - 1;
 
@@ -41,7 +43,7 @@ const MOST: usize = FIRST << (CHUNKS - 1);
 
 /// What can be in a slot.
 pub(crate) enum Object {
-    Space(crate::space::SpaceEntry),
+    Space(Shared<crate::space::SpaceEntry>),
     Region(Of<Region>),
     Adopted(Of<Adopted>),
     Pin(Resident),
@@ -49,6 +51,8 @@ pub(crate) enum Object {
     Device(crate::space::DeviceEntry),
     Port(peerspace::device::mmu::Port),
     Persistent(Persistent),
+    #[cfg(test)]
+    Test(tests::Counted),
 }
 
 /// Something that belongs to a space, with the handle of that.
@@ -59,7 +63,7 @@ pub(crate) struct Of<T> {
 
 /// What a handle can mean.
 pub(crate) trait Kind: Sized + 'static {
-    /// Told apart in handles; not 0.
+    /// Told apart in handles; from 1 to 15.
     const NUMBER: u8;
     fn object(self) -> Object;
     fn of(object: &Object) -> Option<&Self>;
@@ -96,8 +100,13 @@ macro_rules! kinds {
     )* };
 }
 
+#[cfg(test)]
 kinds! {
-    1 Space crate::space::SpaceEntry;
+    9 Test tests::Counted;
+}
+
+kinds! {
+    1 Space Shared<crate::space::SpaceEntry>;
     2 Region Of<Region>;
     3 Adopted Of<Adopted>;
     4 Pin Resident;
@@ -122,6 +131,24 @@ const _: () = is_send_and_sync::<Object>();
 
 static TABLE: [AtomicPtr<Slot>; CHUNKS] = [const { AtomicPtr::new(null_mut()) }; CHUNKS];
 static FREE: Mutex<Free> = Mutex::new(Free { slots: Vec::new_in(Own), made: 0 });
+
+thread_local! {
+    /// A slot that this thread has closed, for the next one that it opens.
+    static SPARE: Spare = const { Spare(Cell::new(NONE)) };
+}
+
+struct Spare(Cell<u32>);
+
+const NONE: u32 = u32::MAX;
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        if self.0.get() != NONE {
+            FREE.lock().slots.push(self.0.get());
+        }
+    }
+}
+
 /// Counts ends of calls on closing slots: whoever closes one waits for it to change.
 static ENDED: AtomicU32 = AtomicU32::new(0);
 
@@ -249,18 +276,29 @@ impl<T> Drop for Held<T> {
 pub(crate) fn open<T: Kind>(it: T) -> Result<u64, Failure> {
     static FORKS: OnceLock<Option<Registration<Forks>>> = OnceLock::new();
     FORKS.get_or_init(|| register(Shared::new(Forks)).ok());
-    let index = FREE.lock().take();
+    let spare = SPARE.try_with(|spare| spare.0.replace(NONE)).ok().filter(|spare| *spare != NONE);
+    let index = spare.or_else(|| FREE.lock().take());
     let Some((index, slot)) = index.and_then(|index| Some((index, slot(index as usize)?))) else {
         let why =
             format!("there is no room for another handle: {MOST} can be in use at once, and memory allows fewer");
         return Err(Failure::new(ps_status::PS_ERR_SYSTEM, why));
     };
-    // SAFETY: the slot came from the free list, so it is closed, no call sees what is in it, and nobody else opens it.
+    // SAFETY: nobody else has the slot, so it is closed, no call sees what is in it, and nobody else opens it.
     unsafe { *slot.value.get() = Some(it.object()) };
-    // Calls by stale handles may be counted just now: they stay so. Release: pairs with the Acquire in `find`.
-    let before = slot.state.fetch_add(GENERATION - CLOSING, Ordering::Release);
-    let generation = (before / GENERATION) + 1;
+    // Relaxed: nobody else changes anything but the calls. Those by stale handles may be counted just now, and stay so.
+    let before = slot.state.load(Ordering::Relaxed) & !CALLS;
+    let generation = before / GENERATION + 1;
+    let now = generation * GENERATION + u64::from(T::NUMBER) * KIND;
+    // Release: pairs with the Acquire in `find`.
+    slot.state.fetch_add(now - before, Ordering::Release);
     Ok(u64::from(T::NUMBER) << 56 | u64::from(index) << 32 | generation)
+}
+
+/// The state of a slot that is open, and has what `handle` means, without calls. None where it cannot be of that kind.
+#[inline]
+fn open_state<T: Kind>(handle: u64) -> Option<u64> {
+    let kind = u64::from(T::NUMBER);
+    (handle >> 56 == kind).then_some((handle % GENERATION) * GENERATION + kind * KIND)
 }
 
 /// What `handle` means, and keeps meaning until what this returns is dropped.
@@ -269,15 +307,15 @@ pub(crate) fn open<T: Kind>(it: T) -> Result<u64, Failure> {
 /// When it is no handle of that kind, or not any more.
 #[inline]
 pub(crate) fn find<T: Kind>(handle: u64, name: &'static str) -> Result<Held<T>, Failure> {
-    let Some(slot) = slot((handle >> 32) as usize & (MOST - 1)) else { return Err(bad::<T>(handle, name)) };
+    let Some((slot, open)) = slot((handle >> 32) as usize & (MOST - 1)).zip(open_state::<T>(handle)) else {
+        return Err(bad::<T>(handle, name));
+    };
     // Acquire: pairs with the Release in `open`, so the value is seen.
     let before = slot.state.fetch_add(1, Ordering::Acquire);
-    if before / GENERATION == handle % GENERATION && before & CLOSING == 0 {
+    if before & !CALLS == open {
         // SAFETY: the slot is open, and this call is counted: nobody takes the value away before the call is over.
         let value: &'static Option<Object> = unsafe { &*slot.value.get() };
-        if let Some(it) = value.as_ref().and_then(T::of)
-            && (handle >> 56) as u8 == T::NUMBER
-        {
+        if let Some(it) = value.as_ref().and_then(T::of) {
             return Ok(Held { slot, it });
         }
     }
@@ -290,15 +328,33 @@ pub(crate) fn find<T: Kind>(handle: u64, name: &'static str) -> Result<Held<T>, 
 /// # Errors
 /// As for [`find`]; also when somebody else is doing the same.
 pub(crate) fn close<T: Kind>(handle: u64, name: &'static str) -> Result<T, Failure> {
-    let held = find::<T>(handle, name)?;
-    let slot = held.slot;
-    // Relaxed: who closes is settled by this exchange alone; the value is looked at below.
-    let close = |state: u64| (state & CLOSING == 0).then_some(state | CLOSING);
-    let closed = slot.state.fetch_update(Ordering::Relaxed, Ordering::Relaxed, close);
-    drop(held);
-    if closed.is_err() {
+    let index = (handle >> 32) as u32 & (MOST as u32 - 1);
+    let Some((slot, open)) = slot(index as usize).zip(open_state::<T>(handle)) else {
         return Err(bad::<T>(handle, name));
+    };
+    // Acquire: pairs with the Release in `open` and in `leave`. Who closes is settled by this exchange alone.
+    let close = |state: u64| (state & !CALLS == open).then_some(state | CLOSING);
+    let Ok(before) = slot.state.fetch_update(Ordering::Acquire, Ordering::Relaxed, close) else {
+        return Err(bad::<T>(handle, name));
+    };
+    if before & CALLS != 0 {
+        wait_for_calls(slot);
     }
+    // SAFETY: this call has closed the slot, and no other is under way that could see the value: such a call was counted
+    // before the slot was closed.
+    let value = unsafe { (*slot.value.get()).take() };
+    // The last generation is not followed by another.
+    if handle % GENERATION < GENERATION - 1 {
+        let kept = SPARE.try_with(|spare| spare.0.get() == NONE && spare.0.replace(index) == NONE);
+        if !kept.unwrap_or(false) {
+            FREE.lock().slots.push(index);
+        }
+    }
+    value.and_then(T::from).ok_or_else(|| bad::<T>(handle, name))
+}
+
+#[cold]
+fn wait_for_calls(slot: &Slot) {
     let mut spins = 0;
     loop {
         let seen = ENDED.load(Ordering::Acquire);
@@ -313,20 +369,12 @@ pub(crate) fn close<T: Kind>(handle: u64, name: &'static str) -> Result<T, Failu
             wait_word(&ENDED, seen, Some(Duration::from_millis(100)));
         }
     }
-    // SAFETY: this call has closed the slot, and no other is under way that could see the value: such a call was counted
-    // before the slot was closed.
-    let value = unsafe { (*slot.value.get()).take() };
-    // The last generation is not followed by another.
-    if handle % GENERATION < GENERATION - 1 {
-        FREE.lock().slots.push((handle >> 32) as u32 & (MOST as u32 - 1));
-    }
-    value.and_then(T::from).ok_or_else(|| bad::<T>(handle, name))
 }
 
 /// What is wrong with a handle.
 #[cold]
 fn bad<T: Kind>(handle: u64, name: &str) -> Failure {
-    let wanted = NAMES[T::NUMBER as usize];
+    let wanted = NAMES.get(T::NUMBER as usize).copied().unwrap_or("something else");
     let kind = NAMES.get((handle >> 56) as usize).copied();
     let why = match kind {
         _ if handle == 0 => format!("{name}: the handle is 0, and not that of {wanted}"),
@@ -337,4 +385,124 @@ fn bad<T: Kind>(handle: u64, name: &str) -> Failure {
         None => format!("{name}: {handle:#x} is no handle that was given out"),
     };
     Failure::new(ps_status::PS_ERR_HANDLE, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
+    use std::time::Instant;
+
+    /// Says when it goes.
+    pub(crate) struct Counted(Arc<AtomicUsize>, u64);
+
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            self.1 = 0;
+        }
+    }
+
+    fn gone(at: &Arc<AtomicUsize>) -> usize {
+        at.load(Ordering::SeqCst)
+    }
+
+    #[test]
+    fn places_of_slots_follow_each_other() {
+        let sizes = (0..CHUNKS).map(|chunk| if chunk == 0 { FIRST } else { FIRST << (chunk - 1) });
+        let mut all = sizes.enumerate().flat_map(|(chunk, size)| (0..size).map(move |at| (chunk, at)));
+        assert!((0..MOST).map(place).eq(all.by_ref().take(MOST)));
+        assert_eq!(all.next(), None);
+    }
+
+    #[test]
+    fn a_handle_means_one_thing_or_nothing() {
+        let dropped = Arc::new(AtomicUsize::new(0));
+        let mut seen = std::collections::HashSet::new();
+        for i in 0..1000 {
+            let handle = open(Counted(dropped.clone(), i)).unwrap();
+            assert!(seen.insert(handle), "{handle:#x} comes again");
+            assert_eq!(find::<Counted>(handle, "it").unwrap().1, i);
+            assert!(find::<Resident>(handle, "it").is_err());
+            assert_eq!(gone(&dropped), i as usize);
+            drop(close::<Counted>(handle, "it").unwrap());
+            assert_eq!(gone(&dropped), i as usize + 1);
+            assert!(find::<Counted>(handle, "it").is_err() && close::<Counted>(handle, "it").is_err());
+        }
+    }
+
+    #[test]
+    fn what_a_thread_has_spare_is_used_when_it_is_gone() {
+        let dropped = Arc::new(AtomicUsize::new(0));
+        let spare = || {
+            let handle = open(Counted(dropped.clone(), 1)).unwrap();
+            drop(close::<Counted>(handle, "it").unwrap());
+            (handle >> 32) as u32 & (MOST as u32 - 1)
+        };
+        // Others of these tests may take it at once: then it was there.
+        let index = std::thread::scope(|scope| scope.spawn(spare).join().unwrap());
+        let used = slot(index as usize).unwrap().state.load(Ordering::Relaxed) / GENERATION > 1;
+        assert!(used || FREE.lock().slots.contains(&index));
+    }
+
+    #[test]
+    fn many_are_open_at_once() {
+        let dropped = Arc::new(AtomicUsize::new(0));
+        let handles: std::vec::Vec<u64> = (0..5000).map(|i| open(Counted(dropped.clone(), i)).unwrap()).collect();
+        for (i, handle) in handles.iter().enumerate() {
+            assert_eq!(find::<Counted>(*handle, "it").unwrap().1, i as u64);
+        }
+        handles.iter().for_each(|handle| drop(close::<Counted>(*handle, "it").unwrap()));
+        assert_eq!(gone(&dropped), 5000);
+    }
+
+    #[test]
+    fn whoever_releases_waits_for_calls_under_way() {
+        let dropped = Arc::new(AtomicUsize::new(0));
+        let (current, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+        let used = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        if let Ok(it) = find::<Counted>(current.load(Ordering::Relaxed), "it") {
+                            assert_eq!(it.1, 7);
+                            std::thread::yield_now();
+                            assert_eq!(it.1, 7, "it went while it was used");
+                            used.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                });
+            }
+            for round in 0..3000 {
+                let handle = open(Counted(dropped.clone(), 7)).unwrap();
+                current.store(handle, Ordering::Relaxed);
+                let (before, since) = (used.load(Ordering::Relaxed), Instant::now());
+                while round % 16 == 0 && used.load(Ordering::Relaxed) < before + 2 {
+                    std::thread::yield_now();
+                    assert!(since.elapsed() < Duration::from_secs(60), "nobody finds it");
+                }
+                let it = close::<Counted>(handle, "it").unwrap();
+                assert_eq!((gone(&dropped), it.1), (round, 7));
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(gone(&dropped), 3000);
+    }
+
+    #[test]
+    fn a_slot_whose_generations_are_used_up_is_used_no_more() {
+        let dropped = Arc::new(AtomicUsize::new(0));
+        let handle = open(Counted(dropped.clone(), 1)).unwrap();
+        let index = (handle >> 32) as u32 & (MOST as u32 - 1);
+        let old = slot(index as usize).unwrap();
+        old.state.fetch_or((GENERATION - 1) * GENERATION, Ordering::Relaxed);
+        let last = handle | (GENERATION - 1);
+        assert_eq!(find::<Counted>(last, "it").unwrap().1, 1);
+        assert!(find::<Counted>(handle, "it").is_err());
+        drop(close::<Counted>(last, "it").unwrap());
+        assert!(!FREE.lock().slots.contains(&index) && SPARE.with(|spare| spare.0.get()) != index);
+        assert!(find::<Counted>(last, "it").is_err());
+    }
 }

@@ -2,13 +2,14 @@
 
 mod accelerated;
 mod calls;
+mod library;
 
 use crate::contender;
 use crate::spec::{Collapser, DeviceKind, Kind, LinkSpeed, Metric, Mover, Spec, Work};
 use std::path::Path;
 
 /// The names, in the order in which they are run.
-pub(crate) const NAMES: [&str; 19] = [
+pub(crate) const NAMES: [&str; 20] = [
     "fault",
     "sequential",
     "sequential-compressed",
@@ -28,6 +29,7 @@ pub(crate) const NAMES: [&str; 19] = [
     "link-bytes",
     "fork",
     "unmap",
+    "c-call",
 ];
 
 const MIB: u64 = 1 << 20;
@@ -168,6 +170,7 @@ pub(crate) fn all(sizes: Sizes, dir: &Path, link: LinkSpeed) -> Vec<Benchmark> {
         make.link_bytes(),
         make.fork(),
         make.unmap(),
+        make.c_call(),
     ]
 }
 

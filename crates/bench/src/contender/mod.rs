@@ -7,6 +7,7 @@
 
 mod accelerated;
 mod attach;
+mod c_call;
 mod collapse;
 mod copy;
 mod device;
@@ -186,7 +187,7 @@ fn make(spec: &Spec) -> Result<(Box<dyn Contender>, Option<String>), Trouble> {
         Box::new(Paged::new(memory))
     }
     match spec.kind {
-        Kind::Start(_) | Kind::Footprint | Kind::Attach => {}
+        Kind::Start(_) | Kind::Footprint | Kind::Attach | Kind::CCall(_) => {}
         Kind::Pread | Kind::FloorFile | Kind::Ours(crate::spec::DeviceKind::File) => {
             warm(spec.host, Advice::LinuxNoHugepage)?;
         }
@@ -236,6 +237,7 @@ fn make(spec: &Spec) -> Result<(Box<dyn Contender>, Option<String>), Trouble> {
         Kind::Calls { ours, call } => (Box::new(accelerated::Calls::new(spec, ours, call)?), None),
         Kind::Attach => (Box::new(attach::Attach::new(spec)), None),
         Kind::Footprint => (Box::new(footprint::Footprint::new(spec)?), None),
+        Kind::CCall(call) => (Box::new(c_call::Calls::new(spec, call)?), None),
         Kind::Start(space) => (Box::new(start::Start::new(spec, space)?), None),
     })
 }

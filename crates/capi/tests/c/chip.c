@@ -182,13 +182,42 @@ static int chip_unmap(void *context, uint64_t start, uint64_t end, uint64_t *fen
     if (result != 0)
         return result;
     pthread_mutex_lock(&chip->lock);
-    for (uint64_t at = start; at < end; at += chip->page)
-        forget(chip, at);
+    if ((end - start) / chip->page < chip->slots) {
+        for (uint64_t at = start; at < end; at += chip->page)
+            forget(chip, at);
+    } else {
+        /* Whatever moves up to a place is looked at there. */
+        for (size_t i = 0; i < chip->slots; i++)
+            while (chip->table[i].address > start && chip->table[i].address <= end)
+                forget(chip, chip->table[i].address - 1);
+    }
     pthread_mutex_unlock(&chip->lock);
     atomic_fetch_add(&chip->unmaps, 1);
     if (atomic_load(&chip->fences) != 0)
         *fence = 77;
     return 0;
+}
+
+static int chip_halt(void *context, uint64_t *fence)
+{
+    struct chip *chip = context;
+    (void)fence;
+    int result = atomic_load(&chip->halt_result);
+    /* Each access holds the lock. */
+    pthread_mutex_lock(&chip->lock);
+    chip->halted = result == 0;
+    pthread_mutex_unlock(&chip->lock);
+    atomic_fetch_add(&chip->halts, 1);
+    return result;
+}
+
+static void chip_go_on(void *context)
+{
+    struct chip *chip = context;
+    pthread_mutex_lock(&chip->lock);
+    chip->halted = 0;
+    pthread_cond_broadcast(&chip->goes_on);
+    pthread_mutex_unlock(&chip->lock);
 }
 
 static int chip_is_done(void *context, uint64_t fence, uint32_t *done)
@@ -215,6 +244,7 @@ struct chip *chip_new(const char *name, size_t bytes)
     chip->room = -1;
     chip->bad_page = -1;
     pthread_mutex_init(&chip->lock, NULL);
+    pthread_cond_init(&chip->goes_on, NULL);
     chip->ops = (ps_device_ops){
         .size = sizeof chip->ops,
         .context = chip,
@@ -249,6 +279,12 @@ struct chip *chip_with_mmu(const char *name, size_t bytes, uint32_t mode, uint32
     return chip;
 }
 
+void chip_halts(struct chip *chip)
+{
+    chip->mmu.halt = chip_halt;
+    chip->mmu.go_on = chip_go_on;
+}
+
 void chip_copies(struct chip *chip)
 {
     chip->ops.copy_from = chip_copy_from;
@@ -261,6 +297,8 @@ static ps_status chip_access(struct chip *chip, const void *at, uint32_t access,
     for (;;) {
         ps_status status = PS_ERR_NOT_MAPPED;
         pthread_mutex_lock(&chip->lock);
+        while (chip->halted)
+            pthread_cond_wait(&chip->goes_on, &chip->lock);
         struct entry entry = *look_up(chip, address);
         if (entry.address != 0 && (access == PS_ACCESS_READ || entry.writable)) {
             unsigned char *own = chip->memory + entry.page * chip->page + address % chip->page;

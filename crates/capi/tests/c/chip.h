@@ -25,17 +25,20 @@ struct chip {
     /* One byte for each page: it was stored, and not freed since. */
     atomic_uchar *holds;
     pthread_mutex_t lock;
+    /* Its code makes no access while it is halted. */
+    pthread_cond_t goes_on;
+    int halted;
     struct entry *table;
     size_t slots;
     ps_port port;
 
     /* What was asked of it. */
-    atomic_long stores, loads, freed, maps, unmaps, zero_maps, host_maps, copies, destroyed, forks_before, forks_after;
+    atomic_long stores, loads, freed, maps, unmaps, zero_maps, host_maps, copies, halts, destroyed, forks_before, forks_after;
     /* Pages that were freed and had not been stored. */
     atomic_long freed_wrongly;
 
     /* What to answer. */
-    atomic_int store_result, load_result, map_result, unmap_result;
+    atomic_int store_result, load_result, map_result, unmap_result, halt_result;
     /* Answers nothing. */
     atomic_int silent;
     /* Pages it takes before it is full; negative: no limit. */
@@ -58,6 +61,8 @@ struct chip {
 struct chip *chip_new(const char *name, size_t bytes);
 /* The same with an MMU: flags are PS_MMU_*, mode is an enum ps_mode. */
 struct chip *chip_with_mmu(const char *name, size_t bytes, uint32_t mode, uint32_t flags);
+/* Adds the functions that halt it. */
+void chip_halts(struct chip *chip);
 /* Adds the function that copies from other chips. */
 void chip_copies(struct chip *chip);
 

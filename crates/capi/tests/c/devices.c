@@ -44,6 +44,8 @@ TEST(z11_devices_without_their_functions_are_refused)
     LACKS(chip->mmu.map = NULL, "no function `map`");
     LACKS(chip->mmu.unmap = NULL, "no function `unmap`");
     LACKS(chip->mmu.attached = NULL, "no function `attached`");
+    LACKS((chip_halts(chip), chip->mmu.go_on = NULL), "no function `go_on`");
+    LACKS((chip_halts(chip), chip->mmu.halt = NULL), "no function `halt`");
     LACKS(chip->mmu.mode = 3, "mode is 3");
     LACKS(chip->mmu.mode = PS_MODE_SHARE, "needs PS_MMU_REMOTE");
     LACKS(chip->mmu.flags = 8, "mean nothing");

@@ -120,7 +120,8 @@ TEST_F(peer, g4_faults_that_cannot_be_resolved_say_why)
     EXPECT_EQ(wrong(self->memory, BYTES, 2), 0);
 }
 
-TEST_F(peer, g5_the_device_hears_of_a_discard_before_the_memory_is_used_again)
+/* The program changes memory that the chip has mapped. */
+static void changes_mappings(struct fixture_peer *self)
 {
     uint64_t got;
     ps_adopted adopted;
@@ -140,6 +141,28 @@ TEST_F(peer, g5_the_device_hears_of_a_discard_before_the_memory_is_used_again)
     EXPECT_EQ(wrong_for_chip(self->chip, own + MIB, MIB, 3 + MIB / 8), 0);
     OK(ps_adopted_release(adopted));
     EXPECT_EQ(wrong(own + MIB, MIB, 3 + MIB / 8), 0);
+}
+
+TEST_F(peer, g5_a_device_that_cannot_be_halted_loses_all_translations_when_mappings_change)
+{
+    changes_mappings(self);
+    EXPECT_EQ(self->chip->halts, 0);
+}
+
+TEST(g5_a_device_is_halted_while_the_space_hears_of_a_change)
+{
+    struct fixture_peer self;
+    struct chip *chip = chip_with_mmu("chip", 8 * MIB, PS_MODE_EXCLUSIVE, 0);
+    chip_halts(chip);
+    self.chip = chip;
+    self.space = space_of(HOST, "compressed:64M", 1, &chip);
+    self.device = device_at(self.space, 1);
+    OK(ps_region_create(self.space, BYTES, &self.region));
+    self.memory = memory_of(self.region);
+    changes_mappings(&self);
+    EXPECT_GE(chip->halts, 1);
+    EXPECT_EQ(chip->halted, 0);
+    teardown_peer(&self);
 }
 
 TEST(g5_g16_a_device_that_does_not_let_go_is_quarantined)

@@ -172,7 +172,8 @@ pub trait Mmu: Send + Sync {
     fn map(&self, batch: &[Mapping]) -> Result<(), DeviceError>;
 
     /// Takes the translations of these addresses away: whole pages, some of which may have none. A block of which a part
-    /// is meant goes as a whole.
+    /// is meant goes as a whole. A device that cannot be [halted](Mmu::halt) is also asked for all addresses at once: it had best
+    /// look through its translations then, and not through the addresses.
     ///
     /// # Errors
     /// When it cannot. The device is quarantined.

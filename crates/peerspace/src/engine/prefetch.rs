@@ -65,8 +65,8 @@ impl Ticket {
         }
     }
 
-    fn block_done(&self, park: &impl Park) {
-        self.left.fetch_sub(1, Ordering::Release);
+    fn blocks_done(&self, blocks: u64, park: &impl Park) {
+        self.left.fetch_sub(blocks, Ordering::Release);
         park.wake(&self.left);
     }
 }
@@ -107,18 +107,6 @@ impl Prefetches {
     }
 }
 
-/// Takes the next block of request `i`.
-fn take_block(requests: &mut Vec<Request>, i: usize) -> Request {
-    let Request { asked, rest, to, ticket } = &mut requests[i];
-    let block = PageRange::block(rest.start.block());
-    rest.start = block.end;
-    let next = Request { asked: *asked, rest: block, to: *to, ticket: ticket.clone() };
-    if rest.is_empty() {
-        requests.remove(i);
-    }
-    next
-}
-
 impl<K: Kernel> Engine<K> {
     /// Asks for the blocks that `pages` touches, as far as they are in regions, to be sent to `to`.
     pub(crate) fn prefetch(&self, pages: PageRange, to: Goal) -> Shared<Ticket> {
@@ -151,7 +139,7 @@ impl<K: Kernel> Engine<K> {
                 if !block.ticket.cancelled.load(Ordering::Relaxed) && !self.service.stopped() {
                     self.send_block(&block);
                 }
-                block.ticket.block_done(&park);
+                block.ticket.blocks_done(1, &park);
             }
         }
     }
@@ -163,25 +151,48 @@ impl<K: Kernel> Engine<K> {
                 let _work = self.contexts.take();
                 let mut requests = self.prefetches.requests.lock();
                 let ours = requests.iter().position(|r| Shared::as_ptr(&r.ticket) == Shared::as_ptr(ticket));
-                ours.map(|i| take_block(&mut requests, i))
+                ours.and_then(|i| self.next_block_of(&mut requests, i))
             };
             let Some(block) = next else { return };
             if !ticket.cancelled.load(Ordering::Relaxed) {
                 self.send_block(&block);
             }
-            ticket.block_done(&self.kernel.park());
+            ticket.blocks_done(1, &self.kernel.park());
         }
+    }
+
+    /// Takes the next block of request `i` in which there is something of ours; none if there is no other, and the request is over.
+    fn next_block_of(&self, requests: &mut Vec<Request>, i: usize) -> Option<Request> {
+        let Request { asked, rest, to, ticket } = &mut requests[i];
+        // Most addresses are nobody's: a request may be for all there are.
+        let ours = self.regions.next(rest.start).map_or(rest.end, |r| r.range.start.block_start().min(rest.end));
+        if ours > rest.start {
+            ticket.blocks_done(ours.block() - rest.start.block(), &self.kernel.park());
+            rest.start = ours;
+        }
+        let block = PageRange::block(rest.start.block());
+        let next =
+            (!rest.is_empty()).then(|| Request { asked: *asked, rest: block, to: *to, ticket: ticket.clone() });
+        if next.is_some() {
+            rest.start = block.end;
+        }
+        if rest.is_empty() {
+            requests.remove(i);
+        }
+        next
     }
 
     fn next_prefetch(&self) -> Option<Request> {
         let _work = self.contexts.take();
         let mut requests = self.prefetches.requests.lock();
-        if requests.is_empty() {
-            // Under the lock, so that a request that comes now rings again.
-            self.prefetches.bell.store(self.service.stopped() as u64, Ordering::Release);
-            return None;
+        while !requests.is_empty() {
+            if let Some(next) = self.next_block_of(&mut requests, 0) {
+                return Some(next);
+            }
         }
-        Some(take_block(&mut requests, 0))
+        // Under the lock, so that a request that comes now rings again.
+        self.prefetches.bell.store(self.service.stopped() as u64, Ordering::Release);
+        None
     }
 
     fn send_block(&self, request: &Request) {
