@@ -367,6 +367,10 @@ impl<K: Kernel> Kernel for Inject<K> {
         self.kernel.write_mapped(at, from)
     }
 
+    fn mappings_in(&self, range: VaRange) -> Result<u64, Trouble> {
+        self.whole(Call::MappingAt, || self.kernel.mappings_in(range))
+    }
+
     fn most_mappings(&self) -> u64 {
         self.kernel.most_mappings()
     }

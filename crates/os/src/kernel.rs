@@ -407,6 +407,12 @@ pub trait Kernel: Send + Sync + 'static {
     /// Writes to where the program may write without a fault; otherwise as [`read_mapped`](Kernel::read_mapped).
     fn write_mapped(&self, at: Va, from: &[u8]) -> bool;
 
+    /// How many mappings there are in `range`, each counted that is there in part.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn mappings_in(&self, range: VaRange) -> Result<u64, Trouble>;
+
     /// How many mappings this process may have.
     fn most_mappings(&self) -> u64;
 

@@ -25,7 +25,8 @@ impl Space {
     /// between a program and the C library's calls announces each of them.
     ///
     /// Pages that no space manages may be among them. Nothing is allocated. The data is not touched: what is on a device stays there, and goes when
-    /// the kernel says that it has been unmapped or discarded. Where no device runs code, this does nothing. At most 128 calls
+    /// the kernel says that it has been unmapped or discarded. What is in place of a device goes home before the call. Where no device runs code, and nothing was
+    /// [promised](Space::promise_announcements), this does nothing. At most 128 calls
     /// can be under way at once; more wait.
     pub fn announce(&self, start: *const u8, len: usize) -> Announced {
         self.announce_all(&[(start, len)])
@@ -46,7 +47,7 @@ impl Space {
     fn announce_all(&self, places: &[(*const u8, usize)]) -> Announced {
         let engine = self.engine();
         let mut ranges = ArrayVec::new();
-        if engine.tiers.any_mmu() {
+        if engine.tiers.any_mmu() || engine.announcements.are_promised() {
             // What wraps is refused by the call itself; up to the end of the addresses it is announced all the same.
             let range = |&(start, len): &(*const u8, usize)| VaRange {
                 start: Va(start as u64),

@@ -2,8 +2,8 @@
 
 use crate::adopt::Adopted;
 use crate::attach::DeviceId;
-use crate::engine::prefetch::Goal;
-use crate::engine::send::{NotSent, Sending};
+use crate::device::MemoryType;
+use crate::engine::send::{NotSent, Sending, To};
 use crate::error::Error;
 use crate::peers::Node;
 use crate::region::Region;
@@ -21,6 +21,10 @@ impl Space {
     /// had touched them; of memory that nobody has touched there is nothing to be moved. Blocks (of 2 MiB, with pages of
     /// 4 KiB) that lie inside go as huge folios where there is room for such, everything else in small pages (rule H2).
     ///
+    /// On a [coherent](MemoryType::Coherent) device they are used in place from then on (rule Z5), where that may be: in regions
+    /// of the space's own, and in adopted memory whose changes are [announced](Space::promise_announcements). Runs of pages that
+    /// follow each other on the device as well share one of the mappings that a process may have.
+    ///
     /// A page that somebody relies on stays where it is, and the others go: what is kept resident, held by a launch, on a
     /// named region's device, more than the device has room for, or memory that stays in any case
     /// ([`Adopted::in_place`](crate::Adopted::in_place)). [`prefetch`](Space::prefetch) does not wait, and
@@ -33,8 +37,11 @@ impl Space {
     /// that is lost. All others have gone that can.
     pub fn migrate(&self, start: *const u8, len: usize, to: Node) -> Result<usize, Error> {
         let goal = match to {
-            Node::Host => Goal::Host,
-            Node::Device(id) => Goal::Mmu(self.mmu_of(id)?),
+            Node::Host => To::Host,
+            Node::Device(id) => match self.engine().tiers.by_id(id.0).map(|tier| tier.info.memory) {
+                Some(MemoryType::Coherent) => To::Place(id.0),
+                _ => To::Mmu(self.mmu_of(id)?),
+            },
         };
         let pages = self.managed(start, len)?;
         let engine = self.engine();
@@ -43,8 +50,19 @@ impl Space {
         for piece in pages.by_block() {
             without_signals(|| engine.send_pages(piece, goal, &mut sending));
         }
+        let mut there = engine.count_sent(pages, goal);
+        if goal != To::Host && there < pages.pages() && sending.again() {
+            for piece in pages.by_block() {
+                without_signals(|| {
+                    if engine.count_sent(piece, goal) < piece.pages() {
+                        engine.send_pages(piece, goal, &mut sending);
+                    }
+                });
+            }
+            there = engine.count_sent(pages, goal);
+        }
         match sending.wrong() {
-            None => Ok(engine.geometry.bytes(engine.count_sent(pages, goal)) as usize),
+            None => Ok(engine.geometry.bytes(there) as usize),
             Some(NotSent::Lost(vpn, pfn)) => Err(self.lost(vpn, pfn)),
             Some(NotSent::Failed(vpn, why)) => {
                 let range = engine.addresses(PageRange::new(vpn, Pages(1)));
@@ -53,8 +71,20 @@ impl Space {
         }
     }
 
+    /// Promises that from now on every change of adopted memory is [announced](Space::announce) before it is made: by `munmap`,
+    /// `mremap`, `mprotect`, `madvise`, `brk`, or by mapping something else there, by whatever thread. Then pages of it can be
+    /// [used in place](Space::migrate) on coherent devices, for which the program's own mapping is replaced for a while.
+    ///
+    /// # Safety
+    /// It is kept as long as the space manages memory: what somebody else had mapped there unheard would be replaced, and its
+    /// content lost. The memory is not locked (`mlock`), and nothing relies on its mapping being anonymous, or on what `madvise`
+    /// has said of it.
+    pub unsafe fn promise_announcements(&self) {
+        self.engine().announcements.promise();
+    }
+
     /// Has everything leave a device's memory; it stays attached, and in use. What it alone held is in RAM then, mapped or on
-    /// standby, or where it goes from there for want of room. Returns how many bytes fewer of its memory are in use.
+    /// standby, or where it goes from there for want of room. Returns how many bytes left its memory.
     ///
     /// What a launch holds stays, and what the device itself or somebody's migration brings there meanwhile.
     ///

@@ -684,7 +684,9 @@ fn g2_memory_goes_in_and_out_of_place_under_everybody() {
         });
         let mut rounds = 0u64;
         while !jobs.iter().all(|job| job.is_done()) || rounds < 20 {
-            region.migrate_to(0..4 * MIB, ids[0]).unwrap();
+            let from = rounds as usize * 37 % 300 * page();
+            let part = if rounds.is_multiple_of(2) { 0..4 * MIB } else { from..from + 2 * MIB + 11 * page() };
+            region.migrate(part, Node::Device(ids[0])).unwrap();
             for i in 0..pages {
                 // SAFETY: a word that nobody else uses.
                 unsafe {
@@ -696,7 +698,7 @@ fn g2_memory_goes_in_and_out_of_place_under_everybody() {
             rounds += 1;
             match rounds % 3 {
                 0 => drop(space.evict(ids[0]).unwrap()),
-                1 => drop(region.migrate_home(0..4 * MIB).unwrap()),
+                1 => drop(region.migrate(from..4 * MIB, Node::Host).unwrap()),
                 _ => drop(space.migrate(region.as_ptr(), 4 * MIB, Node::Device(ids[1])).unwrap()),
             }
         }
@@ -804,4 +806,177 @@ fn g14_sole_access_and_failures_of_memory_in_place() {
         assert!(matches!(region.try_read(at, &mut [0; 8]), Err(Error::Lost { .. })));
     }
     assert!(is_filled(&more));
+}
+
+/// The mappings that a part of the process's memory consists of.
+fn mappings(part: Range<*const u8>) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let ranges = maps.lines().map(|line| {
+        let (from, to) = line.split_ascii_whitespace().next().unwrap().split_once('-').unwrap();
+        [from, to].map(|at| usize::from_str_radix(at, 16).unwrap())
+    });
+    ranges.filter(|[from, to]| *from < part.end as usize && *to > part.start as usize).count()
+}
+
+/// Rules Z5, G8, H2: pages and runs of pages are in place by themselves, beside what is not; also on a device that runs no code.
+#[test]
+fn z5_pages_are_in_place_one_by_one() {
+    for faults in both() {
+        for runs_code in [true, false] {
+            let a = coherent(32, "a");
+            let (space, mut ids) = build(faults, if runs_code { vec![&a] } else { vec![] }.as_slice());
+            if !runs_code {
+                ids.push(space.attach(peerspace::device::dax::Dax::memory(mib(32)).unwrap()).unwrap());
+            }
+            let mut region = common::filled(&space, 12 * MIB);
+            let (node, p) = (Node::Device(ids[0]), page());
+            let ranges = [0..1, 5 * p..9 * p, MIB - p..MIB + p, 2 * MIB..4 * MIB, 5 * MIB + p..9 * MIB - 3 * p];
+            let mut there = 0;
+            for part in ranges {
+                let pages = part.start / p * p..part.end.next_multiple_of(p);
+                assert_eq!(region.migrate(part.clone(), node).unwrap(), pages.len(), "{part:?}");
+                there += pages.len();
+                assert_eq!(in_place(&space, &region, ids[0]), there, "{part:?}");
+                space.check();
+            }
+            // A run is one mapping.
+            let run = whole(&region).start.wrapping_add(5 * p)..whole(&region).start.wrapping_add(9 * p);
+            assert_eq!(mappings(run), 1);
+            assert!(mappings(whole(&region)) <= 13, "{} mappings", mappings(whole(&region)));
+            let before = brought(&space);
+            assert!(is_filled(&region));
+            assert_eq!(brought(&space), before);
+            if runs_code {
+                assert!(reads(&a, &region, 2 * MIB..4 * MIB) <= 2, "a block in place is one translation");
+                reads(&a, &region, 5 * MIB..9 * MIB);
+            }
+            // Again is no work; home go those that are named.
+            assert_eq!(region.migrate(6 * p..8 * p, node).unwrap(), 2 * p);
+            for part in [6 * p..7 * p, 3 * MIB..3 * MIB + p, 8 * MIB..8 * MIB + 100 * p] {
+                assert_eq!(region.migrate(part.clone(), Node::Host).unwrap(), part.len());
+                there -= part.len();
+                assert_eq!(in_place(&space, &region, ids[0]), there, "{part:?}");
+                space.check();
+            }
+            // A part of it is discarded, a part pinned.
+            region.discard(8 * p..MIB).unwrap();
+            let held = space.make_resident(whole(&region).start.wrapping_add(7 * MIB), 3 * p, Use::Write).unwrap();
+            assert!(region.bytes()[8 * p..MIB].iter().all(|b| *b == 0));
+            let good = |i: &usize| region.bytes()[*i] == if (8 * p..MIB).contains(i) { 0 } else { word(i / p) as u8 };
+            assert!((0..12 * MIB).step_by(p).all(|i| good(&i)));
+            drop(held);
+            assert!(space.evict(ids[0]).unwrap() > 0);
+            assert_eq!(in_place(&space, &region, ids[0]), 0);
+            // The kernel does not join what was populated apart.
+            assert!(mappings(whole(&region)) <= 13, "{} mappings", mappings(whole(&region)));
+            assert!((0..12 * MIB).step_by(p).all(|i| good(&i)));
+            space.check();
+        }
+    }
+}
+
+/// Memory of the program's own, filled.
+fn own(len: usize) -> (*mut u8, &'static mut [u64]) {
+    // SAFETY: a new mapping, which is the test's own for good.
+    unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let at = libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+        assert_ne!(at, libc::MAP_FAILED);
+        let words = std::slice::from_raw_parts_mut(at.cast::<u64>(), len / 8);
+        fill(words);
+        (at.cast(), words)
+    }
+}
+
+/// Rules Z5, G1, G5: memory of the program's own, where it has promised to say what it does with it, and not before.
+#[test]
+fn z5_adopted_memory_is_in_place_where_changes_are_announced() {
+    for faults in both() {
+        let (a, b) = (coherent(32, "a"), gpu(16, "b"));
+        let (space, ids) = build(faults, &[&a, &b]);
+        let (len, p) = (12 * MIB, page());
+        let (start, words) = own(len);
+        let adopted = space.adopt(start, len).unwrap();
+        let node = Node::Device(ids[0]);
+        let coherents = || {
+            let pages = space.pages(start, len).unwrap();
+            pages.filter(|view| view.residence == Residence::Coherent(ids[0])).count() * p
+        };
+        let good = |words: &[u64], less: Range<usize>| {
+            words.chunks(words_per_page()).enumerate().all(|(i, page)| {
+                let wanted = if less.contains(&(i * p)) { 0 } else { word(i) };
+                page.iter().all(|w| *w == wanted)
+            })
+        };
+        // Without the promise it goes to the device's memory, and not in place.
+        assert_eq!(adopted.migrate(node).unwrap(), len);
+        assert_eq!(coherents(), 0);
+        assert!(good(words, 0..0));
+        // SAFETY: all changes below are announced.
+        unsafe { space.promise_announcements() };
+        assert_eq!(space.migrate(start.wrapping_add(3 * p), 5 * p, node).unwrap(), 5 * p);
+        assert_eq!(coherents(), 5 * p);
+        assert_eq!(adopted.migrate(node).unwrap(), len);
+        assert_eq!(coherents(), len);
+        let before = brought(&space);
+        assert!(good(words, 0..0));
+        assert_eq!(brought(&space), before);
+        words[700 * 512] = 0;
+        words[700 * 512] = word(700);
+        space.check();
+        // Each call that changes something finds memory of the program's own.
+        let part = |from: usize, pages: usize| (start.wrapping_add(from).cast::<libc::c_void>(), pages * p);
+        {
+            let (at, n) = part(2 * MIB, 3);
+            let _announced = space.announce(at.cast(), n);
+            assert_eq!(coherents(), len - n, "exactly what is announced leaves");
+            // SAFETY: nobody refers to these pages.
+            assert_eq!(unsafe { libc::madvise(at, n, libc::MADV_DONTNEED) }, 0);
+        }
+        let less = 2 * MIB..2 * MIB + 3 * p;
+        assert!(good(words, less.clone()));
+        {
+            let (at, n) = part(5 * MIB, 40);
+            let _announced = space.announce(at.cast(), n);
+            // SAFETY: nobody writes to these pages before they are writable again.
+            assert_eq!(unsafe { libc::mprotect(at, n, libc::PROT_READ) }, 0);
+        }
+        // What is read-only does not go in place.
+        let left = adopted.migrate(node).unwrap();
+        assert!(left == len || left == len - 40 * p, "{left}");
+        assert_eq!(coherents(), len - 40 * p);
+        assert!(good(words, less.clone()));
+        {
+            let (at, n) = part(5 * MIB, 40);
+            let _announced = space.announce(at.cast(), n);
+            // SAFETY: as above.
+            assert_eq!(unsafe { libc::mprotect(at, n, libc::PROT_READ | libc::PROT_WRITE) }, 0);
+        }
+        assert_eq!(adopted.migrate(node).unwrap(), len);
+        assert_eq!(coherents(), len);
+        // Moved elsewhere, in part.
+        let (at, n) = part(8 * MIB, 300);
+        let moved = {
+            // SAFETY: address space of the test's own.
+            let to = unsafe {
+                libc::mmap(std::ptr::null_mut(), n, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+            };
+            let _announced = space.announce_move((at.cast(), n), (to.cast(), n));
+            // SAFETY: what is there is not used by its old address any more.
+            unsafe { libc::mremap(at, n, n, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to) }
+        };
+        assert_ne!(moved, libc::MAP_FAILED);
+        // SAFETY: it has moved there.
+        let there = unsafe { std::slice::from_raw_parts(moved.cast::<u64>(), n / 8) };
+        assert!(there.chunks(512).enumerate().all(|(i, page)| page.iter().all(|w| *w == word(i + 8 * MIB / p))));
+        assert_eq!(space.migrate(moved.cast(), n, node).unwrap(), n);
+        assert!(there.chunks(512).enumerate().all(|(i, page)| page[7] == word(i + 8 * MIB / p)));
+        space.check();
+        // Given up, in place or not.
+        adopted.release().unwrap();
+        assert!(good(&words[..8 * MIB / 8], less));
+        let _announced = space.announce(moved.cast(), n);
+        // SAFETY: it is not used any more.
+        unsafe { libc::munmap(moved, n) };
+    }
 }

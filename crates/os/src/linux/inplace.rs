@@ -14,7 +14,7 @@ use super::self_memory::read_self;
 use crate::kernel::{Kernel, SharedMemory, Trouble};
 use peerspace_core::addr::{Va, VaRange};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
 /// Maps `memory` at `range`, in the place of what is there.
 ///
@@ -71,27 +71,36 @@ pub(super) fn show(k: &Linux, range: VaRange, memory: SharedMemory<'_>) -> Resul
 
 pub(super) fn hide(k: &Linux, range: VaRange) -> Result<(), Trouble> {
     k.assert_foreign(range);
-    let len = range.len() as usize;
-    let fresh = Mapping::new(len, k.geometry().block_bytes(), true).map_err(trouble)?;
-    // SAFETY: advice without effect on content.
-    let _ = unsafe { fresh.advise(0, len, Advice::LinuxHugepage) };
-    let at = fresh.range();
+    let (len, page) = (range.len() as usize, k.geometry().page_bytes());
+    // Between two pages that nobody can access: so the kernel joins it with nothing that is beside it, and goes on to join it with what it
+    // will be beside. A mapping that has been part of another keeps where that was.
+    let around = Mapping::new(len + 2 * page, page, false).map_err(trouble)?;
+    let at = VaRange { start: Va(around.range().start.0 + page as u64), end: Va(around.range().end.0 - page as u64) };
+    let ends = [around.range().start, at.end];
+    // SAFETY: the mapping is ours, and there is nothing in it.
+    unsafe {
+        let (inside, rw) = (at.start.0 as *mut _, MprotectFlags::READ | MprotectFlags::WRITE);
+        rustix::mm::mprotect(inside, len, rw).map_err(trouble)?;
+        let _ = rustix::mm::madvise(inside, len, Advice::LinuxHugepage);
+    }
     k.register(at)?;
-    unclaim(at);
+    unclaim(around.range());
+    // It goes piece by piece from here on.
+    let _ = around.leak();
     // SAFETY: what is at `range` is the device's memory, which stays in the file; no reference into it is lost sight of,
     // since its addresses go on to be served, with the same bytes. The fresh mapping is nobody else's.
     let moved = unsafe {
         rustix::mm::mremap_fixed(at.start.0 as *mut _, len, len, MremapFlags::MAYMOVE, range.start.0 as *mut _)
     };
-    // It is not there any more, or is given back below.
-    let _ = fresh.leak();
-    match moved {
-        Ok(_) => Ok(()),
-        Err(e) => {
-            let _ = k.unmap(at);
-            Err(trouble(e))
-        }
+    let failed = moved.err().map(|e| {
+        let _ = k.unmap(at);
+        trouble(e)
+    });
+    for end in ends {
+        // SAFETY: the page is ours, and nobody can access it.
+        let _ = unsafe { rustix::mm::munmap(end.0 as *mut _, page) };
     }
+    failed.map_or(Ok(()), Err)
 }
 
 pub(super) fn close(k: &Linux, range: VaRange) -> Result<(), Trouble> {

@@ -512,6 +512,15 @@ impl Kernel for Linux {
         unsafe { write_self(at.0, from) == Ok(from.len()) }
     }
 
+    fn mappings_in(&self, range: VaRange) -> Result<u64, Trouble> {
+        let (mut at, mut n) = (range.start, 0);
+        while let Some(vma) = self.maps.at_or_after(at).map_err(trouble)?.filter(|vma| vma.range.start < range.end) {
+            n += 1;
+            at = vma.range.end;
+        }
+        Ok(n)
+    }
+
     fn most_mappings(&self) -> u64 {
         super::inplace::most_mappings()
     }

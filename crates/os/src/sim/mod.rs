@@ -424,6 +424,11 @@ impl Kernel for Sim {
         self.by_page(at, from.len()).all(|(va, range)| self.write(va, &from[range]).is_ok())
     }
 
+    fn mappings_in(&self, range: VaRange) -> Result<u64, Trouble> {
+        let pages = self.foreign(range);
+        Ok(self.step().pieces(pages).len() as u64)
+    }
+
     fn most_mappings(&self) -> u64 {
         1 << 16
     }

@@ -229,7 +229,7 @@ impl<K: Kernel> Engine<K> {
                 at = vpn + 1;
                 match entry.state() {
                     State::Standby { .. } | State::Device { .. } => return Some(vpn),
-                    state if state.is_on_mmus() => return Some(vpn),
+                    state if state.may_be_on_mmus() => return Some(vpn),
                     _ if whole => at = vpn.block_start() + BLOCK_PAGES,
                     _ => {}
                 }
@@ -241,6 +241,8 @@ impl<K: Kernel> Engine<K> {
     /// Gives everything of `pages` that is away back to the program, as pages of the kernel's: beyond the limit if
     /// need be, for it has nowhere else to go.
     fn bring_home(&self, pages: PageRange) {
+        // What cannot be taken from its place is away: whoever waits for all to be home asks again.
+        let _ = self.leave_places(pages);
         for vpn in self.away(pages) {
             let mut work = self.contexts.take();
             let Ok(entry) = self.table.lock(vpn) else { continue };

@@ -53,11 +53,27 @@ pub(crate) struct Announcements {
     ranges: Mutex<ArrayVec<PageRange, MOST>>,
     /// How many there are: for those who need not look.
     count: AtomicU64,
+    /// All changes of memory that is adopted are announced.
+    promised: AtomicBool,
 }
 
 impl Announcements {
     pub(crate) fn new() -> Announcements {
-        Announcements { ranges: Mutex::new(ArrayVec::new_const()), count: AtomicU64::new(0) }
+        Announcements {
+            ranges: Mutex::new(ArrayVec::new_const()),
+            count: AtomicU64::new(0),
+            promised: AtomicBool::new(false),
+        }
+    }
+
+    /// From now on every change of adopted memory is announced.
+    pub(crate) fn promise(&self) {
+        self.promised.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether they are.
+    pub(crate) fn are_promised(&self) -> bool {
+        self.promised.load(Ordering::SeqCst)
     }
 
     /// In a forked child: the threads that announced something do not exist.
@@ -167,6 +183,19 @@ impl<K: Kernel> Engine<K> {
                 true => self.withdraw_gone(piece.range),
                 false => self.recall_pages(piece.range),
             }
+            // And what is mapped in place of a device is taken away: the call is about memory of the program's own.
+            if piece.attributes.has(Attributes::ADOPTED) {
+                self.leave_announced(piece.range);
+            }
+        }
+    }
+
+    fn leave_announced(&self, pages: PageRange) {
+        if let Err(e) = self.leave_places(pages) {
+            let range = self.addresses(pages);
+            crate::tell::warning(format_args!(
+                "memory of a device stays mapped in {range}, which is about to change: {e}"
+            ));
         }
     }
 

@@ -23,7 +23,7 @@ use super::tiers::WriteBack;
 use super::turn::Turn;
 use super::{Engine, EngineError, Entry};
 use crate::device::{Device, MemoryType};
-use peerspace_core::addr::{Access, DevicePfn, Order, Pages, Vpn};
+use peerspace_core::addr::{Access, DevicePfn, Order, PageRange, Pages, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::memmap::Backing;
 use peerspace_core::pagemap::PfnRange;
@@ -182,9 +182,10 @@ impl<K: Kernel> Engine<K> {
                 (tier.range, tier.next_in_use(from))
             };
             let Some(folio) = found else { return Ok((self.tiers.of(base).used(), moved)) };
-            if let Some(State::Coherent { .. }) = self.table.look(folio.vpn).map(|(entry, _)| entry.state()) {
+            if self.tiers.of(base).pages_in_place() > 0 {
                 drop(work);
-                self.take_from_place(folio.vpn, turn).map_err(DetachError::Place)?;
+                self.take_range_from_place(PageRange::new(folio.vpn, folio.order.pages()), turn)
+                    .map_err(DetachError::Place)?;
                 work = self.contexts.take();
             }
             // A block on the device may be pages to the table.

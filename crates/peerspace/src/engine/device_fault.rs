@@ -314,6 +314,9 @@ impl<K: Kernel> Engine<K> {
         if region.attributes.without(gone) != region.attributes {
             return Next::Fail(FaultError::NotManaged(va.0));
         }
+        if region.attributes.has(Attributes::IN_PLACE) && how.bounds().is_some() {
+            return Next::Fail(FaultError::InPlace(va.0));
+        }
         if region.attributes.has(Attributes::IN_PLACE) {
             return Next::Stays;
         }
@@ -371,7 +374,8 @@ impl<K: Kernel> Engine<K> {
             return Next::Fail(FaultError::ReadOnly(va.0));
         }
         let mut writable = true;
-        if adopted {
+        // What is in place was the program's to write, and nobody has announced anything else.
+        if adopted && !matches!(entry.state(), State::Coherent { .. }) {
             let range = self.addresses(entry.range());
             // No message tells that the program has made it read-only.
             match self.kernel.allowed_at(va) {
@@ -479,7 +483,7 @@ impl<K: Kernel> Engine<K> {
                 Step::Home(access) => return Next::Home(access),
                 Step::Move => {
                     let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
-                    match self.move_here(&mut entry, tier, work) {
+                    match self.move_here(&mut entry, tier, None, work) {
                         Ok(()) => {
                             self.places.moved(entry.vpn(), Some(mmu.id));
                             mmu.counters.moved.fetch_add(order.pages().0, Relaxed);

@@ -6,11 +6,12 @@
 
 use super::Engine;
 use super::detach::DetachError;
+use super::tier::Tier;
 use super::turn::Turn;
 use crate::device::MemoryType;
 use peerspace_core::addr::{DevicePfn, PageRange, Pages};
-use peerspace_core::entry::State;
 use peerspace_core::sharers::MmuId;
+use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_os::Kernel;
 use peerspace_os::own::Buffer;
 use std::time::Duration;
@@ -27,7 +28,7 @@ const PAUSE: Duration = Duration::from_micros(100);
 struct Resting<'a, K: Kernel>(&'a Engine<K>, DevicePfn);
 
 impl<K: Kernel> Engine<K> {
-    /// Has everything leave device `id` that can. Returns how many pages fewer of it are in use then. To be called without a lock
+    /// Has everything leave device `id` that can. Returns how many pages left it. To be called without a lock
     /// and without a context; not by threads that receive messages.
     pub(crate) fn empty_device(&self, id: u64) -> Result<Pages, DetachError> {
         let mut buffer = Buffer::new(self.geometry.block_bytes()).map_err(|_| DetachError::NoMemory)?;
@@ -42,11 +43,17 @@ impl<K: Kernel> Engine<K> {
             (tier.base(), tier.mmu_id(), tier.used())
         };
         let resting = Resting(self, base);
+        let evicted = || {
+            let count =
+                |tier: &Tier<K::Words>| tier.mmu.as_ref().map_or(0, |state| state.counters.evicted.load(Relaxed));
+            mmu.and_then(|mmu| self.with_tier(mmu, count)).unwrap_or(0)
+        };
+        let evicted_before = evicted();
         let mut idle = 0;
         let mut left = before;
         for _ in 0..ROUNDS {
             let now = match mmu {
-                Some(mmu) => self.empty_round(mmu, base, &turn)?,
+                Some(mmu) => self.empty_round(mmu, &turn)?,
                 None => self.evict_round(base, &mut buffer, &turn, true)?.0,
             };
             idle = if now < left { 0 } else { idle + 1 };
@@ -59,18 +66,21 @@ impl<K: Kernel> Engine<K> {
             }
         }
         drop(resting);
-        Ok(Pages(before.0.saturating_sub(left.0)))
+        // The device may have brought in as much meanwhile.
+        let fewer = before.0.saturating_sub(left.0);
+        Ok(Pages(fewer.max(evicted().saturating_sub(evicted_before))))
     }
 
     /// Goes through the device with `mmu` once. Returns how many pages of it are in use yet.
-    fn empty_round(&self, mmu: MmuId, base: DevicePfn, turn: &Turn<'_, K::Park>) -> Result<Pages, DetachError> {
+    fn empty_round(&self, mmu: MmuId, turn: &Turn<'_, K::Park>) -> Result<Pages, DetachError> {
         let mut from = 0;
         loop {
             let found = self.with_tier(mmu, |tier| (tier.next_in_use(from), tier.used()));
             // It has failed, or gone.
             let Some((found, used)) = found else { return Ok(Pages(0)) };
             let Some(folio) = found else { return Ok(used) };
-            self.take_folio_from_place(base, PageRange::new(folio.vpn, folio.order.pages()), turn)?;
+            let pages = PageRange::new(folio.vpn, folio.order.pages());
+            self.take_range_from_place(pages, turn).map_err(DetachError::Place)?;
             let mut rest = Some(folio);
             let mut again = 0;
             while let Some(part) = rest {
@@ -84,32 +94,6 @@ impl<K: Kernel> Engine<K> {
             }
             from = folio.page + folio.order.pages().0;
         }
-    }
-
-    /// Takes what of `pages` is in place of the device at `base` out of there.
-    pub(super) fn take_folio_from_place(
-        &self,
-        base: DevicePfn,
-        pages: PageRange,
-        turn: &Turn<'_, K::Park>,
-    ) -> Result<(), DetachError> {
-        let in_place = || {
-            let _work = self.contexts.take();
-            self.tiers.find(base).is_some_and(|tier| tier.pages_in_place() > 0)
-        };
-        if !in_place() {
-            return Ok(());
-        }
-        let mut at = pages.start;
-        while at < pages.end {
-            let Some((entry, whole)) = self.table.look(at) else { return Ok(()) };
-            if let State::Coherent { .. } = entry.state() {
-                let rest = PageRange { start: at, end: pages.end };
-                self.take_run_from_place(rest, turn).map_err(DetachError::Place)?;
-            }
-            at = if whole { PageRange::block(at.block()).end } else { at + 1 };
-        }
-        Ok(())
     }
 }
 

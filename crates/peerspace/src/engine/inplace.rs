@@ -18,8 +18,10 @@
 //! `Engine::apply`), and resolves faults only where it waits for no entry. Only one thread changes at a time; it has the
 //! [*turn*](super::turn), which forks and walks of everything take as well.
 //!
-//! Nothing but regions of the space's own is used so. The program does not unmap these, so nobody else's mapping can have
-//! come to be where memory is put in place; of adopted memory the kernel would not say.
+//! Regions of the space's own are used so: the program does not unmap these, so nobody else's mapping can have come to be where
+//! memory is put in place. Of adopted memory the kernel would not say; it is used so where the program has promised to
+//! [announce](super::announce) what it does ([`Engine::may_replace`]), since whoever announces a change waits for the entries that
+//! are locked here, and takes away what is in place before the call that makes it.
 //!
 //! On the way back a registered mapping, prepared elsewhere, is moved over the device's memory, so that a reader waits and never
 //! sees zeros. Neighbours that are neighbours on the device as well share a mapping, and no more than a quarter of the mappings
@@ -35,6 +37,7 @@ use crate::device::MemoryType;
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{Access, BLOCK_PAGES, DevicePfn, Order, PageRange, Pages, VaRange, Vpn};
 use peerspace_core::entry::State;
+use peerspace_core::regions::Attributes;
 use peerspace_core::sync::{AtomicBool, AtomicU64, Ordering, Ordering::Relaxed};
 use peerspace_os::own::Buffer;
 use peerspace_os::{Kernel, Message, Trouble};
@@ -42,8 +45,10 @@ use peerspace_os::{Kernel, Message, Trouble};
 /// Memory of devices may cut up regions into one part in so many of all mappings that a process may have; the rest is the
 /// program's own to use.
 const SHARE: u64 = 4;
-/// Blocks that are taken away at once.
-const RUN: usize = 16;
+/// One in so many refusals has the pieces counted.
+const COUNTED: u64 = 256;
+/// Entries that are put in place, or taken away, at once.
+pub(super) const RUN: usize = 64;
 
 /// What is being put in place or taken away.
 #[derive(Debug)]
@@ -58,10 +63,17 @@ pub(crate) struct InPlace {
     awaited: AtomicBool,
     /// Copies under way to or from memory in place, which stays there meanwhile.
     holds: AtomicU64,
-    /// Runs of blocks in place that follow each other on the device too: each is a mapping.
+    /// Runs of pages in place that follow each other on the device too: each is a mapping.
     runs: AtomicU64,
-    /// As many as there may be.
-    most_runs: u64,
+    /// How many of both there were when they were counted last.
+    counted: AtomicU64,
+    /// Mappings that may be left over where something was taken from the midst of a run, at most: the kernel does not join what was
+    /// populated apart.
+    left: AtomicU64,
+    /// As many of both as there may be.
+    most: AtomicU64,
+    /// How often it was found that there are as many.
+    refused: AtomicU64,
     left_behind: AtomicBool,
 }
 
@@ -69,15 +81,24 @@ impl InPlace {
     /// Nothing is in place. The process may have `mappings` mappings.
     pub(crate) fn new(mappings: u64) -> InPlace {
         InPlace {
-            most_runs: mappings / SHARE,
+            most: AtomicU64::new(mappings / SHARE),
             start: AtomicU64::new(0),
             end: AtomicU64::new(0),
             from: AtomicU64::new(0),
             awaited: AtomicBool::new(false),
             holds: AtomicU64::new(0),
             runs: AtomicU64::new(0),
+            left: AtomicU64::new(0),
+            counted: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
             left_behind: AtomicBool::new(false),
         }
+    }
+
+    /// Lets there be so many pieces at most.
+    #[cfg(test)]
+    pub(crate) fn limit(&self, pieces: u64) {
+        self.most.store(pieces, Relaxed);
     }
 
     /// In a forked child, at rest: whoever copied something does not exist.
@@ -198,16 +219,29 @@ impl<K: Kernel> Engine<K> {
         &self,
         entry: Entry<'_, K>,
         work: Working<'_>,
+        turn: &Turn<'_, K::Park>,
+    ) -> Result<(), PlaceError> {
+        let mut run = ArrayVec::new();
+        run.push(entry);
+        self.put_run_in_place(run, work, turn)
+    }
+
+    /// Puts the device's memory in the place of `run`, entries that follow each other and whose data do so on the device: they are
+    /// one mapping.
+    pub(super) fn put_run_in_place(
+        &self,
+        run: ArrayVec<Entry<'_, K>, RUN>,
+        work: Working<'_>,
         _turn: &Turn<'_, K::Park>,
     ) -> Result<(), PlaceError> {
-        let State::Device { pfn, .. } = entry.state() else { unreachable!("the block is on a device") };
-        // A little less than none, perhaps: regions that are closed beside each other at once may miss each other.
-        let pieces = (self.inplace.runs.load(Relaxed) as i64).max(0) as u64;
-        if pieces >= self.inplace.most_runs {
+        let [first, .., last] = [run.first(), run.last()].map(|entry| entry.expect("something is put in place"));
+        let State::Device { pfn, .. } = first.state() else { unreachable!("it is on the device") };
+        let all = PageRange { start: first.vpn(), end: last.range().end };
+        if let Some(pieces) = self.too_many_pieces() {
             return Err(PlaceError::TooManyPieces(pieces));
         }
-        if !self.begin_change(std::slice::from_ref(&entry), &work) {
-            drop((entry, work));
+        if !self.begin_change(&run, &work) {
+            drop((run, work));
             self.wait_for_changes();
             return Err(PlaceError::Busy);
         }
@@ -215,23 +249,81 @@ impl<K: Kernel> Engine<K> {
         drop(work);
         let tier = self.tiers.of(pfn);
         let shown = match unwinding(|| tier.device().shared(pfn - tier.range.base)).flatten() {
-            Some(memory) => self.kernel.show(self.addresses(entry.range()), memory).map_err(PlaceError::Kernel),
+            Some(memory) => self.kernel.show(self.addresses(all), memory).map_err(PlaceError::Kernel),
             None => Err(PlaceError::NoMemory),
         };
         self.end_change();
         shown?;
-        self.note_in_place(entry.vpn(), pfn, true);
-        entry.commit(State::Coherent { pfn });
+        for entry in run {
+            let State::Device { pfn, .. } = entry.state() else { unreachable!("it is on the device") };
+            self.note_in_place(entry.range(), pfn, true);
+            entry.commit(State::Coherent { pfn });
+        }
         Ok(())
     }
 
-    /// Takes away what is in place at `vpn`: the data are on the device then, and a fault brings them home. Nothing happens
-    /// where nothing is in place.
-    pub(crate) fn take_from_place(&self, vpn: Vpn, turn: &Turn<'_, K::Park>) -> Result<(), PlaceError> {
-        self.take_run_from_place(PageRange::new(vpn, Pages(1)), turn)
+    /// The pieces that regions are in because of what is in place, or was, if they are as many as may be.
+    fn too_many_pieces(&self) -> Option<u64> {
+        // A little less than none, perhaps: regions that are closed beside each other at once may miss each other.
+        let runs = || (self.inplace.runs.load(Relaxed) as i64).max(0) as u64;
+        let most = self.inplace.most.load(Relaxed);
+        let pieces = runs() + self.inplace.left.load(Relaxed);
+        if pieces < most {
+            return None;
+        }
+        // Some of what was left over may be one again: that can be counted, if not often.
+        let changed = pieces != self.inplace.counted.load(Relaxed);
+        if self.inplace.refused.fetch_add(1, Relaxed).is_multiple_of(COUNTED) || changed {
+            let mut left = 0u64;
+            for region in self.regions.iter() {
+                left += self.kernel.mappings_in(self.addresses(region.range)).unwrap_or(most);
+            }
+            let left = left.saturating_sub(runs() + self.regions.len() as u64);
+            self.inplace.left.store(left, Relaxed);
+            self.inplace.counted.store(runs() + left, Relaxed);
+        }
+        Some(runs() + self.inplace.left.load(Relaxed)).filter(|pieces| *pieces >= most)
     }
 
-    /// The same for what is in place at the start of `pages`, and what follows it without a gap: a few blocks at once.
+    /// Whether the mapping of a region with these attributes may be replaced by that of a device's memory: nobody else changes it
+    /// unheard.
+    pub(super) fn may_replace(&self, attributes: Attributes) -> bool {
+        let others =
+            Attributes::KEPT.with(Attributes::LEAVING).with(Attributes::PERSISTENT).with(Attributes::IN_PLACE);
+        !attributes.has_any(others) && (!attributes.has(Attributes::ADOPTED) || self.announcements.are_promised())
+    }
+
+    /// Takes away whatever is in place of `pages`. Where as many pieces are in place as may be, whole blocks leave, so that there are
+    /// no more.
+    pub(super) fn take_range_from_place(&self, pages: PageRange, turn: &Turn<'_, K::Park>) -> Result<(), PlaceError> {
+        let (mut at, mut end) = (pages.start, pages.end);
+        while at < end {
+            let block = PageRange::block(at.block());
+            let Some((entry, whole)) = self.table.look(at) else {
+                at = block.end;
+                continue;
+            };
+            if let State::Coherent { .. } = entry.state() {
+                if !whole && self.too_many_pieces().is_some() && !self.is_persistent(at) {
+                    // What is left of the block would be more pieces.
+                    if block.start < pages.start {
+                        self.take_range_from_place(PageRange { start: block.start, end: pages.start }, turn)?;
+                    }
+                    end = end.max(block.end);
+                }
+                self.take_run_from_place(PageRange { start: at, end }, turn)?;
+                // Somebody may have put it there again, or what is behind it may be in place yet.
+                if matches!(self.table.look(at), Some((e, _)) if matches!(e.state(), State::Coherent { .. })) {
+                    continue;
+                }
+            }
+            at = if whole { block.end } else { at + 1 };
+        }
+        Ok(())
+    }
+
+    /// Takes away what is in place at the start of `pages`, and what follows it without a gap, some of it at once: the data are on
+    /// the device then, and a fault brings them home. Nothing happens where nothing is in place.
     pub(super) fn take_run_from_place(&self, pages: PageRange, _turn: &Turn<'_, K::Park>) -> Result<(), PlaceError> {
         loop {
             let work = self.contexts.take();
@@ -254,6 +346,11 @@ impl<K: Kernel> Engine<K> {
             let hidden = self.kernel.hide(self.addresses(all)).map_err(PlaceError::Kernel);
             self.end_change();
             hidden?;
+            let beside =
+                |vpn| matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Coherent { .. }));
+            if all.start.0.checked_sub(1).is_some_and(|before| beside(Vpn(before))) || beside(all.end) {
+                self.inplace.left.fetch_add(1, Relaxed);
+            }
             for entry in run {
                 let State::Coherent { pfn } = entry.state() else { unreachable!("seen when it was locked") };
                 self.gone_from_place(entry.range(), pfn);
@@ -280,29 +377,28 @@ impl<K: Kernel> Engine<K> {
         run
     }
 
-    /// Accounts for the block at `vpn` with `pfn`: it is in place now, or is not any more. Its entry is locked.
-    pub(super) fn note_in_place(&self, vpn: Vpn, pfn: DevicePfn, is_now: bool) {
+    /// Accounts for `range` with `pfn`, of one entry, which is locked: it is in place now, or is not any more.
+    pub(super) fn note_in_place(&self, range: PageRange, pfn: DevicePfn, is_now: bool) {
         let beside = |vpn: Option<Vpn>, pfn: Option<u64>| {
             let (Some(vpn), Some(pfn)) = (vpn, pfn) else { return false };
-            let state = self.table.look(vpn).map(|(entry, _)| entry.state());
-            matches!(state, Some(State::Coherent { pfn: at }) if at.pfn().0 == pfn)
+            let Some((entry, whole)) = self.table.look(vpn) else { return false };
+            let offset = if whole { vpn - vpn.block_start() } else { 0 };
+            matches!(entry.state(), State::Coherent { pfn: at } if at.pfn().0 + offset == pfn)
         };
-        let before = beside(vpn.0.checked_sub(BLOCK_PAGES).map(Vpn), pfn.pfn().0.checked_sub(BLOCK_PAGES));
-        let after = beside(Some(vpn + BLOCK_PAGES), Some(pfn.pfn().0 + BLOCK_PAGES));
+        let n = range.pages().0;
+        let before = beside(range.start.0.checked_sub(1).map(Vpn), pfn.pfn().0.checked_sub(1));
+        let after = beside(Some(range.end), Some(pfn.pfn().0 + n));
         // One more piece, less those that it joins; and the other way round.
         let pieces = 1 - before as i64 - after as i64;
         self.inplace.runs.fetch_add((if is_now { pieces } else { -pieces }) as u64, Relaxed);
         let tier = self.tiers.of(pfn);
-        let pages = BLOCK_PAGES as i64;
+        let pages = n as i64;
         tier.in_place.fetch_add((if is_now { pages } else { -pages }) as u64, Relaxed);
     }
 
     /// The pages of `range`, at `pfn`, are not in place any more. Their entries are locked.
     pub(super) fn gone_from_place(&self, range: PageRange, pfn: DevicePfn) {
-        if range.pages().0 == BLOCK_PAGES {
-            return self.note_in_place(range.start, pfn, false);
-        }
-        self.tiers.of(pfn).in_place.fetch_sub(range.pages().0, Relaxed);
+        self.note_in_place(range, pfn, false);
     }
 
     /// A fault where memory is in place: it began before it was, or the memory itself cannot be had.
@@ -354,7 +450,26 @@ impl<K: Kernel> Engine<K> {
     /// Takes away what is in place at `vpn`, for a pin.
     pub(super) fn leave_place(&self, _: DevicePfn, vpn: Vpn) -> Result<(), Trouble> {
         let turn = self.take_turn();
-        Ok(self.take_from_place(vpn, &turn)?)
+        Ok(self.take_range_from_place(PageRange::new(vpn, Pages(1)), &turn)?)
+    }
+
+    /// Takes away all that is in place of `pages`, and nothing else if that can be. To be called without a lock and without a context; not by threads that receive
+    /// messages.
+    pub(super) fn leave_places(&self, pages: PageRange) -> Result<(), Trouble> {
+        let in_place = || self.tiers.iter().any(|tier| tier.pages_in_place() > 0);
+        if pages.is_empty() || !in_place() {
+            return Ok(());
+        }
+        let turn = self.take_turn();
+        // Of blocks that are meant in part the rest stays.
+        for edge in [pages.start, Vpn(pages.end.0 - 1)] {
+            let whole =
+                matches!(self.table.look(edge), Some((e, true)) if matches!(e.state(), State::Coherent { .. }));
+            if whole && !pages.covers(PageRange::block(edge.block())) {
+                self.split_for_device(edge);
+            }
+        }
+        Ok(self.take_range_from_place(pages, &turn)?)
     }
 
     /// Before memory of the space's own is unmapped that nobody refers to any more: gives up what is in place of `pages`.
@@ -391,30 +506,42 @@ impl<K: Kernel> Engine<K> {
         mut rest: impl FnMut(PageRange) -> Result<(), Trouble>,
     ) -> Result<(), Trouble> {
         let mut from = pages.start;
+        let in_place =
+            |vpn| matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Coherent { .. }));
         for piece in pages.by_block() {
-            let in_place =
-                |vpn| matches!(self.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Coherent { .. }));
-            if !in_place(piece.start) {
+            if piece.pages().0 == BLOCK_PAGES {
+                if piece.iter().any(in_place) {
+                    let turn = self.take_turn();
+                    self.take_range_from_place(piece, &turn)?;
+                }
                 continue;
             }
-            if piece.pages().0 == BLOCK_PAGES {
-                let turn = self.take_turn();
-                self.take_from_place(piece.start, &turn)?;
-            } else if self.zero_in_place(piece)? {
-                if from < piece.start {
-                    rest(PageRange { start: from, end: piece.start })?;
+            let mut at = piece.start;
+            while at < piece.end {
+                let run = piece.iter().skip((at - piece.start) as usize).take_while(|vpn| in_place(*vpn)).count();
+                let run = PageRange::new(at, Pages(run as u64));
+                let zeroed = if run.is_empty() { 0 } else { self.zero_in_place(run)? };
+                if zeroed == 0 {
+                    at = at + 1;
+                    continue;
                 }
-                from = piece.end;
+                if from < at {
+                    rest(PageRange { start: from, end: at })?;
+                }
+                at = at + zeroed;
+                from = at;
             }
         }
         if from < pages.end { rest(PageRange { start: from, end: pages.end }) } else { Ok(()) }
     }
 
-    /// Makes `pages`, a part of a block, zero where they are. False when they are not in place any more.
-    fn zero_in_place(&self, pages: PageRange) -> Result<bool, Trouble> {
+    /// Makes pages at the start of `pages`, a part of a block, zero where they are in place, as far as one entry says so. Returns how
+    /// many; 0 when they are not in place any more.
+    fn zero_in_place(&self, pages: PageRange) -> Result<u64, Trouble> {
         let mut work = self.contexts.take();
-        let Ok(entry) = self.table.lock(pages.start) else { return Ok(false) };
-        let (State::Coherent { pfn }, true) = (entry.state(), entry.is_whole()) else { return Ok(false) };
+        let Ok(entry) = self.table.lock(pages.start) else { return Ok(0) };
+        let State::Coherent { pfn } = entry.state() else { return Ok(0) };
+        let pages = pages.intersect(entry.range());
         // What the device writes there it writes beside nobody.
         self.vacate(pages);
         let zeros = &mut work.parts().1[..self.geometry.page_bytes()];
@@ -424,7 +551,7 @@ impl<K: Kernel> Engine<K> {
                 return Err(Trouble::Other(rustix::io::Errno::IO.raw_os_error()));
             }
         }
-        Ok(true)
+        Ok(pages.pages().0)
     }
 
     /// Takes away all that is in place of the device at `base`.
@@ -438,13 +565,11 @@ impl<K: Kernel> Engine<K> {
                 tier.and_then(|tier| tier.next_in_use(from))
             };
             let Some(folio) = found else { return };
-            for vpn in PageRange::new(folio.vpn, folio.order.pages()).iter().step_by(BLOCK_PAGES as usize) {
-                if let Err(e) = self.take_from_place(vpn, &turn) {
-                    crate::tell::warning(format_args!(
-                        "memory of a device that has failed stays mapped at {}: {e}",
-                        self.geometry.va(vpn)
-                    ));
-                }
+            if let Err(e) = self.take_range_from_place(PageRange::new(folio.vpn, folio.order.pages()), &turn) {
+                crate::tell::warning(format_args!(
+                    "memory of a device that has failed stays mapped at {}: {e}",
+                    self.geometry.va(folio.vpn)
+                ));
             }
             from = folio.page + folio.order.pages().0;
         }

@@ -76,8 +76,7 @@ impl<K: Kernel> Engine<K> {
         let (base, memory) = {
             let _work = self.contexts.take();
             let region = self.region(start).ok_or(MigrateError::NotOwn)?;
-            let others = Attributes::ADOPTED.with(Attributes::PERSISTENT).with(Attributes::IN_PLACE);
-            if region.attributes.has_any(others) {
+            if !self.may_replace(region.attributes) || !region.range.covers(PageRange::block(block)) {
                 return Err(MigrateError::NotOwn);
             }
             let tier = self.tiers.by_id(id).ok_or(MigrateError::NotThere)?;
@@ -109,7 +108,7 @@ impl<K: Kernel> Engine<K> {
                 Attempt::Unmap => {
                     self.recall_pages(PageRange::block(block));
                     drop(work);
-                    self.take_from_place(start, &turn).map_err(MigrateError::Place)?;
+                    self.take_range_from_place(PageRange::block(block), &turn).map_err(MigrateError::Place)?;
                     self.set_aside(PageRange::block(block));
                 }
                 Attempt::Again => {
@@ -133,13 +132,19 @@ impl<K: Kernel> Engine<K> {
         })
     }
 
-    /// Whether the block at `start` is in place on the device at `base`.
+    /// Whether the block at `start` is in place on the device at `base`: all of it.
     fn is_in_place(&self, start: Vpn, base: DevicePfn) -> bool {
-        let Some(State::Coherent { pfn }) = self.table.look(start).map(|(entry, _)| entry.state()) else {
-            return false;
-        };
         let _work = self.contexts.take();
-        self.tiers.find(base).is_some_and(|tier| tier.range.contains(pfn.pfn()))
+        let Some(tier) = self.tiers.find(base) else { return false };
+        let mut pages = PageRange::block(start.block()).iter().map(|vpn| self.table.look(vpn));
+        let there = |(entry, _): (Word, bool)| match entry.state() {
+            State::Coherent { pfn } => tier.range.contains(pfn.pfn()),
+            _ => false,
+        };
+        match self.table.look(start) {
+            Some((entry, true)) => there((entry, true)),
+            _ => pages.all(|page| page.is_some_and(there)),
+        }
     }
 
     /// Moves all of the block at `start` to device `id`, if nothing of it is mapped. The caller has a context.
@@ -152,6 +157,12 @@ impl<K: Kernel> Engine<K> {
         let Ok(mut entry) = self.table.lock(start) else { return Err(MigrateError::NotOwn) };
         if !entry.is_whole() {
             return Ok(Attempt::Again);
+        }
+        if let Some(attempt) = self.not_now(start)? {
+            return Ok(attempt);
+        }
+        if entry.state() == State::Empty && self.is_adopted(start) && self.has_native(entry.range()) {
+            return Ok(Attempt::Unmap);
         }
         let state = entry.state();
         match state {
@@ -196,6 +207,23 @@ impl<K: Kernel> Engine<K> {
         Ok(Attempt::There(entry))
     }
 
+    /// What comes first, if the block at `start`, whose entries are locked, cannot go now.
+    fn not_now(&self, start: Vpn) -> Result<Option<Attempt<'_, K>>, MigrateError> {
+        let block = PageRange::block(start.block());
+        let region = self.region(start).ok_or(MigrateError::NotOwn)?;
+        if self.announcements.concern(block) {
+            return Ok(Some(Attempt::Again));
+        }
+        if !self.may_replace_now(region, block) {
+            return Err(MigrateError::NotOwn);
+        }
+        Ok(None)
+    }
+
+    fn is_adopted(&self, vpn: Vpn) -> bool {
+        self.region(vpn).is_some_and(|region| region.attributes.has(Attributes::ADOPTED))
+    }
+
     /// The same for a block that is split.
     fn move_pages(
         &self,
@@ -207,6 +235,13 @@ impl<K: Kernel> Engine<K> {
         let mut outcome = Ok(Attempt::Again);
         let joined = self.table.join(start.block(), |page| {
             states.extend((0..BLOCK_PAGES as usize).map(|i| page(i).state()));
+            match self.not_now(start) {
+                Ok(None) => {}
+                not_now => {
+                    outcome = not_now.map(|attempt| attempt.unwrap_or(Attempt::Again));
+                    return None;
+                }
+            }
             let gathered = self.gather(start, &states, bytes).and_then(|all| match all {
                 true => self.store_block(tier, start, bytes).map(Some),
                 false => Ok(None),
@@ -234,6 +269,13 @@ impl<K: Kernel> Engine<K> {
     /// Reads the pages of a block in these states, which are locked. False when one is mapped.
     fn gather(&self, start: Vpn, states: &[State], bytes: &mut [u8]) -> Result<bool, MigrateError> {
         if states.iter().any(|s| matches!(s, State::Host { .. } | State::Coherent { .. }) || s.is_on_mmus()) {
+            return Ok(false);
+        }
+        // What the table knows nothing of may be there all the same.
+        let unknown = |(i, state): (usize, &State)| {
+            *state == State::Empty && self.kernel.is_present(self.geometry.va(start + i as u64)).unwrap_or(true)
+        };
+        if self.is_adopted(start) && states.iter().enumerate().any(unknown) {
             return Ok(false);
         }
         for ((state, page), vpn) in
@@ -271,16 +313,18 @@ impl<K: Kernel> Engine<K> {
 
     /// Writes a block to the device: beside its neighbours, if that can be, for then it takes no mapping of its own.
     fn store_block(&self, tier: &Tier<K::Words>, start: Vpn, bytes: &[u8]) -> Result<DevicePfn, MigrateError> {
-        let neighbour = |vpn: Vpn| match self.table.look(vpn)?.0.state() {
-            State::Coherent { pfn } if tier.range.contains(pfn.pfn()) => Some(pfn - tier.range.base),
+        let after = || match self.table.look(start + BLOCK_PAGES)?.0.state() {
+            State::Coherent { pfn } if tier.range.contains(pfn.pfn()) => {
+                (pfn - tier.range.base).checked_sub(BLOCK_PAGES)
+            }
             _ => None,
         };
-        let before = start.0.checked_sub(BLOCK_PAGES).and_then(|v| neighbour(Vpn(v))).map(|page| page + BLOCK_PAGES);
-        let after = || neighbour(start + BLOCK_PAGES).and_then(|page| page.checked_sub(BLOCK_PAGES));
+        let before = self.place_before(start, tier.range).map(|pfn| pfn + 1 - tier.range.base);
+        let near = before.or_else(after).filter(|page| page.is_multiple_of(BLOCK_PAGES));
         if tier.refuses_block() {
             return Err(MigrateError::Full);
         }
-        let page = tier.take_block(before.or_else(after), start).ok_or(MigrateError::Full)?;
+        let page = tier.take_block(near, start).ok_or(MigrateError::Full)?;
         let mut batch = [Store::new(page, bytes)];
         tier.store(&mut batch);
         let result = answer(&batch, 0, page);
@@ -308,6 +352,8 @@ impl<K: Kernel> Engine<K> {
             let run = PageRange { start, end: ahead.end.max(start + BLOCK_PAGES) };
             self.take_run_from_place(run, &turn).map_err(MigrateError::Place)?;
         }
+        // Of a block that is split, any of its pages may be in place.
+        self.leave_places(PageRange::block(block)).map_err(|e| MigrateError::Place(PlaceError::Kernel(e)))?;
         for vpn in PageRange::block(block).iter() {
             for tries in 0.. {
                 let Some((entry, _)) = self.table.look(vpn) else { return Err(MigrateError::NotOwn) };

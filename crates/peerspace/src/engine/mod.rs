@@ -14,7 +14,7 @@
 //! | [`stays`], [`stays_fault`] | memory the program has that stays where it is, and devices in it |
 //! | [`own`] | regions of the space's own, made and given back |
 //! | [`collapse`], [`compact`] | small pages become huge folios again, and room is made for them |
-//! | [`migrate`], [`inplace`] | blocks sent to a device, and mapped there in place |
+//! | [`migrate`], [`inplace`], [`placing`] | blocks and pages sent to a device, and mapped there in place |
 //! | [`send`] | exactly the pages that somebody names, sent to a device or home |
 //! | [`named`] | regions of persistent devices |
 //! | [`hold`], [`cold`] | pages held where they are, and pages set aside |
@@ -91,6 +91,8 @@ pub(crate) mod own;
 pub(crate) mod pages;
 #[cfg(feature = "devices")]
 pub(crate) mod place;
+#[cfg(feature = "devices")]
+mod placing;
 #[cfg(feature = "devices")]
 pub(crate) mod prefetch;
 pub(crate) mod reclaim;

@@ -83,7 +83,7 @@ impl<K: Kernel> Engine<K> {
             let entry = self.table.lock(block.start).expect("a region is covered by the table");
             tier.place(page, Order::BLOCK, block.start);
             let pfn = tier.base() + page;
-            self.note_in_place(block.start, pfn, true);
+            self.note_in_place(block, pfn, true);
             entry.commit(State::Coherent { pfn });
         }
         Ok((memory, range))

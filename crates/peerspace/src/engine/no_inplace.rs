@@ -71,6 +71,10 @@ impl<K: Kernel> Engine<K> {
         pfn.of_no_device()
     }
 
+    pub(super) fn leave_places(&self, _: PageRange) -> Result<(), Trouble> {
+        Ok(())
+    }
+
     pub(super) fn take_failed_from_place(&self) {}
 
     pub(crate) fn leave_shared_memory(&self, _: &Turn<'_, K::Park>) {}

@@ -7,7 +7,6 @@
 use super::Engine;
 use super::device_fault::Bring;
 use super::fault::{Fault, Hold, Outcome};
-use super::prefetch::Goal;
 use crate::device::mmu::DeviceAccess;
 use crate::device::port::FaultError;
 use peerspace_core::addr::{Access, BLOCK_PAGES, DevicePfn, PageRange, Pages, Vpn};
@@ -16,14 +15,29 @@ use peerspace_core::pagemap::PfnRange;
 use peerspace_core::plan::{CLUSTER, HUGE_LEVEL};
 use peerspace_core::regions::Attributes;
 use peerspace_core::sharers::MmuId;
+use peerspace_os::own::Buffer;
 use peerspace_os::{Kernel, Wake};
 use std::time::{Duration, Instant};
 
-/// How long all pages that are in somebody's hands are waited for, together, and one of them at most.
-const PATIENCE: Duration = Duration::from_millis(if cfg!(shuttle) { 1 << 40 } else { 1000 });
-const FOR_ONE: Duration = Duration::from_millis(if cfg!(shuttle) { 1 << 40 } else { 50 });
+/// How long all pages that are in somebody's hands are waited for, together, and one of them at most; and, when everything else has
+/// gone, for those that have not.
+const PATIENCE: [Duration; 2] = [millis(500), millis(1500)];
+const FOR_ONE: [Duration; 2] = [millis(10), millis(1000)];
+const fn millis(n: u64) -> Duration {
+    Duration::from_millis(if cfg!(shuttle) { 1 << 40 } else { n })
+}
 /// Looks at one page on its way home.
 const LOOKS: u32 = 64;
+
+/// Where pages are sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum To {
+    Host,
+    /// The memory of the device with this MMU, for it alone.
+    Mmu(MmuId),
+    /// The memory of the coherent device of this number, in place.
+    Place(u64),
+}
 
 /// Why a page did not go that is not merely in use.
 #[derive(Debug)]
@@ -38,29 +52,49 @@ pub(crate) enum NotSent {
 #[derive(Debug)]
 pub(crate) struct Sending {
     left: Duration,
+    for_one: Duration,
     wrong: Option<NotSent>,
     /// Pages that went, and as many as can go.
     gone: u64,
     room: u64,
+    /// The device has no more.
+    pub(super) full: bool,
+    /// What blocks go through.
+    pub(super) buffer: Option<Buffer>,
 }
 
 impl Sending {
     pub(crate) fn new() -> Sending {
-        Sending { left: PATIENCE, wrong: None, gone: 0, room: u64::MAX }
+        Sending {
+            left: PATIENCE[0],
+            for_one: FOR_ONE[0],
+            wrong: None,
+            gone: 0,
+            room: u64::MAX,
+            full: false,
+            buffer: None,
+        }
+    }
+
+    /// Once more, for those that have not gone. False if there is nothing to be hoped for.
+    pub(crate) fn again(&mut self) -> bool {
+        self.gone = 0;
+        (self.left, self.for_one) = (PATIENCE[1], FOR_ONE[1]);
+        self.wrong.is_none() && !self.full
     }
 
     pub(crate) fn wrong(self) -> Option<NotSent> {
         self.wrong
     }
 
-    fn fails(&mut self, why: NotSent) {
+    pub(super) fn fails(&mut self, why: NotSent) {
         self.wrong.get_or_insert(why);
     }
 
     /// Runs `step`, and takes what it took off what is left.
-    fn timed<T>(&mut self, step: impl FnOnce(Duration) -> T) -> T {
+    pub(super) fn timed<T>(&mut self, step: impl FnOnce(Duration) -> T) -> T {
         let begun = Instant::now();
-        let done = step(self.left.min(FOR_ONE));
+        let done = step(self.left.min(self.for_one));
         // Bringing a page takes some microseconds in any case.
         self.left = self.left.saturating_sub(begun.elapsed().saturating_sub(Duration::from_millis(1)));
         done
@@ -87,22 +121,26 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Sends `pages`, of one block, to where `to` says. To be called without a lock and without a context.
-    pub(crate) fn send_pages(&self, pages: PageRange, to: Goal, sending: &mut Sending) {
+    pub(crate) fn send_pages(&self, pages: PageRange, to: To, sending: &mut Sending) {
         match to {
-            Goal::Host => self.send_pages_home(pages, sending),
-            Goal::Mmu(mmu) => self.send_pages_to(mmu, pages, sending),
+            To::Host => self.send_pages_home(pages, sending),
+            To::Mmu(mmu) => self.send_pages_to(mmu, pages, sending),
+            To::Place(id) => self.send_pages_in_place(id, pages, sending),
         }
     }
 
     /// How many of `pages` are where `to` says.
-    pub(crate) fn count_sent(&self, pages: PageRange, to: Goal) -> Pages {
+    pub(crate) fn count_sent(&self, pages: PageRange, to: To) -> Pages {
         let _work = self.contexts.take();
         let range = match to {
-            Goal::Host => None,
-            Goal::Mmu(mmu) => match self.tiers.by_mmu(mmu) {
-                Some(tier) => Some(tier.range),
-                None => return Pages(0),
-            },
+            To::Host => None,
+            To::Mmu(mmu) => Some(self.tiers.by_mmu(mmu).map(|tier| tier.range)),
+            To::Place(id) => Some(self.tiers.by_id(id).map(|tier| tier.range)),
+        };
+        let range = match range {
+            None => None,
+            Some(None) => return Pages(0),
+            Some(range) => range,
         };
         let mut there = 0;
         let mut at = pages.start;
@@ -134,7 +172,7 @@ impl<K: Kernel> Engine<K> {
         native
     }
 
-    fn send_pages_to(&self, mmu: MmuId, pages: PageRange, sending: &mut Sending) {
+    pub(super) fn send_pages_to(&self, mmu: MmuId, pages: PageRange, sending: &mut Sending) {
         let mut at = pages.start;
         let Some(range) = self.with_tier(mmu, |tier| tier.range) else {
             return sending.fails(NotSent::Failed(at, FaultError::Cut));
@@ -171,6 +209,7 @@ impl<K: Kernel> Engine<K> {
                 }
                 Err(FaultError::NoRoom(_)) => {
                     sending.room = sending.gone;
+                    sending.full = true;
                     return;
                 }
                 // It stays.
@@ -182,6 +221,7 @@ impl<K: Kernel> Engine<K> {
                 _ => at + 1,
             };
         }
+        sending.full |= at < pages.end;
     }
 
     /// The state of `vpn`, and how far it is into what that is about.
@@ -215,8 +255,15 @@ impl<K: Kernel> Engine<K> {
                         continue;
                     }
                 }
-                State::Coherent { pfn }
-                    if looks <= LOOKS && !self.is_persistent(at) && self.leave_place(pfn, at).is_ok() =>
+                State::Coherent { .. } if looks <= LOOKS && in_part && !self.is_persistent(at) => {
+                    // Its pages are in place one by one from here on.
+                    self.split_for_device(at);
+                    continue;
+                }
+                State::Coherent { .. }
+                    if looks <= LOOKS
+                        && !self.is_persistent(at)
+                        && self.leave_places(PageRange { start: at, end: pages.end }).is_ok() =>
                 {
                     continue;
                 }

@@ -302,10 +302,10 @@ impl<W: Words> Tier<W> {
         self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
     }
 
-    /// Takes a page for the data of `vpn`.
-    pub(crate) fn take_page(&self, vpn: Vpn) -> Option<u64> {
+    /// Takes a page for the data of `vpn`, at `near` if that is free.
+    pub(crate) fn take_page(&self, near: Option<u64>, vpn: Vpn) -> Option<u64> {
         let mut room = self.room.lock();
-        let page = room.alloc(Order::BASE, vpn, false);
+        let page = room.alloc_near(near, Order::BASE, vpn, false);
         self.note_use(&room);
         page
     }

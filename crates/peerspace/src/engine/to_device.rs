@@ -36,23 +36,24 @@ fn order_of<K: Kernel>(entry: &Entry<'_, K>) -> Order {
 }
 
 impl<K: Kernel> Engine<K> {
-    /// Moves what `entry` has to pages of `tier`: zeros, a frame on standby, or what another device holds.
+    /// Moves what `entry` has to pages of `tier`, at `near` if that is free: zeros, a frame on standby, or what another device holds.
     pub(super) fn move_here(
         &self,
         entry: &mut Entry<'_, K>,
         tier: &Tier<K::Words>,
+        near: Option<u64>,
         work: &mut Working<'_>,
     ) -> Result<(), Stay> {
         let order = order_of::<K>(entry);
         let page = match entry.state() {
             State::Empty => {
-                let page = take(tier, order, entry.vpn())?;
+                let page = take(tier, order, near, entry.vpn())?;
                 self.clear_pages(tier, page, order, work).map_err(|e| give_up(tier, page, order, e))?;
                 page
             }
             State::Standby { pfn, dirt } => {
                 let frame = self.frame_of(pfn, entry.is_whole());
-                let page = self.store_frame(entry, frame, dirt, tier)?;
+                let page = self.store_frame(entry, frame, dirt, (tier, near))?;
                 let backing = self.memmap.backing(frame);
                 entry.set(self.arrived(tier, page));
                 if order == Order::BLOCK {
@@ -69,7 +70,7 @@ impl<K: Kernel> Engine<K> {
                 return Ok(());
             }
             State::Device { pfn, .. } => {
-                let page = take(tier, order, entry.vpn())?;
+                let page = take(tier, order, near, entry.vpn())?;
                 if let Err(stay) = self.copy_between(pfn, tier, page, order, work) {
                     tier.give_up(page, order, false);
                     return Err(stay);
@@ -99,7 +100,7 @@ impl<K: Kernel> Engine<K> {
         entry: &mut Entry<'_, K>,
         frame: Frame,
         dirt: peerspace_core::entry::Dirt,
-        tier: &Tier<K::Words>,
+        (tier, near): (&Tier<K::Words>, Option<u64>),
     ) -> Result<u64, Stay> {
         let order = order_of::<K>(entry);
         let backing = self.memmap.backing(frame);
@@ -126,7 +127,7 @@ impl<K: Kernel> Engine<K> {
             self.forget_copy(entry, frame);
             return Err(Stay::Failed(DeviceError::Io(rustix::io::Errno::IO.raw_os_error())));
         }
-        let page = take(tier, order, entry.vpn())?;
+        let page = take(tier, order, near, entry.vpn())?;
         let stored = self.kernel.read_staged(staged, |bytes| store(tier, page, bytes));
         stored.map_err(|e| give_up(tier, page, order, e))?;
         Ok(page)
@@ -152,7 +153,7 @@ impl<K: Kernel> Engine<K> {
             entry.set(shared);
             return Ok(Grant::Copy);
         }
-        let page = take(tier, order, entry.vpn())?;
+        let page = take(tier, order, None, entry.vpn())?;
         match self.store_mapped(entry, tier, page, work) {
             Ok(()) => {}
             Err(Stay::Failed(e)) => return Err(give_up(tier, page, order, e)),
@@ -249,13 +250,18 @@ impl<K: Kernel> Engine<K> {
     }
 }
 
-/// Takes pages of `tier` for the data of `vpn`.
-fn take<W: peerspace_core::words::Words>(tier: &Tier<W>, order: Order, vpn: Vpn) -> Result<u64, Stay> {
+/// Takes pages of `tier` for the data of `vpn`, at `near` if that is free.
+fn take<W: peerspace_core::words::Words>(
+    tier: &Tier<W>,
+    order: Order,
+    near: Option<u64>,
+    vpn: Vpn,
+) -> Result<u64, Stay> {
     let page = match order {
         Order::BLOCK if tier.refuses_block() => return Err(Stay::Refused),
         Order::BLOCK if tier.info.pages.0 < BLOCK_PAGES => None,
-        Order::BLOCK => tier.take_block(None, vpn),
-        _ => tier.take_page(vpn),
+        Order::BLOCK => tier.take_block(near, vpn),
+        _ => tier.take_page(near, vpn),
     };
     page.ok_or(Stay::NoRoom)
 }

@@ -302,6 +302,10 @@ impl Chip {
         &self.0.info
     }
 
+    pub(super) fn is_coherent(&self) -> bool {
+        self.0.coherent
+    }
+
     pub(super) fn trouble(&self) -> &Trouble {
         &self.0.trouble
     }

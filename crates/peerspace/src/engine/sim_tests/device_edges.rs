@@ -3,6 +3,7 @@
 use super::chip::{Chip, Fleet, Model, page_at};
 use super::{ABLE, Came, PAGE, Rig, Shelf};
 use crate::device::mmu::{FaultError, Mode, Target};
+use crate::engine::send::{Sending, To};
 use peerspace_core::addr::{Access, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_os::Capabilities;
@@ -242,4 +243,36 @@ fn g8_what_is_brought_home_leaves_its_device() {
     assert!(matches!(state(&rig, page_at(region, 2)), State::Host { .. }), "{:?}", state(&rig, page_at(region, 2)));
     assert_eq!((chip.mapped(), chip.shelf().held(), get(&rig, page_at(region, 2))), (0, 0, Ok(5)));
     fleet.check();
+}
+
+/// Z5: pages are in place one by one as long as there are not too many pieces; from then on whole blocks leave, and what goes to the
+/// device is there like any page.
+#[test]
+fn z5_pages_in_place_are_in_a_bounded_number_of_pieces() {
+    let (rig, fleet, [chip]) = rig(ABLE, None, [Model::new(2048, Mode::Exclusive).coherent()]);
+    let region = rig.region(2);
+    (0..1024).for_each(|n| put(&rig, page_at(region, n), n as u64 + 1));
+    rig.engine.inplace.limit(20);
+    let page = |n: usize| rig.engine.geometry.vpn(Va(page_at(region, n)));
+    let mut sending = Sending::new();
+    let mut send = |from: usize, n: u64, to| {
+        for piece in PageRange::new(page(from), Pages(n)).by_block() {
+            rig.engine.send_pages(piece, to, &mut sending);
+        }
+    };
+    let placed = || (0..1024).filter(|n| matches!(state(&rig, page_at(region, *n)), State::Coherent { .. })).count();
+    (0..30).for_each(|n| send(2 * n, 1, To::Place(chip.id())));
+    assert_eq!(placed(), 20);
+    assert_eq!(rig.engine.count_sent(PageRange::new(page(0), Pages(60)), To::Place(chip.id())), Pages(30));
+    send(0, 1024, To::Host);
+    assert_eq!(placed(), 0);
+    rig.engine.check();
+    // One piece, out of which pages are taken.
+    send(0, 1024, To::Place(chip.id()));
+    assert_eq!(placed(), 1024);
+    (0..30).for_each(|n| send(2 * n + 1, 1, To::Host));
+    assert_eq!(placed(), 512, "all of the block that is in so many pieces has left");
+    assert!((0..1024).all(|n| get(&rig, page_at(region, n)) == Ok(n as u64 + 1)));
+    fleet.check();
+    rig.engine.check();
 }

@@ -6,8 +6,7 @@ use super::chip::{Chip, Model};
 use super::oracle::{Op, World, config, op, play_in};
 use super::{ABLE, PAGE, Shelf};
 use crate::device::mmu::{DeviceAccess, FaultError, Mode};
-use crate::engine::prefetch::Goal;
-use crate::engine::send::{NotSent, Sending};
+use crate::engine::send::{NotSent, Sending, To};
 use peerspace_core::addr::{Order, PageRange};
 use peerspace_os::sim::Allowed;
 use peerspace_os::{Capabilities, Kernel};
@@ -104,7 +103,12 @@ impl World {
             DeviceOp::Send { chip, at, pages, home } => {
                 let Some((area, first)) = self.place(at) else { return };
                 let last = (first + pages).min(self.areas[area].seen.len());
-                let to = if home { Goal::Host } else { Goal::Mmu(self.chips[chip % self.chips.len()].mmu()) };
+                let chip = &self.chips[chip % self.chips.len()];
+                let to = match (home, chip.is_coherent() && pages % 3 > 0) {
+                    (true, _) => To::Host,
+                    (false, true) => To::Place(chip.id()),
+                    (false, false) => To::Mmu(chip.mmu()),
+                };
                 let vpn = |page| self.rig.engine.geometry.vpn(self.areas[area].va(page));
                 let mut sending = Sending::new();
                 for piece in (PageRange { start: vpn(first), end: vpn(last) }).by_block() {
