@@ -441,13 +441,13 @@ impl Chip {
     /// Makes an access to the host's memory, which takes its time: the table says all the while that the device may.
     fn in_place(&self, engine: &Tried, va: u64, access: impl FnOnce() -> bool) -> bool {
         let vpn = engine.geometry.vpn(Va(va));
-        let stays = stays(engine, vpn);
         crate::sync::yield_now();
         let done = access();
         crate::sync::yield_now();
         let state = engine.table.look(vpn).map(|(entry, _)| entry.state());
-        // Who takes such memory away takes the region first, and then waits for the access.
-        if stays && engine.region(vpn).is_none_or(|r| r.attributes.has(Attributes::IN_PLACE)) {
+        // Who takes memory away that stays where it is takes the region first, and then waits for the access.
+        let may_stay = engine.region(vpn).is_none_or(|r| r.attributes.has(Attributes::IN_PLACE));
+        if may_stay && matches!(state, None | Some(State::Empty)) {
             return done;
         }
         let fine = match state {

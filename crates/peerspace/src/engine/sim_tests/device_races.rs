@@ -11,6 +11,7 @@ use super::{ABLE, Came, PAGE, Rig};
 use crate::device::mmu::{FaultError, Mode, Target};
 use peerspace_core::addr::{Order, Va, VaRange};
 use peerspace_os::Capabilities;
+use peerspace_os::sim::Keep;
 use shuttle::thread;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -450,5 +451,100 @@ fn g5_nobody_maps_what_is_announced() {
         }
         race.end(&fleet);
         gone(&rig, region, &chips);
+    });
+}
+
+/// G5, G11: shared memory is unmapped, and moved, while devices work with it. What comes to be in its place is not theirs: nothing
+/// is written there by a translation of before.
+#[test]
+fn g5_shared_memory_goes_while_devices_work_with_it() {
+    static SEEN: AtomicU64 = AtomicU64::new(0);
+    static ROUND: AtomicU64 = AtomicU64::new(0);
+    explore(150, || {
+        let models = [Model::new(2, Mode::Share).remote(), Model::new(2, Mode::Exclusive).remote()];
+        let (rig, fleet, chips) = rig_with(ABLE, models);
+        let receiver = Receiver::start(&rig);
+        let shared = rig.sim().map_kept(4 * PAGE as u64, Keep::Shared);
+        let part = |first: usize, pages: usize| VaRange {
+            start: Va(page_at(shared, first)),
+            end: Va(page_at(shared, first + pages)),
+        };
+        rig.engine.adopt_in_place(shared).unwrap();
+        for n in 0..4 {
+            assert_eq!(chips.each_ref().map(|chip| chip.get(&rig, page_at(shared, n))), [Ok(0), Ok(0)]);
+        }
+        let devices = chips.clone().map(|chip| {
+            let rig = rig.clone();
+            thread::spawn(move || {
+                let me = 8 * chip.mmu().0 as u64;
+                for round in 1..=3 {
+                    for n in [2, 3, 0, 1] {
+                        match chip.put(&rig, page_at(shared, n) + me, round) {
+                            Ok(()) if n < 2 => assert_eq!(chip.get(&rig, page_at(shared, n) + me), Ok(round)),
+                            Ok(()) => drop(SEEN.fetch_add(1, Relaxed)),
+                            Err(e) => assert!(n >= 2 && matches!(e, FaultError::NotManaged(_)), "page {n}: {e}"),
+                        }
+                    }
+                }
+            })
+        });
+        // For a while, which is another each time.
+        (0..ROUND.fetch_add(7, Relaxed) % 160).for_each(|_| {
+            let _ = rig.sim().mapped(shared.start);
+        });
+        rig.sim().munmap(part(2, 1));
+        rig.sim().map_kept_at(part(2, 1), Keep::Private);
+        let to = rig.sim().remap(part(3, 1), None).unwrap();
+        rig.sim().map_kept_at(part(3, 1), Keep::File);
+        devices.into_iter().for_each(|device| device.join().unwrap());
+        for n in [2, 3] {
+            assert_eq!(word(&rig, Va(page_at(shared, n))), Ok(0), "page {n} is another's");
+            assert_eq!(word(&rig, Va(page_at(shared, n) + 8)), Ok(0), "page {n} is another's");
+        }
+        receiver.end();
+        while rig.engine.receive().is_some() {}
+        for va in [2, 3].map(|n| page_at(shared, n)) {
+            assert!(chips.iter().all(|chip| !chip.maps(va, false)), "a device maps what has gone");
+        }
+        assert!(chips.iter().all(|chip| chip.get(&rig, to.0).is_ok()));
+        rig.engine.disown(VaRange { start: shared.start, end: Va(page_at(shared, 2)) }).unwrap();
+        assert!(chips.iter().all(|chip| !chip.maps(page_at(shared, 0), false)));
+        fleet.check();
+        rig.engine.check();
+    });
+    assert!(SEEN.load(Relaxed) > 0, "no device ever had what went");
+}
+
+/// G1, G5: shared memory is given up while devices work with it.
+#[test]
+fn g5_shared_memory_that_is_given_up_leaves_its_devices() {
+    static ROUND: AtomicU64 = AtomicU64::new(0);
+    explore(200, || {
+        let models = [Model::new(2, Mode::Share).remote(), Model::new(2, Mode::Exclusive).remote()];
+        let (rig, fleet, chips) = rig_with(ABLE, models);
+        let shared = rig.sim().map_kept(2 * PAGE as u64, Keep::Shared);
+        rig.engine.adopt_in_place(shared).unwrap();
+        let devices = chips.clone().map(|chip| {
+            let rig = rig.clone();
+            thread::spawn(move || {
+                let me = 8 * chip.mmu().0 as u64;
+                for n in [0, 1, 0, 1] {
+                    if let Err(e) = chip.put(&rig, page_at(shared, n) + me, 7) {
+                        assert!(matches!(e, FaultError::NotManaged(_)), "{e}");
+                    }
+                }
+            })
+        });
+        (0..ROUND.fetch_add(7, Relaxed) % 160).for_each(|_| {
+            let _ = rig.sim().mapped(shared.start);
+        });
+        rig.engine.disown(shared).unwrap();
+        let at_its_end: Vec<u64> = (0..4).map(|k| word(&rig, Va(shared.start.0 + 8 * k)).unwrap()).collect();
+        devices.into_iter().for_each(|device| device.join().unwrap());
+        let now: Vec<u64> = (0..4).map(|k| word(&rig, Va(shared.start.0 + 8 * k)).unwrap()).collect();
+        assert_eq!(now, at_its_end, "a device wrote to what had been given up");
+        assert!(chips.iter().all(|chip| chip.mapped() == 0));
+        fleet.check();
+        rig.engine.check();
     });
 }
