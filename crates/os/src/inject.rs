@@ -415,6 +415,10 @@ impl<K: Kernel> Kernel for Inject<K> {
         self.whole(Call::Adopt, || self.kernel.watch(range))
     }
 
+    fn unwatch(&self, range: VaRange) -> Result<(), Trouble> {
+        self.whole(Call::Disown, || self.kernel.unwatch(range))
+    }
+
     fn mapped_from(&self, va: Va) -> Result<Option<Mapped>, Trouble> {
         self.whole(Call::MappingAt, || self.kernel.mapped_from(va))
     }

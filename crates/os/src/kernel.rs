@@ -352,12 +352,19 @@ pub trait Kernel: Send + Sync + 'static {
     // --- memory of the program that stays where it is ---
 
     /// Has [`Message`]s tell what the program does to the mappings of `range`, which are of any kind and hold memory that
-    /// nobody takes out: no access of it ever faults here. [Disowning](Kernel::disown) it undoes that.
+    /// nobody takes out: no access of it ever faults here. One caller at a time. Of what happens in the first fifth of a second
+    /// after the very first call news may come as late as that.
     ///
     /// # Errors
-    /// [`Trouble::Unsuitable`] where the kernel does not tell about all of it: of regular files it does not. See also
-    /// [`Trouble`].
+    /// [`Trouble::Unsuitable`] where the kernel does not tell about all of it: before 6.7 of regular files, and of files that
+    /// were opened to be read alone and are shared. See also [`Trouble`].
     fn watch(&self, range: VaRange) -> Result<(), Trouble>;
+
+    /// Undoes [`watch`](Kernel::watch).
+    ///
+    /// # Errors
+    /// When the kernel refuses, because part of it is not watched, or not mapped.
+    fn unwatch(&self, range: VaRange) -> Result<(), Trouble>;
 
     /// The mapping that holds `va`, or else the next one behind it; `None` where there is none. Permissions, and what is not
     /// [watched](Kernel::watch), change without a message.

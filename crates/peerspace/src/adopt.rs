@@ -68,9 +68,13 @@ impl Space {
     ///   [no way](crate::device::mmu::FaultError::NoWay) to be had. It is not migrated, nobody has it
     ///   [exclusively](crate::Space::exclusive), and hints say nothing to it. [`Adopted::in_place`] says what of a range it is.
     ///
-    /// The kernel does not tell of changes to mappings of regular files. A device that uses such memory after the program has
-    /// unmapped it gets an error; if something else has been mapped there meanwhile, it accesses that. So let go of the memory
-    /// before it is unmapped, as of anything that somebody uses.
+    /// Of some mappings the kernel tells nothing when they are changed: shared ones of files that were opened to be read alone
+    /// and, before Linux 6.7, any of regular files. A device that uses such memory after the program has unmapped it gets an
+    /// error; if something else has been mapped there meanwhile, it accesses that. So let go of the memory before it is
+    /// unmapped, as of anything that somebody uses; or [announce](Space::announce) it.
+    ///
+    /// While memory of a file or shared memory is adopted, each of its pages takes a fault of the kernel's own when the CPU first
+    /// uses it, where otherwise one brings in several.
     ///
     /// Not to be adopted: stacks, thread-local storage, and whatever the [devices](crate::device) of the space or the
     /// handlers of signals use. A heap's arena header stays out by itself.

@@ -28,10 +28,18 @@ fn chips() -> [Chip; 3] {
 }
 
 fn space_of(faults: Faults, chips: &[&Chip]) -> Space {
+    space_without(0, faults, chips)
+}
+
+/// userfaultfd's asynchronous write protection, without which the kernel tells of no change to mappings of files.
+const WP_ASYNC: u64 = 1 << 15;
+
+/// A space that does without features of userfaultfd.
+fn space_without(features: u64, faults: Faults, chips: &[&Chip]) -> Space {
     catch_lost_accesses();
     let builder = Space::builder().host(mib(16)).device(Soft::new(mib(128)).unwrap());
     let builder = chips.iter().fold(builder, |builder, chip| builder.device((*chip).clone()));
-    builder.faults(faults).build().unwrap()
+    builder.faults(faults).without_features(features).build().unwrap()
 }
 
 /// Waits for something that others do.

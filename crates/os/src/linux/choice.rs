@@ -34,6 +34,8 @@ pub(super) struct Choice {
     pub(super) uffd: Uffd,
     /// The features in use, of [`feature`].
     features: u64,
+    /// The features that may be used.
+    pub(super) known: u64,
     /// It serves accesses of the kernel too.
     pub(super) kernel_faults: bool,
 }
@@ -69,7 +71,7 @@ impl Choice {
         };
         uffd.enable(features)
             .map_err(|e| OsError::new(format!("switch on userfaultfd features {features:#x}"), e))?;
-        Ok(Choice { uffd, features, kernel_faults })
+        Ok(Choice { uffd, features, known, kernel_faults })
     }
 
     /// Whether all of `features` are in use.

@@ -16,6 +16,7 @@ use super::scan::{Maps, Pagemap};
 use super::self_memory::{read_self, write_self};
 use super::staging::{Staging, Use};
 use super::uffd::{FAULT_WP, FAULT_WRITE, Mode, Partial, Uffd, event, feature};
+use super::watch::Watcher;
 use crate::error::OsError;
 use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Mapped, Message, Protect, SharedMemory, Trouble, Wake};
 use peerspace_core::addr::{Access, Geometry, Va, VaRange};
@@ -61,6 +62,7 @@ pub struct Linux {
     zeros: Mapping,
     pub(super) pagemap: Pagemap,
     pub(super) maps: Maps,
+    pub(super) watcher: Watcher,
 }
 
 impl Linux {
@@ -88,6 +90,7 @@ impl Linux {
         let zeros = Mapping::new(CLUSTER.0 as usize * geometry.page_bytes(), geometry.page_bytes(), true)
             .map_err(|e| OsError::new("map a page of zeros", e))?;
         Ok(Linux {
+            watcher: Watcher::new(choice.known),
             geometry,
             capabilities: Capabilities {
                 move_pages,
@@ -476,8 +479,11 @@ impl Kernel for Linux {
 
     fn watch(&self, range: VaRange) -> Result<(), Trouble> {
         self.assert_foreign(range);
-        // Nothing is ever protected in it, so nothing faults; but its mappings are ours to hear of.
-        self.uffd.register(range.start.0, range.len(), Mode::Protected).map_err(trouble)
+        self.register_for_news(range)
+    }
+
+    fn unwatch(&self, range: VaRange) -> Result<(), Trouble> {
+        self.unregister_for_news(range)
     }
 
     fn mapped_from(&self, va: Va) -> Result<Option<Mapped>, Trouble> {
@@ -552,12 +558,18 @@ impl Kernel for Linux {
 
     fn wait_message(&self, timeout: Option<Duration>) -> bool {
         let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
-        let mut fds = [PollFd::from_borrowed_fd(self.uffd.as_fd(), PollFlags::IN)];
-        matches!(poll(&mut fds, timeout.as_ref()), Ok(1..))
+        fn fd(uffd: &Uffd) -> PollFd<'_> {
+            PollFd::from_borrowed_fd(uffd.as_fd(), PollFlags::IN)
+        }
+        let there = match self.watcher.get() {
+            None => poll(&mut [fd(&self.uffd)], timeout.as_ref()),
+            Some(watcher) => poll(&mut [fd(&self.uffd), fd(watcher)], timeout.as_ref()),
+        };
+        matches!(there, Ok(1..))
     }
 
     fn receive(&self) -> Option<Message> {
-        let m = self.uffd.read().ok()?;
+        let m = self.uffd.read().ok().or_else(|| self.watcher.get()?.read().ok())?;
         let range = |start, end| VaRange { start: Va(start), end: Va(end) };
         let [a, b, c] = m.args;
         Some(match m.event {
@@ -579,11 +591,13 @@ impl Kernel for Linux {
     }
 
     fn is_changing(&self) -> bool {
-        // Every operation is refused while a change is pending; this one does nothing where it is allowed: the
-        // page of zeros is not registered, which is found out after the check.
+        // Every operation is refused while a change is pending; this one does nothing where it is allowed: nothing in
+        // staging is protected.
         let page = self.geometry.page_bytes() as u64;
         let r = self.staging.range();
-        matches!(self.uffd.write_protect(r.end.0 - page, page, false, false), Err(Errno::AGAIN))
+        let spare = Va(r.end.0 - page);
+        self.uffd.write_protect(spare.0, page, false, false) == Err(Errno::AGAIN)
+            || self.watcher.is_changing(spare, page)
     }
 }
 

@@ -27,6 +27,7 @@ pub mod transfer;
 pub mod uffd;
 #[cfg(feature = "uring")]
 pub mod uring;
+mod watch;
 
 pub use kernel::{Delivery, Linux, Setup};
 pub use renew::Kept;

@@ -36,6 +36,9 @@ impl Linux {
         self.uffd
             .renew(signal && !self.capabilities.kernel_faults, more)
             .map_err(|e| OsError::new("open a userfaultfd in a forked process", e))?;
+        self.watcher
+            .renew()
+            .map_err(|e| OsError::new("open a userfaultfd for news of mappings in a forked process", e))?;
         self.pagemap.renew().map_err(|e| OsError::new("open /proc/self/pagemap", e).remedy("mount /proc"))?;
         self.maps.renew().map_err(|e| OsError::new("open /proc/self/maps", e).remedy("mount /proc"))?;
         let register = |r: VaRange, mode| {
@@ -60,7 +63,7 @@ impl Linux {
                     let piece = VaRange { start, end: v.range.end.min(region.end) };
                     if kept == Kept::InPlace {
                         // Where it is refused, it was so before.
-                        let _ = self.uffd.register(piece.start.0, piece.len(), Mode::Protected);
+                        let _ = self.register_for_news(piece);
                     } else if v.file || v.shared {
                         gone(piece);
                     } else {

@@ -512,6 +512,10 @@ impl Kernel for Sim {
         Ok(())
     }
 
+    fn unwatch(&self, range: VaRange) -> Result<(), Trouble> {
+        self.disown(range)
+    }
+
     fn mapped_from(&self, va: Va) -> Result<Option<Mapped>, Trouble> {
         let found = self.step().mapped_from(self.geometry.vpn(va));
         Ok(found.map(|(pages, kind)| {

@@ -10,7 +10,7 @@
 //!
 //! Nobody notes which device has a translation of what. So whatever takes translations away takes them from all devices
 //! ([`Engine::withdraw`]). What the program does to mappings is told by messages where the kernel can be asked to
-//! ([`Kernel::watch`]). Of regular files it tells nothing. Then a region may be *stale*: it outlives its mapping, until somebody
+//! ([`Kernel::watch`]): of nearly everything from Linux 6.7 on, of shared memory alone before. Where it tells nothing a region may be *stale*: it outlives its mapping, until somebody
 //! finds nothing there, or something else that is to be managed. No harm comes of that: each access of a device goes through
 //! the kernel, which looks at the mapping as it is, and its permissions, and says where there is none.
 //!
@@ -46,12 +46,27 @@ impl<K: Kernel> Engine<K> {
             }
             let new = self.cover(pages).map_err(AdoptError::Table)?;
             self.insert_region(pages, Attributes::IN_PLACE, new).map_err(AdoptError::Table)?;
-            // A region first, so that news of it finds it. Where there is none, there is none.
-            if self.kernel.watch(range).is_ok() {
-                // Without room for that it counts as one of which nothing is told: right, if of little use.
-                let _ = self.regions.update(pages, |a| a.with(Attributes::WATCHED));
-            }
+            // A region first, so that news of it finds it.
+            self.each_mapping(range, |part| {
+                if self.kernel.watch(part).is_ok() {
+                    // Without room for that it counts as one of which nothing is told: right, if of little use.
+                    let _ = self.regions.update(self.geometry.pages_inside(part), |a| a.with(Attributes::WATCHED));
+                }
+            });
             return Ok(());
+        }
+    }
+
+    /// Calls `each` with what of `range` belongs to one mapping.
+    fn each_mapping(&self, range: VaRange, mut each: impl FnMut(VaRange)) {
+        let mut at = range.start;
+        while at < range.end
+            && let Ok(Some(mapped)) = self.kernel.mapped_from(at)
+            && mapped.range.start < range.end
+        {
+            let part = VaRange { start: mapped.range.start.max(at), end: mapped.range.end.min(range.end) };
+            each(part);
+            at = part.end;
         }
     }
 
@@ -65,7 +80,9 @@ impl<K: Kernel> Engine<K> {
             }
             if attributes.has(Attributes::IN_PLACE.with(Attributes::WATCHED)) {
                 // Refused where it is mapped no longer: there is nothing to be undone then.
-                let _ = self.kernel.disown(self.addresses(piece));
+                self.each_mapping(self.addresses(piece), |part| {
+                    let _ = self.kernel.unwatch(part);
+                });
             }
         }
     }

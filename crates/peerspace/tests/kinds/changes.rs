@@ -88,50 +88,53 @@ fn until(stop: &AtomicBool, mut step: impl FnMut(usize)) -> usize {
 #[ignore = "in a process of its own"]
 fn unmapping() {
     for round in 0..3 {
-        each_kind_once(&STAYING, |faults, kind| {
-            let what = format!("{kind:?} {faults:?}, round {round}");
-            let [a, b, _] = chips();
-            let space = space_of(faults, &[&a, &b]);
-            let Some(memory) = Mapped::new(kind, 2 * MIB) else { return };
-            let adopted = space.adopt(memory.start, memory.len).unwrap();
-            let stop = AtomicBool::new(false);
-            let refused = std::sync::atomic::AtomicU64::new(0);
-            std::thread::scope(|scope| {
-                for chip in [&a, &b] {
-                    let (memory, stop, refused, what) = (&memory, &stop, &refused, &what);
-                    scope.spawn(move || {
-                        until(stop, |n| {
-                            let (va, write) = (memory.va(n * 7 % 512) + 64, n % 3 == 0);
-                            let done = if write { chip.store(va, 0xbad) } else { chip.load(va).map(drop) };
-                            match done {
-                                Ok(()) => {}
-                                Err(FaultError::NotManaged(_)) => drop(refused.fetch_add(1, SeqCst)),
-                                Err(e) => panic!("{what}: {e}"),
-                            }
-                        })
-                    });
-                }
-                std::thread::sleep(Duration::from_millis(20));
-                memory.unmap();
-                if kind.is_told() {
-                    let other = Mapped::in_gap(memory.start, Private, memory.len);
-                    let before = refused.load(SeqCst);
-                    wait_until(|| refused.load(SeqCst) > before + 100);
-                    stop.store(true, SeqCst);
-                    if let Some(other) = other {
-                        assert!(other.is_filled(), "{what}: a device wrote to what is not managed");
-                        other.unmap();
-                    }
-                } else {
-                    wait_until(|| refused.load(SeqCst) > 100);
-                    stop.store(true, SeqCst);
-                }
-            });
-            assert!(adopted.in_place().iter().map(|part| part.len()).sum::<usize>() < memory.len, "{what}");
-            drop(adopted);
-            space.check();
-        });
+        each_kind_once(&STAYING, |faults, kind| unmap_in_use(faults, kind, kind.is_told(), round));
+        each_kind_once(&[File, PrivateFile], |faults, kind| unmap_in_use(faults, kind, false, round));
+        each_kind_once(&[Memfd, Huge], |faults, kind| unmap_in_use(faults, kind, true, round + 10));
     }
+}
+
+/// `told`: the space hears of it; from round 10 on without what tells of files.
+fn unmap_in_use(faults: Faults, kind: Kind, told: bool, round: usize) {
+    let what = format!("{kind:?} {faults:?}, round {round}");
+    let [a, b, _] = chips();
+    let without = if told && round < 10 { 0 } else { WP_ASYNC };
+    let space = space_without(without, faults, &[&a, &b]);
+    let Some(memory) = Mapped::new(kind, 2 * MIB) else { return };
+    let adopted = space.adopt(memory.start, memory.len).unwrap();
+    let stop = AtomicBool::new(false);
+    let refused = std::sync::atomic::AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for chip in [&a, &b] {
+            let (memory, stop, refused, what) = (&memory, &stop, &refused, &what);
+            scope.spawn(move || {
+                until(stop, |n| {
+                    let (va, write) = (memory.va(n * 7 % 512) + 64, n % 3 == 0);
+                    let done = if write { chip.store(va, 0xbad) } else { chip.load(va).map(drop) };
+                    match done {
+                        Ok(()) => {}
+                        Err(FaultError::NotManaged(_)) => drop(refused.fetch_add(1, SeqCst)),
+                        Err(e) => panic!("{what}: {e}"),
+                    }
+                })
+            });
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        memory.unmap();
+        let other = if told { Mapped::in_gap(memory.start, Private, memory.len) } else { None };
+        let before = refused.load(SeqCst);
+        wait_until(|| refused.load(SeqCst) > before + 100);
+        stop.store(true, SeqCst);
+        if let Some(other) = other {
+            assert!(other.is_filled(), "{what}: a device wrote to what is not managed");
+            other.unmap();
+        }
+    });
+    if told {
+        assert_eq!(adopted.in_place(), [], "{what}");
+    }
+    drop(adopted);
+    space.check();
 }
 
 fn each_kind_once(kinds: &[Kind], mut test: impl FnMut(Faults, Kind)) {
@@ -155,18 +158,20 @@ fn g5_what_takes_the_place_of_a_file_is_managed_as_what_it_is() {
 #[test]
 #[ignore = "in a process of its own"]
 fn replacing() {
-    for faults in BOTH {
+    for (faults, told) in BOTH.into_iter().flat_map(|faults| [(faults, true), (faults, false)]) {
+        let told = told && tells_of_files();
         let [chip, ..] = chips();
-        let space = space_of(faults, &[&chip]);
+        let space = space_without(if told { 0 } else { WP_ASYNC }, faults, &[&chip]);
         for kind in [Private, Memfd, File] {
             let memory = Mapped::new(PrivateFile, 4 * MIB).unwrap();
             let first = space.adopt(memory.start, memory.len).unwrap();
             assert_eq!(chip.load(memory.va(600)), Ok(word(600)));
             memory.unmap();
-            // Part of it is found to be gone by the device, the rest by nobody.
+            // Without news, part of it is found to be gone by the device, the rest by nobody.
             assert!(matches!(chip.load(memory.va(600)), Err(FaultError::NotManaged(_))));
+            assert_eq!(first.in_place().len(), !told as usize);
             let there = Mapped::in_gap(memory.start, kind, 4 * MIB).expect("nobody else is here");
-            if kind != Private {
+            if kind != Private && !told {
                 // It may be what it always was, as far as anybody can say: the program has not let go of it.
                 let e = space.adopt(there.start, there.len).unwrap_err().to_string();
                 assert!(e.contains("managed already"), "{e}");
@@ -178,11 +183,12 @@ fn replacing() {
                 continue;
             }
             let second = space.adopt(there.start, there.len).unwrap();
-            assert_eq!(second.in_place(), []);
+            let before = chip.moved()[0];
+            assert_eq!(second.in_place().len(), kind.stays() as usize);
             for i in 0..1024 {
                 chip.store(there.va(i) + 8, 1).unwrap();
             }
-            assert!(chip.moved()[0] > 0, "it moves");
+            assert_eq!(chip.moved()[0] > before, !kind.stays(), "what can move does");
             assert!(
                 (0..1024).all(|i| there.word(i, 0).load(SeqCst) == word(i) && there.word(i, 1).load(SeqCst) == 1)
             );
@@ -198,7 +204,10 @@ fn replacing() {
 /// Rule G5: shared memory moves, and the devices' pointers are the new ones.
 #[test]
 fn g5_a_mapping_moves_under_the_device() {
-    each_kind_once(&[SharedAnonymous, Memfd, PrivateMemfd, Code], |faults, kind| {
+    each_kind_once(&[SharedAnonymous, Memfd, PrivateMemfd, Code, File, PrivateFile], |faults, kind| {
+        if !kind.is_told() {
+            return;
+        }
         let [chip, ..] = chips();
         let space = space_of(faults, &[&chip]);
         let memory = Mapped::new(kind, 4 * MIB).unwrap();

@@ -37,9 +37,9 @@ impl Kind {
         self != Private
     }
 
-    /// Whether the kernel tells of changes of such mappings.
+    /// Whether the kernel tells of changes of such mappings: of files it does from Linux 6.7 on.
     pub(crate) fn is_told(self) -> bool {
-        !matches!(self, File | PrivateFile)
+        !matches!(self, File | PrivateFile) || tells_of_files()
     }
 
     pub(crate) fn is_shared(self) -> bool {
@@ -60,6 +60,12 @@ pub(crate) struct Mapped {
 
 // SAFETY: it is plain memory; the tests access it by atomics.
 unsafe impl Sync for Mapped {}
+
+pub(crate) fn tells_of_files() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(6), Some(7))
+}
 
 /// A file of `len` bytes, in the memory or in the file system.
 pub(crate) fn file_of(len: usize, in_memory: bool) -> File {
