@@ -292,6 +292,8 @@ pub struct Vma {
     pub file: bool,
     /// What the kernel calls it.
     pub name: VmaName,
+    /// Bytes of a page of it: more than of others in the kernel's pool of huge pages. 0 where that cannot be found out.
+    pub page_bytes: u64,
 }
 
 /// The names that matter to us.
@@ -442,6 +444,7 @@ impl Maps {
             shared: arg.vma_flags & QUERY_SHARED != 0,
             file: arg.inode != 0,
             name: named,
+            page_bytes: arg.vma_page_size,
         }))
     }
 
@@ -539,6 +542,7 @@ fn parse(line: &[u8]) -> Option<Vma> {
         shared: flags[3] == b's',
         file: inode != "0",
         name: classify(name.as_bytes()),
+        page_bytes: 0,
     })
 }
 

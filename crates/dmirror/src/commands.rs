@@ -1,0 +1,245 @@
+//! The requests, one by one.
+
+use crate::abi::{Command, FAIL_ALLOC, Request};
+use crate::access::{Bounce, Work};
+use crate::device::PAGE;
+use crate::files::InUse;
+use crate::heap;
+use crate::replace;
+use crate::snapshot;
+use crate::table::FANOUT;
+use crate::user::{self, copy_in, copy_out};
+use peerspace::{DeviceId, Error, Node, Residence};
+use peerspace_core::addr::{Va, VaRange};
+use rustix::io::Errno;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// How often pages are sent again that others have brought home in between: by an access next to them, or by reading ahead.
+const ROUNDS: u32 = 16;
+/// How long that may go on.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Carries out a request with the argument at `arg`, which is written back if all goes well.
+pub(crate) fn carry_out(file: &InUse, code: u64, arg: u64) -> Result<(), Errno> {
+    let mut command = user::command(arg)?;
+    let range = range_of(&command)?;
+    let request = Request::of(code).ok_or(Errno::INVAL)?;
+    let (world, member, slot) = file.device()?;
+    let work = Work { world, member, slot, range };
+    // What this thread, or one that it has heard of, has done to its mappings counts.
+    world.space.settle();
+    (command.cpages, command.faults) = (0, 0);
+    match request {
+        Request::Read => work.read(&mut command),
+        Request::Write => work.write(&mut command),
+        Request::MigrateToDevice => work.migrate_to_device(&mut command),
+        Request::MigrateToSystem => work.migrate_to_system(&mut command),
+        Request::Snapshot => snapshot::take(&work, &mut command),
+        Request::Exclusive => work.make_exclusive(&mut command),
+        Request::CheckExclusive => work.check_exclusive(&mut command),
+        Request::Release => work.release(),
+        Request::Flags => {
+            member.fail_next.store(command.npages & FAIL_ALLOC != 0, Ordering::Relaxed);
+            Ok(())
+        }
+    }?;
+    // SAFETY: the argument of the request, which says that it is written back.
+    unsafe { copy_out(&command.to_bytes(), arg) }
+}
+
+/// The addresses that a request is about.
+fn range_of(command: &Command) -> Result<VaRange, Errno> {
+    // As the kernel counts: what does not fit into 64 bits wraps.
+    let end = command.addr.wrapping_add(command.npages.wrapping_mul(PAGE));
+    if !command.addr.is_multiple_of(PAGE) || command.addr >= end || command.npages > u64::MAX / PAGE {
+        return Err(Errno::INVAL);
+    }
+    Ok(VaRange { start: Va(command.addr), end: Va(end) })
+}
+
+impl Work<'_> {
+    fn read(&self, command: &mut Command) -> Result<(), Errno> {
+        let mut bounce = Bounce::new(self.range.len())?;
+        command.faults = self.access(&mut bounce, false)?.into();
+        command.cpages = command.npages;
+        hand_over(&bounce.bytes()[..self.range.len() as usize], command)
+    }
+
+    fn write(&self, command: &mut Command) -> Result<(), Errno> {
+        let mut bounce = Bounce::new(self.range.len())?;
+        let bytes = self.range.len() as usize;
+        copy_in(command.ptr, &mut bounce.bytes_mut()[..bytes])?;
+        command.faults = self.access(&mut bounce, true)?.into();
+        command.cpages = command.npages;
+        Ok(())
+    }
+
+    /// Takes all of the range in hand for a migration.
+    ///
+    /// # Errors
+    /// EINVAL where there is no mapping, or none that can be read, or none that devices can have to do with.
+    fn take_for_migration(&self) -> Result<(), Errno> {
+        for piece in self.world.mappings(self.range) {
+            let (piece, vma) = piece.map_err(|_| Errno::INVAL)?;
+            if !vma.read {
+                return Err(Errno::INVAL);
+            }
+            self.world.adopt(piece, Errno::INVAL)?;
+        }
+        Ok(())
+    }
+
+    fn migrate_to_device(&self, command: &mut Command) -> Result<(), Errno> {
+        self.take_for_migration()?;
+        let mut bounce = Bounce::new(self.range.len())?;
+        self.refuse_block(Node::Device(self.member.id))?;
+        if self.member.is_coherent {
+            heap::watch();
+        }
+        let begun = Instant::now();
+        for _ in 0..ROUNDS {
+            for piece in self.world.mappings(self.range) {
+                let (piece, _) = piece.map_err(|_| Errno::INVAL)?;
+                let on_a_mirror = |residence| self.is_on_a_mirror(residence);
+                replace::send(self.world, piece, Node::Device(self.member.id), &on_a_mirror)?;
+            }
+            // What another device has stays there. What this one has may not be in place yet.
+            let wanted = |residence| match residence {
+                Residence::Device { id, .. } if id == self.member.id => self.member.is_coherent,
+                residence => !self.is_on_a_mirror(residence),
+            };
+            for part in self.parts(wanted) {
+                self.send(part, Node::Device(self.member.id))?;
+            }
+            self.meet_own();
+            if self.missing().is_none() {
+                command.cpages = self.read_own(&mut bounce)?;
+                if command.cpages == command.npages {
+                    return hand_over(&bounce.bytes()[..self.range.len() as usize], command);
+                }
+            }
+            if begun.elapsed() > PATIENCE {
+                break;
+            }
+        }
+        let missing = self.missing().unwrap_or(self.range);
+        Err(self.world.refused(Errno::NOENT, missing, &"it has not come to the device, or not stayed there"))
+    }
+
+    /// The first part of the range that is not in this device's memory.
+    fn missing(&self) -> Option<VaRange> {
+        self.parts(|residence| !self.is_here(residence)).into_iter().next()
+    }
+
+    /// The file comes upon what is in its device's memory.
+    fn meet_own(&self) {
+        for part in self.parts(|residence| self.is_here(residence)) {
+            for va in (part.start.0..part.end.0).step_by(PAGE as usize) {
+                if !self.mirror().meet(va, self.slot, false) {
+                    // Where it has gone meanwhile, or cannot be had, it is found missing.
+                    let _ = self.mirror().fault_anew(va, self.slot, false);
+                }
+            }
+        }
+    }
+
+    fn migrate_to_system(&self, command: &mut Command) -> Result<(), Errno> {
+        self.take_for_migration()?;
+        self.refuse_block(Node::Host)?;
+        for part in self.parts(|residence| self.is_here(residence)) {
+            self.send(part, Node::Host)?;
+            command.cpages += part.len() / PAGE;
+        }
+        command.cpages = command.cpages.saturating_sub(self.pages_here());
+        Ok(())
+    }
+
+    /// Has the next huge folio at `node` refused, if that was asked for and one may be wanted.
+    fn refuse_block(&self, node: Node) -> Result<(), Errno> {
+        let block = PAGE * FANOUT;
+        let (start, end) = (self.range.start.0.next_multiple_of(block), self.range.end.0 / block * block);
+        if start < end && self.member.fail_next.swap(false, Ordering::Relaxed) {
+            self.world.space.refuse_next_block(node).map_err(|e| self.world.refused(Errno::NODEV, self.range, &e))?;
+        }
+        Ok(())
+    }
+
+    fn make_exclusive(&self, command: &mut Command) -> Result<(), Errno> {
+        let mut bounce = Bounce::new(self.range.len())?;
+        self.world.take_in_hand(self.range, true).map_err(|e| if e == Errno::PERM { Errno::FAULT } else { e })?;
+        let (start, len) = (self.range.start.0 as *const u8, self.range.len() as usize);
+        let made = self.world.space.exclusive(start, len, self.member.id);
+        made.map_err(|e| self.world.refused(Errno::BUSY, self.range, &e))?;
+        for va in (self.range.start.0..self.range.end.0).step_by(PAGE as usize) {
+            self.mirror().make_exclusive(va);
+            self.mirror().meet(va, self.slot, true);
+        }
+        command.cpages = self.read_own(&mut bounce)?;
+        if command.cpages < command.npages {
+            return Err(Errno::NOENT);
+        }
+        hand_over(&bounce.bytes()[..self.range.len() as usize], command)
+    }
+
+    fn check_exclusive(&self, command: &mut Command) -> Result<(), Errno> {
+        let pages = (self.range.start.0..self.range.end.0).step_by(PAGE as usize);
+        let bytes: Vec<u8> = pages.map(|va| self.mirror().is_exclusive(va).into()).collect();
+        command.cpages = command.npages;
+        hand_over(&bytes, command)
+    }
+
+    fn release(&self) -> Result<(), Errno> {
+        let released = self.world.space.evict(self.member.id);
+        released.map(drop).map_err(|e| self.world.refused(Errno::BUSY, self.range, &e))
+    }
+
+    /// Sends pages, as many as can go.
+    fn send(&self, part: VaRange, to: Node) -> Result<(), Errno> {
+        match self.world.space.migrate(part.start.0 as *const u8, part.len() as usize, to) {
+            Ok(_) => Ok(()),
+            Err(e @ Error::Lost { .. }) => Err(self.world.refused(Errno::IO, part, &e)),
+            // Unmapped by another thread meanwhile.
+            Err(e @ Error::BadRange { .. }) => Err(self.world.refused(Errno::INVAL, part, &e)),
+            // What could not go is where it was; what is refused because of it is for the caller to say.
+            Err(e) => {
+                self.world.refused(Errno::NOENT, part, &e);
+                Ok(())
+            }
+        }
+    }
+
+    /// The parts of the range with such residence.
+    fn parts(&self, such: impl Fn(Residence) -> bool) -> Vec<VaRange> {
+        self.world.parts(self.range, |view| such(view.residence))
+    }
+
+    /// How many of the pages are in this device's memory.
+    fn pages_here(&self) -> u64 {
+        self.parts(|residence| self.is_here(residence)).iter().map(|part| part.len() / PAGE).sum()
+    }
+
+    /// On this device, or on another one of its kind; not where the space keeps what leaves RAM.
+    fn is_on_a_mirror(&self, residence: Residence) -> bool {
+        let Some(at) = device_of(residence) else { return false };
+        self.world.members.iter().any(|member| member.id == at)
+    }
+
+    fn is_here(&self, residence: Residence) -> bool {
+        device_of(residence) == Some(self.member.id)
+    }
+}
+
+/// The device that has it.
+fn device_of(residence: Residence) -> Option<DeviceId> {
+    match residence {
+        Residence::Device { id, .. } | Residence::Coherent(id) => Some(id),
+        _ => None,
+    }
+}
+
+/// Copies what the device has to the program.
+fn hand_over(bytes: &[u8], command: &Command) -> Result<(), Errno> {
+    // SAFETY: the buffer that the request names for it.
+    unsafe { copy_out(bytes, command.ptr) }
+}
