@@ -79,6 +79,8 @@ fn pieces(part: VaRange) -> impl Iterator<Item = VaRange> {
 struct Fresh {
     all: VaRange,
     range: VaRange,
+    /// What was at `range` is elsewhere, and whatever is there now is somebody else's.
+    is_gone: bool,
 }
 
 impl Fresh {
@@ -92,7 +94,7 @@ impl Fresh {
         }?;
         let all = VaRange { start: Va(at as u64), end: Va(at as u64 + len) };
         let start = all.start.0.next_multiple_of(BLOCK) + like.start.0 % BLOCK;
-        Ok(Fresh { all, range: VaRange { start: Va(start), end: Va(start + like.len()) } })
+        Ok(Fresh { all, range: VaRange { start: Va(start), end: Va(start + like.len()) }, is_gone: false })
     }
 
     /// Copies what is at `from`.
@@ -113,12 +115,9 @@ impl Fresh {
 
 impl Drop for Fresh {
     fn drop(&mut self) {
-        // What has been moved out of it is another's address by now.
-        for part in [
-            VaRange { start: self.all.start, end: self.range.start },
-            self.range,
-            VaRange { start: self.range.end, end: self.all.end },
-        ] {
+        let (all, range) = (self.all, self.range);
+        let around = [VaRange { end: range.start, ..all }, VaRange { start: range.end, ..all }];
+        for part in around.into_iter().chain((!self.is_gone).then_some(range)) {
             if !part.is_empty() {
                 // SAFETY: mapped by `new`, and nobody refers to it. Refusal leaks addresses.
                 let _ = unsafe { rustix::mm::munmap(part.start.0 as *mut c_void, part.len() as usize) };
@@ -161,8 +160,7 @@ fn replace(world: &World, run: VaRange, vma: &Vma, to: Node) -> Result<(), Errno
     })();
     match replaced {
         Ok(_) => {
-            // Nothing is left of it there.
-            fresh.range.end = fresh.range.start;
+            fresh.is_gone = true;
             world.space.settle();
             Ok(())
         }
