@@ -327,6 +327,10 @@ impl<K: Kernel> Kernel for Inject<K> {
         self.partly(Call::TakeOut, from.len(), |n| self.kernel.take_out(to, front(from, n)))
     }
 
+    fn take_out_read_only(&self, to: Va, from: VaRange) -> Done {
+        self.partly(Call::TakeOut, from.len(), |n| self.kernel.take_out_read_only(to, front(from, n)))
+    }
+
     fn protect(&self, range: VaRange, protect: Protect, wake: Wake) -> Result<(), Trouble> {
         self.whole(Call::Protect, || self.kernel.protect(range, protect, wake))
     }

@@ -259,6 +259,12 @@ pub trait Kernel: Send + Sync + 'static {
     /// Moves the program's pages to staging, where none may be.
     fn take_out(&self, to: Va, from: VaRange) -> Done;
 
+    /// The same out of memory that the program may read and not write: its permissions are changed for a moment, in which its
+    /// writes fault and nobody else may change its mappings. To be called with the entries of the pages locked, where all
+    /// changes of mappings are announced. [`Trouble::Unsuitable`] for memory of another kind, [`Trouble::Busy`] also where
+    /// pages are shared with a forked process.
+    fn take_out_read_only(&self, to: Va, from: VaRange) -> Done;
+
     /// Sets or clears write protection of the pages that are there. Clearing can wake.
     ///
     /// # Errors

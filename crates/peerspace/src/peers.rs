@@ -4,7 +4,7 @@ use crate::adopt::{Adopted, Use};
 use crate::attach::DeviceId;
 use crate::device::mmu::{DeviceAccess, FaultError};
 use crate::engine::copy::Through;
-use crate::engine::device_fault::Bring;
+use crate::engine::place::Bring;
 use crate::engine::prefetch::{Goal, Ticket};
 use crate::error::Error;
 use crate::region::Region;

@@ -25,6 +25,8 @@ impl Space {
     /// of the space's own, and in adopted memory whose changes are [announced](Space::promise_announcements). Runs of pages that
     /// follow each other on the device as well share one of the mappings that a process may have.
     ///
+    /// Pages of adopted memory that the program may only read go where changes are announced, and to private memory.
+    ///
     /// A page that somebody relies on stays where it is, and the others go: what is kept resident, held by a launch, on a
     /// named region's device, more than the device has room for, or memory that stays in any case
     /// ([`Adopted::in_place`](crate::Adopted::in_place)). [`prefetch`](Space::prefetch) does not wait, and
@@ -73,7 +75,8 @@ impl Space {
 
     /// Promises that from now on every change of adopted memory is [announced](Space::announce) before it is made: by `munmap`,
     /// `mremap`, `mprotect`, `madvise`, `brk`, or by mapping something else there, by whatever thread. Then pages of it can be
-    /// [used in place](Space::migrate) on coherent devices, for which the program's own mapping is replaced for a while.
+    /// [used in place](Space::migrate) on coherent devices, for which the program's own mapping is replaced for a while; and pages of
+    /// memory that the program may only read can migrate, for which its permissions change for a moment.
     ///
     /// # Safety
     /// It is kept as long as the space manages memory: what somebody else had mapped there unheard would be replaced, and its

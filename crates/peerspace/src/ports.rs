@@ -7,7 +7,7 @@ use crate::attach::DeviceId;
 use crate::device::mmu::DeviceAccess;
 use crate::device::port::{FaultError, Port, PortOps};
 use crate::engine;
-use crate::engine::device_fault::Bring;
+use crate::engine::place::Bring;
 use crate::space::Real;
 use peerspace_core::addr::{PageRange, Va};
 use peerspace_core::sharers::MmuId;

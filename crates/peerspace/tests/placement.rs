@@ -980,3 +980,73 @@ fn z5_adopted_memory_is_in_place_where_changes_are_announced() {
         unsafe { libc::munmap(moved, n) };
     }
 }
+
+/// Rules G1, G5: pages that the program may only read migrate where it has promised to announce changes; its writes fail as before.
+/// In a process of its own, since a fork is one of all spaces.
+#[test]
+fn g1_read_only_memory_migrates_where_changes_are_announced() {
+    let output = common::in_process("read_only_memory_migrates", &[]);
+    assert!(output.status.success(), "{}", common::said(&output));
+}
+
+#[test]
+#[ignore = "run in a process of its own"]
+fn read_only_memory_migrates() {
+    for faults in both() {
+        let a = gpu(32, "a");
+        let (space, ids) = build(faults, &[&a]);
+        let (len, p) = (8 * MIB, page());
+        let (start, words) = own(len);
+        let adopted = space.adopt(start, len).unwrap();
+        let part = |from: usize| start.wrapping_add(from).cast::<libc::c_void>();
+        let protect = |from: usize, len: usize, how| {
+            let _announced = space.announce(part(from).cast(), len);
+            // SAFETY: nobody writes to these pages meanwhile.
+            assert_eq!(unsafe { libc::mprotect(part(from), len, how) }, 0);
+        };
+        let node = Node::Device(ids[0]);
+        protect(MIB, 5 * MIB, libc::PROT_READ);
+        assert_eq!(adopted.migrate(node).unwrap(), 3 * MIB, "what may only be read stays");
+        // SAFETY: all changes are announced.
+        unsafe { space.promise_announcements() };
+        assert_eq!(adopted.migrate(node).unwrap(), len);
+        let is_good = |words: &[u64]| {
+            words.chunks(words_per_page()).enumerate().all(|(i, page)| page.iter().all(|w| *w == word(i)))
+        };
+        assert!(is_good(words));
+        // Read home, it is read-only, and can go again.
+        let views: Vec<_> = space.pages(part(2 * MIB).cast(), p).unwrap().collect();
+        assert_eq!((views[0].residence, views[0].cpu), (Residence::Host, CpuMapping::ReadOnly));
+        for (from, n) in [(2 * MIB, p), (2 * MIB + 3 * p, 2 * MIB), (0, len)] {
+            assert_eq!(space.migrate(part(from).cast(), n, node).unwrap(), n);
+            assert_eq!(space.migrate(part(from).cast(), n, Node::Host).unwrap(), n);
+        }
+        assert!(is_good(words));
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let line = maps.lines().find(|line| line.starts_with(&format!("{:x}-", start as usize + MIB))).unwrap();
+        assert!(line.contains("r--p") && mappings(part(MIB).cast()..part(6 * MIB).cast()) == 1, "{line}");
+        // A write ends the process that makes it, wherever the page is.
+        assert_eq!(space.migrate(part(3 * MIB).cast(), p, node).unwrap(), p);
+        for at in [2 * MIB, 3 * MIB] {
+            // SAFETY: the child writes and ends.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // SAFETY: SIGSEGV, which is what is tried.
+                unsafe {
+                    libc::signal(libc::SIGSEGV, libc::SIG_DFL);
+                    start.wrapping_add(at).write_volatile(1);
+                    libc::_exit(0)
+                }
+            }
+            let mut status = 0;
+            // SAFETY: waits for the child made above.
+            assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+            assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
+        }
+        protect(MIB, 5 * MIB, libc::PROT_READ | libc::PROT_WRITE);
+        words[3 * MIB / 8] = word(3 * MIB / p);
+        assert!(is_good(words));
+        space.check();
+        adopted.release().unwrap();
+    }
+}

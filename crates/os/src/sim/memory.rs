@@ -371,13 +371,13 @@ impl Memory {
         Done::all(to.pages())
     }
 
-    /// Moves pages of the program to staging.
-    pub(super) fn take_out(&mut self, to: Vpn, from: PageRange) -> Done {
+    /// Moves pages of the program to staging, out of a mapping with these permissions.
+    pub(super) fn take_out(&mut self, to: Vpn, from: PageRange, allowed: Allowed) -> Done {
         if let Some(done) = self.check_changing() {
             return done;
         }
         match self.one_mapping(from) {
-            Some(Kind { allowed: Allowed::Write, keep: Keep::Private, buried: false, in_place: false, .. }) => {}
+            Some(Kind { allowed: is, keep: Keep::Private, buried: false, in_place: false, .. }) if is == allowed => {}
             _ => return Done::stopped(Pages(0), Trouble::Unsuitable),
         }
         let whole = is_block(from) && to.is_block_start() && self.huge.contains(&from.start.block());

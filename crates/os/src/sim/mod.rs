@@ -322,7 +322,16 @@ impl Kernel for Sim {
         if !self.can.move_pages {
             return self.take_out_by_copy(to, pages);
         }
-        self.step().take_out(to, pages)
+        self.step().take_out(to, pages, Allowed::Write)
+    }
+
+    fn take_out_read_only(&self, to: Va, from: VaRange) -> Done {
+        let pages = self.foreign(from);
+        let _claim = self.claim(VaRange { start: to, end: Va(to.0 + from.len()) }, true);
+        if !self.can.move_pages || !self.can.write_protect {
+            return Done::stopped(Pages(0), Trouble::Unsuitable);
+        }
+        self.step().take_out(self.geometry.vpn(to), pages, Allowed::Read)
     }
 
     fn protect(&self, range: VaRange, protect: Protect, wake: Wake) -> Result<(), Trouble> {

@@ -430,7 +430,7 @@ impl<K: Kernel> Engine<K> {
     /// Moves native pages to staging, in a section; makes them this process's own first where that is needed.
     fn take_native_out(&self, to: Va, mut from: VaRange) -> Done {
         let first = loop {
-            match self.kernel.take_out(to, from) {
+            match self.take_out_of(to, from) {
                 // They may belong to different mappings, whose pages cannot go together.
                 Done { pages: Pages(0), trouble: Some(Trouble::Unsuitable) }
                     if from.len() > self.geometry.page_bytes() as u64 =>
@@ -449,7 +449,7 @@ impl<K: Kernel> Engine<K> {
         if self.kernel.unshare(rest).is_err() {
             return first;
         }
-        let second = self.kernel.take_out(Va(to.0 + done), rest);
+        let second = self.take_out_of(Va(to.0 + done), rest);
         Done { pages: first.pages + second.pages, ..second }
     }
 

@@ -13,6 +13,7 @@ use super::context::Working;
 use super::fault::{Outcome, Patience};
 use super::make_room::Room;
 use super::mmus::MmuState;
+use super::place::Bring;
 use super::tier::Tier;
 use super::to_device::Stay;
 use super::{Engine, Entry};
@@ -42,40 +43,6 @@ const AT_ONCE: u32 = 16;
 
 /// Regions in which nothing is made huge.
 const SMALL: Attributes = Attributes::NO_HUGE.with(Attributes::ON_REQUEST);
-
-/// How a page gets to a device.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Bring {
-    /// As mode, hints and history say.
-    AsChosen,
-    /// By moving there, whatever else would be chosen.
-    Here,
-    /// The same, of these pages and no others, although nobody may want to write. What somebody relies on is not waited for,
-    /// and whatever else is in the way so long at most.
-    Exactly(PageRange, Duration),
-}
-
-impl Bring {
-    /// The pages that may move.
-    fn bounds(self) -> Option<PageRange> {
-        match self {
-            Bring::Exactly(pages, _) => Some(pages),
-            Bring::AsChosen | Bring::Here => None,
-        }
-    }
-
-    fn patience(self) -> Duration {
-        match self {
-            Bring::Exactly(_, patience) => patience,
-            Bring::AsChosen | Bring::Here => PATIENCE,
-        }
-    }
-
-    /// These of `pages`.
-    fn within(self, pages: PageRange) -> PageRange {
-        self.bounds().map_or(pages, |bounds| pages.intersect(bounds))
-    }
-}
 
 /// What a fault is about.
 struct Wanted<'a, W> {
@@ -262,7 +229,9 @@ impl<K: Kernel> Engine<K> {
                 },
             }
             tries += 1;
-            if tries > AT_ONCE && started.get_or_insert_with(Instant::now).elapsed() > how.patience() {
+            if tries > AT_ONCE
+                && started.get_or_insert_with(Instant::now).elapsed() > how.patience().unwrap_or(PATIENCE)
+            {
                 return Err(FaultError::NoHeadway(va.0));
             }
         }
@@ -400,7 +369,18 @@ impl<K: Kernel> Engine<K> {
         }
         // The kernel moves nothing out of memory that is read-only.
         let wish = match wish {
-            Wish::Migrate if !writable && how.bounds().is_some() => return Next::Fail(FaultError::ReadOnly(va.0)),
+            // Unless nobody changes its permissions unheard; what is not mapped moves in any case.
+            Wish::Migrate if !writable && how.bounds().is_some() => {
+                let mapped = match entry.state() {
+                    State::Host { .. } | State::Shared { .. } => true,
+                    State::Empty => self.is_native(&entry, vpn),
+                    _ => false,
+                };
+                if mapped && !self.may_unprotect(entry.range().intersect(region.range)) {
+                    return Next::Fail(FaultError::ReadOnly(va.0));
+                }
+                Wish::Migrate
+            }
             Wish::Migrate if !writable && !self.kernel.capabilities().write_protect && mmu.info.remote => {
                 Wish::Remote
             }

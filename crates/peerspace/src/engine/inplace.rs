@@ -293,6 +293,14 @@ impl<K: Kernel> Engine<K> {
         !attributes.has_any(others) && (!attributes.has(Attributes::ADOPTED) || self.announcements.are_promised())
     }
 
+    /// Whether the permissions of `pages`, whose entries are locked, may be changed for a moment: nobody else changes them meanwhile.
+    pub(super) fn may_unprotect(&self, pages: PageRange) -> bool {
+        let adopted = self
+            .region(pages.start)
+            .is_some_and(|region| region.attributes.has(Attributes::ADOPTED) && region.range.covers(pages));
+        adopted && self.announcements.are_promised() && !self.announcements.concern(pages)
+    }
+
     /// Takes away whatever is in place of `pages`. Where as many pieces are in place as may be, whole blocks leave, so that there are
     /// no more.
     pub(super) fn take_range_from_place(&self, pages: PageRange, turn: &Turn<'_, K::Park>) -> Result<(), PlaceError> {

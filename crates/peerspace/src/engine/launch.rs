@@ -8,7 +8,7 @@
 //! A fork waits until no launch is under way, and none begins before it is over.
 
 use super::Engine;
-use super::device_fault::Bring;
+use super::place::Bring;
 use crate::device::mmu::DeviceAccess;
 use crate::device::port::FaultError;
 use peerspace_core::addr::{PageRange, Vpn};

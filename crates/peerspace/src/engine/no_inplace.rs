@@ -71,6 +71,11 @@ impl<K: Kernel> Engine<K> {
         pfn.of_no_device()
     }
 
+    /// Nobody promises anything.
+    pub(super) fn may_unprotect(&self, _: PageRange) -> bool {
+        false
+    }
+
     pub(super) fn leave_places(&self, _: PageRange) -> Result<(), Trouble> {
         Ok(())
     }

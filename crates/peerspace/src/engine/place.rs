@@ -6,10 +6,9 @@
 //! ([`Engine::note_remote`]).
 
 use super::Engine;
-use super::device_fault::Bring;
 use super::mmus::MmuState;
 use crate::device::mmu::{DeviceAccess, Mode};
-use peerspace_core::addr::{Va, Vpn};
+use peerspace_core::addr::{PageRange, Va, Vpn};
 use peerspace_core::coherence::Wish;
 use peerspace_core::entry::State;
 use peerspace_core::regions::{Attributes, Place, RegionInfo};
@@ -28,6 +27,40 @@ const LONGEST_WAIT: Duration = Duration::from_millis(10);
 const PAGES: usize = 1024;
 /// So many accesses to a page on the host make it worth moving, unless somebody said otherwise.
 const HOT: u32 = 256;
+
+/// How a page gets to a device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Bring {
+    /// As mode, hints and history say.
+    AsChosen,
+    /// By moving there, whatever else would be chosen.
+    Here,
+    /// The same, of these pages and no others, although nobody may want to write. What somebody relies on is not waited for,
+    /// and whatever else is in the way so long at most.
+    Exactly(PageRange, Duration),
+}
+
+impl Bring {
+    /// The pages that may move.
+    pub(super) fn bounds(self) -> Option<PageRange> {
+        match self {
+            Bring::Exactly(pages, _) => Some(pages),
+            Bring::AsChosen | Bring::Here => None,
+        }
+    }
+
+    pub(super) fn patience(self) -> Option<Duration> {
+        match self {
+            Bring::Exactly(_, patience) => Some(patience),
+            Bring::AsChosen | Bring::Here => None,
+        }
+    }
+
+    /// These of `pages`.
+    pub(super) fn within(self, pages: PageRange) -> PageRange {
+        self.bounds().map_or(pages, |bounds| pages.intersect(bounds))
+    }
+}
 
 /// What the space knows of where pages go.
 #[derive(Debug)]

@@ -5,8 +5,8 @@
 //! come. What cannot go (pinned, held by a launch, no room) stays where it is: the access that needs it finds out why.
 
 use super::Engine;
-use super::device_fault::Bring;
 use super::fault::{Fault, Outcome};
+use super::place::Bring;
 use super::serve::{await_bell, ring};
 use crate::device::mmu::{DeviceAccess, Mode};
 use crate::device::port::FaultError;

@@ -443,7 +443,7 @@ impl<K: Kernel> Engine<K> {
             return (n, Done::stopped(Pages(0), Trouble::Changing));
         };
         let first = loop {
-            match self.kernel.take_out(to, self.addresses(PageRange::new(start, Pages(n as u64)))) {
+            match self.take_out_of(to, self.addresses(PageRange::new(start, Pages(n as u64)))) {
                 // They may belong to different mappings, whose pages cannot go together.
                 Done { pages: Pages(0), trouble: Some(Trouble::Unsuitable) } if n > 1 => n /= 2,
                 done => break done,
@@ -460,8 +460,21 @@ impl<K: Kernel> Engine<K> {
         if !self.make_own(rest) {
             return (n, first);
         }
-        let second = self.kernel.take_out(Va(to.0 + went * page), rest);
+        let second = self.take_out_of(Va(to.0 + went * page), rest);
         (n, Done { pages: first.pages + second.pages, ..second })
+    }
+
+    /// Moves the program's pages to staging, in a section and with their entries locked: also out of memory that is read-only, where
+    /// nobody changes that unheard.
+    pub(super) fn take_out_of(&self, to: Va, from: VaRange) -> Done {
+        match self.kernel.take_out(to, from) {
+            Done { pages: Pages(0), trouble: Some(Trouble::Unsuitable) }
+                if self.may_unprotect(self.geometry.pages_inside(from)) =>
+            {
+                self.kernel.take_out_read_only(to, from)
+            }
+            done => done,
+        }
     }
 
     /// Whether the page of `entry` is not there: the kernel itself says so, not only an operation that failed.
@@ -509,11 +522,11 @@ impl<K: Kernel> Engine<K> {
         let to = self.blocks.range(frame).start;
         let from = self.addresses(entry.range());
         let done = match self.gate.enter(work.context()) {
-            Some(_section) => match self.kernel.take_out(to, from) {
+            Some(_section) => match self.take_out_of(to, from) {
                 Done { pages: Pages(0), trouble: Some(Trouble::Busy) } => {
                     self.make_dirty(&mut entry, frame);
                     if self.make_own(from) {
-                        self.kernel.take_out(to, from)
+                        self.take_out_of(to, from)
                     } else {
                         Done::stopped(Pages(0), Trouble::Busy)
                     }

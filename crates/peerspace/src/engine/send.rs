@@ -5,8 +5,8 @@
 //! the end, because others may have had a use for them meanwhile.
 
 use super::Engine;
-use super::device_fault::Bring;
 use super::fault::{Fault, Hold, Outcome};
+use super::place::Bring;
 use crate::device::mmu::DeviceAccess;
 use crate::device::port::FaultError;
 use peerspace_core::addr::{Access, BLOCK_PAGES, DevicePfn, PageRange, Pages, Vpn};

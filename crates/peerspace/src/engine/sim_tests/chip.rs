@@ -10,7 +10,7 @@
 use super::{PAGE, Rig, Shelf, Tried};
 use crate::device::mmu::{DeviceAccess, FaultError, Mapping, Mmu, MmuDescriptor, Mode, Progress, Target};
 use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, PeerCopy, SharedMemory, Store};
-use crate::engine::device_fault::Bring;
+use crate::engine::place::Bring;
 use crate::sync::Mutex;
 use peerspace_core::addr::{Va, VaRange, Vpn};
 use peerspace_core::entry::State;

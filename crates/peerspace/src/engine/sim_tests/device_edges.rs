@@ -162,7 +162,7 @@ fn g5_a_device_that_keeps_a_page_is_cut_off() {
             chip.mmu(),
             Va(page_at(region, 1)),
             crate::device::mmu::DeviceAccess::Write,
-            crate::engine::device_fault::Bring::AsChosen,
+            crate::engine::place::Bring::AsChosen,
         )
     };
     assert_eq!(fault(), Err(FaultError::Cut));
@@ -273,6 +273,32 @@ fn z5_pages_in_place_are_in_a_bounded_number_of_pieces() {
     (0..30).for_each(|n| send(2 * n + 1, 1, To::Host));
     assert_eq!(placed(), 512, "all of the block that is in so many pieces has left");
     assert!((0..1024).all(|n| get(&rig, page_at(region, n)) == Ok(n as u64 + 1)));
+    fleet.check();
+    rig.engine.check();
+}
+
+/// G1, G5: pages that the program may only read go to a device where all changes are announced, unless one just is.
+#[test]
+fn g1_read_only_pages_go_where_changes_are_announced() {
+    let (rig, fleet, [chip]) = rig(ABLE, None, [Model::new(64, Mode::Exclusive)]);
+    let plain = adopted(&rig, 20);
+    let pages = rig.engine.geometry.pages_inside(plain);
+    rig.sim().mprotect(plain, Allowed::Read);
+    let send = || {
+        rig.engine.send_pages(pages, To::Mmu(chip.mmu()), &mut Sending::new());
+        rig.engine.count_sent(pages, To::Mmu(chip.mmu())).0
+    };
+    assert_eq!(send(), 0);
+    rig.engine.announcements.promise();
+    rig.engine.announce_change(&[pages]);
+    assert!(!rig.engine.may_unprotect(pages));
+    rig.engine.change_is_over(&[pages]);
+    assert_eq!(send(), 20);
+    assert!((0..20).all(|n| chip.get(&rig, page_at(plain, n)) == Ok(100 + n as u64)));
+    assert_eq!(chip.put(&rig, page_at(plain, 3), 1), Err(FaultError::ReadOnly(page_at(plain, 3))));
+    assert!((0..20).all(|n| get(&rig, page_at(plain, n)) == Ok(100 + n as u64)));
+    assert_eq!(rig.write(Va(page_at(plain, 5)), &[1]), Came::Refused);
+    assert_eq!(send(), 20);
     fleet.check();
     rig.engine.check();
 }
