@@ -96,7 +96,7 @@ impl InPlace {
     }
 
     /// Lets there be so many pieces at most.
-    #[cfg(test)]
+    #[cfg(all(test, not(shuttle)))]
     pub(crate) fn limit(&self, pieces: u64) {
         self.most.store(pieces, Relaxed);
     }

@@ -9,7 +9,9 @@ use super::chip::{Chip, Fleet, Model, page_at};
 use super::races::{Receiver, explore, put, rig, word};
 use super::{ABLE, Came, PAGE, Rig};
 use crate::device::mmu::{FaultError, Mode, Target};
-use peerspace_core::addr::{Order, Va, VaRange};
+use crate::engine::send::{Sending, To};
+use peerspace_core::addr::{Order, PageRange, Pages, Va, VaRange};
+use peerspace_core::entry::State;
 use peerspace_os::Capabilities;
 use peerspace_os::sim::Keep;
 use shuttle::thread;
@@ -547,4 +549,40 @@ fn g5_shared_memory_that_is_given_up_leaves_its_devices() {
         fleet.check();
         rig.engine.check();
     });
+}
+
+/// Z5, G2, G10: pages go in place of a device and out of it, one by one and in runs, while the CPU, that device and another work on
+/// them.
+#[test]
+fn z5_memory_goes_in_and_out_of_place_under_everybody() {
+    static PLACED: AtomicU64 = AtomicU64::new(0);
+    explore(60, || {
+        let models = [Model::new(16, Mode::Exclusive).coherent().remote(), Model::new(4, Mode::Exclusive).remote()];
+        let (rig, fleet, chips) = rig_with(ABLE, models);
+        let receiver = Receiver::start(&rig);
+        let region = rig.region(1);
+        let mut race = Race::new(&rig, region, 3, 3);
+        race.start(Player::Cpu, 3, true);
+        chips.iter().for_each(|chip| race.start(Player::Device(chip.clone()), 3, true));
+        let mover = {
+            let (rig, id) = (rig.clone(), chips[0].id());
+            thread::spawn(move || {
+                let first = rig.engine.geometry.vpn(region.start);
+                let pages = |from: u64, n: u64| PageRange::new(first + from, Pages(n));
+                for part in [pages(0, 3), pages(1, 1), pages(0, 2)] {
+                    rig.engine.send_pages(part, To::Place(id), &mut Sending::new());
+                    let placed = |vpn| matches!(rig.engine.table.look(vpn), Some((e, _)) if matches!(e.state(), State::Coherent { .. }));
+                    PLACED.fetch_add(part.iter().filter(|vpn| placed(*vpn)).count() as u64, Relaxed);
+                    rig.engine.send_pages(pages(1, 2), To::Host, &mut Sending::new());
+                }
+            })
+        };
+        mover.join().unwrap();
+        race.end(&fleet);
+        fleet.audit(&rig.engine, &chips);
+        rig.release(region);
+        receiver.end();
+        assert_eq!(rig.engine.check().device_pages, 0);
+    });
+    assert!(PLACED.load(Relaxed) > 0);
 }
