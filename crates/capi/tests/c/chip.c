@@ -346,6 +346,9 @@ ps_status chip_add(struct chip *chip, void *at, uint64_t n)
 int chip_has(struct chip *chip, const void *at, int writable)
 {
     pthread_mutex_lock(&chip->lock);
+    /* As an access does: what a halted chip has, it does not use (rule G5). */
+    while (chip->halted)
+        pthread_cond_wait(&chip->goes_on, &chip->lock);
     struct entry entry = *look_up(chip, (uint64_t)(uintptr_t)at);
     pthread_mutex_unlock(&chip->lock);
     return entry.address != 0 && (entry.writable || !writable);

@@ -550,6 +550,7 @@ fn parse(line: &[u8]) -> Option<Vma> {
 mod tests {
     use super::*;
     use crate::linux::map::Mapping;
+    use rustix::mm::{MprotectFlags, mprotect};
 
     #[test]
     fn a_line_is_understood() {
@@ -563,12 +564,19 @@ mod tests {
 
     #[test]
     fn query_and_text_agree() {
-        let m = Mapping::new(1 << 20, 4096, true).unwrap();
+        // Writable between what is not: other threads' mappings cannot become one with it.
+        let page = rustix::param::page_size();
+        let m = Mapping::new(16 * page, page, false).unwrap();
+        let inside = VaRange { start: Va(m.range().start.0 + page as u64), end: Va(m.range().end.0 - page as u64) };
+        let rw = MprotectFlags::READ | MprotectFlags::WRITE;
+        // SAFETY: a part of our mapping, of which nobody knows.
+        unsafe { mprotect(inside.start.0 as *mut _, inside.len() as usize, rw) }.unwrap();
         let mut maps = Maps::open().unwrap();
-        let by_query = maps.at(m.range().start).unwrap().unwrap();
+        let by_query = maps.at(inside.start).unwrap().unwrap();
         maps.query = false;
-        let by_text = maps.at(m.range().start).unwrap().unwrap();
-        assert_eq!(by_query, by_text);
+        let by_text = maps.at(inside.start).unwrap().unwrap();
+        assert_eq!(by_query, Vma { page_bytes: page as u64, ..by_text });
+        assert_eq!((by_text.range, by_text.page_bytes), (inside, 0), "the text does not tell the size of pages");
         assert!(by_text.is_plain());
         let stack = &m as *const _ as u64;
         assert!(maps.at(Va(stack)).unwrap().is_some());
