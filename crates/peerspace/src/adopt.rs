@@ -280,7 +280,7 @@ impl Adopted {
     /// Brings everything home and gives the memory back to the kernel's care; what dropping does, with its error.
     ///
     /// # Errors
-    /// When the kernel refuses: the memory is then managed for as long as the process lives.
+    /// When the kernel refuses: what it refuses, and what comes behind, is then managed for as long as the process lives.
     pub fn release(mut self) -> Result<(), Error> {
         self.give_up()
     }

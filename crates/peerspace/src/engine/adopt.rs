@@ -23,6 +23,9 @@ const TAKE: usize = 32;
 /// Blocks looked at in search of native pages before the search is given up for now.
 const LOOK: u32 = 64;
 
+/// Tries to take back what the kernel has only half let go of.
+const TRIES: u32 = 20;
+
 /// Why memory was not adopted.
 #[derive(Debug)]
 pub(crate) enum AdoptError {
@@ -183,36 +186,42 @@ impl<K: Kernel> Engine<K> {
                 continue;
             }
             // The program may have unmapped some of it long ago, and have something else there.
-            let pieces = || self.pieces(pages).map(|region| self.addresses(region.range));
-            let mut given = 0;
-            if let Err(t) = pieces().try_for_each(|piece| self.kernel.disown(piece).map(|()| given += 1)) {
-                let changing = self.kernel.is_changing();
-                let back = pieces().take(given).all(|piece| self.kernel.adopt(piece).is_ok());
+            let mut pieces = self.pieces(pages).map(|region| region.range);
+            let stopped = pieces.find_map(|piece| match self.kernel.disown(self.addresses(piece)) {
+                Ok(()) => {
+                    self.forget_given(piece);
+                    None
+                }
+                Err(why) => Some((piece, why)),
+            });
+            let Some((piece, why)) = stopped else { return Ok(()) };
+            if self.kernel.is_changing() {
+                // It has unmapped some just now.
                 drop(rest);
-                if changing && back {
-                    // It has unmapped some just now.
-                    self.wait_for_changes();
-                    continue;
-                }
-                // What is not registered must not leave: it would read as zeros.
-                if back {
-                    keep(false)?;
-                }
-                return Err(t);
+                self.wait_for_changes();
+                continue;
             }
-            let (mut there, mut tracked) = (0, 0);
-            let _ = self.kernel.present_runs(range, &mut |run| there += self.geometry.pages_in(run.len()).0 as i64);
-            let charged = self.budget.charged();
-            for piece in self.pieces(pages).map(|region| region.range) {
-                let _ = self.regions.remove(piece, |_| {});
-                self.discard(piece, &self.contexts.all()[0].as_ref().counters);
-                self.release_table(piece);
-            }
-            tracked += charged - self.budget.charged();
-            self.budget.add_native((tracked - there).min(0));
+            // Some of it may have been given up. What is not registered must not leave: it would read as zeros.
+            let back = (0..TRIES).any(|_| self.kernel.adopt(self.addresses(piece)).is_ok());
             drop(rest);
-            return Ok(());
+            if back {
+                keep(false)?;
+            }
+            return Err(why);
         }
+    }
+
+    /// What is home of `piece` is the kernel's from here on, which tells of changes to it no longer. The engine is at rest.
+    fn forget_given(&self, piece: PageRange) {
+        let charged = self.budget.charged();
+        let _ = self.regions.remove(piece, |_| {});
+        self.discard(piece, &self.contexts.all()[0].as_ref().counters);
+        self.release_table(piece);
+        let tracked = charged - self.budget.charged();
+        let mut there = 0;
+        let count = &mut |run: VaRange| there += self.geometry.pages_in(run.len()).0 as i64;
+        let _ = self.kernel.present_runs(self.addresses(piece), count);
+        self.budget.add_native((tracked - there).min(0));
     }
 
     fn all_home(&self, pages: PageRange) -> bool {

@@ -385,11 +385,20 @@ impl<K: Kernel> Engine<K> {
     /// through whichever descriptor; and the mapping around the page may be another by now.
     pub(crate) fn fill_unknown(&self, va: Va) -> bool {
         let page = self.addresses(PageRange::new(self.geometry.vpn(va), Pages(1)));
-        // Files and shared memory raise SIGBUS for reasons of their own, and could be registered all the same.
-        let plain = matches!(self.kernel.mapping_at(va), Ok(Some(_)));
         let in_place = self.region(self.geometry.vpn(va)).is_some_and(|r| r.attributes.has(Attributes::IN_PLACE));
-        if !plain || in_place || page.overlaps(self.kernel.staging()) || self.kernel.adopt(page).is_err() {
+        if in_place || page.overlaps(self.kernel.staging()) {
             return false;
+        }
+        // Files and shared memory raise SIGBUS for reasons of their own, and could be registered all the same.
+        match self.kernel.mapping_at(va) {
+            // What is ours is registered already, so it takes nothing that there could be too little of.
+            Ok(Some(_)) if self.kernel.adopt(page).is_ok() => {}
+            Ok(_) => return false,
+            Err(_) => {
+                // Not to know is not to say that it is none of ours: the access faults again.
+                crate::sync::yield_now();
+                return true;
+            }
         }
         // If there is something in the way, the access faults again.
         let _ = self.kernel.zero_in(page, Protect::No, Wake::Yes);

@@ -47,4 +47,17 @@ impl Area {
             .map(|(s, e, seen)| piece(s, e, seen.unwrap_or_default()));
         [Area { seen: self.seen, ..before }, middle, behind]
     }
+
+    /// The parts that are managed, and those that are not.
+    pub(super) fn by_managed(self, is_managed: impl Fn(Va) -> bool) -> Vec<Area> {
+        let (mut parts, mut rest) = (Vec::new(), self);
+        while !rest.seen.is_empty() {
+            let managed = is_managed(rest.va(0));
+            let same = (0..rest.seen.len()).take_while(|page| is_managed(rest.va(*page)) == managed).count();
+            let [_, part, behind] = rest.cut(0, same);
+            parts.push(Area { managed, ..part });
+            rest = behind;
+        }
+        parts
+    }
 }

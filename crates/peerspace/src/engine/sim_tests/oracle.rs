@@ -305,8 +305,17 @@ impl World {
                 let i = area % self.areas.len();
                 if self.areas[i].managed && !self.areas[i].own {
                     self.holds.let_all_go(&self.rig.engine);
-                    let done = self.rig.engine.disown(self.areas[i].range).is_ok();
-                    self.areas[i].managed = !done;
+                    if self.rig.engine.disown(self.areas[i].range).is_ok() {
+                        self.areas[i].managed = false;
+                    } else {
+                        // Part of it was given up; the rest is as before.
+                        let engine = self.rig.engine.clone();
+                        let parts = self
+                            .areas
+                            .swap_remove(i)
+                            .by_managed(|va| engine.region(engine.geometry.vpn(va)).is_some());
+                        self.areas.extend(parts);
+                    }
                 }
             }
             Op::Release { area } if !self.areas.is_empty() => {

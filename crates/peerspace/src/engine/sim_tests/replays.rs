@@ -42,3 +42,27 @@ fn what_is_lost_stays_lost_when_it_is_given_up() {
         Op::Stream { at: 1024, pages: 700, write: false, down: true },
     ]);
 }
+
+/// When the kernel refuses to let go of a part, what came before is no region: nobody would tell of its end.
+#[test]
+fn what_was_given_up_before_a_refusal_is_no_region() {
+    once_failed(&[
+        Op::Reclaim { steps: 160 },
+        // So that the area is several regions, with a buried page between each two.
+        Op::Break { count: 2, seed: 20 },
+        Op::Fail { seed: 1, one_in: 3 },
+        Op::Disown { area: 1 },
+    ]);
+}
+
+/// What grew in place and is no region is asked about until it is known whose it is: not to know is not to say that it is
+/// none of ours.
+#[test]
+fn what_grew_in_place_is_not_refused_because_nobody_could_tell() {
+    once_failed(&[
+        Op::Grow { area: 1, pages: 30 },
+        Op::Disown { area: 1 },
+        Op::Fail { seed: 1, one_in: 3 },
+        Op::Stream { at: 1024 + 700, pages: 30, write: true, down: true },
+    ]);
+}
