@@ -150,6 +150,9 @@ impl<K: Kernel> Engine<K> {
     /// Moves all of the block at `start` to device `id`, if nothing of it is mapped. The caller has a context.
     fn move_block(&self, start: Vpn, id: u64, buffer: &mut Buffer) -> Result<Attempt<'_, K>, MigrateError> {
         let tier = self.tiers.by_id(id).ok_or(MigrateError::NotThere)?;
+        if tier.has_failed() {
+            return Err(MigrateError::Device(DeviceError::Gone));
+        }
         let bytes = &mut buffer[..self.geometry.block_bytes()];
         if !matches!(self.table.look(start), Some((_, true))) {
             return self.move_pages(start, &tier, bytes);

@@ -222,7 +222,9 @@ impl<K: Kernel> Engine<K> {
         let mut last = self.place_before(rest.start, range);
         let mut why = Placed::Again;
         {
-            let Some(tier) = self.tiers.by_id(id) else { return Placed::Failed(FaultError::Cut) };
+            let Some(tier) = self.tiers.by_id(id).filter(|tier| !tier.has_failed()) else {
+                return Placed::Failed(FaultError::Cut);
+            };
             for mut entry in locked {
                 let here = |state| matches!(state, State::Device { pfn, .. } if range.contains(pfn.pfn()));
                 if !here(entry.state()) {

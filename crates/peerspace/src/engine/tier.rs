@@ -232,6 +232,18 @@ impl<W: Words> Tier<W> {
         }
     }
 
+    /// Has the device make zeros of `pages`, by itself.
+    pub(crate) fn clear(&self, pages: DevicePages) -> Result<(), DeviceError> {
+        if self.has_failed() {
+            return Err(DeviceError::Gone);
+        }
+        let done = unwinding(|| self.device.clear(pages)).unwrap_or(Err(DeviceError::Panicked));
+        if done == Err(DeviceError::Gone) {
+            self.fail();
+        }
+        done
+    }
+
     /// Reads back what was stored, for a device that may say it has done what it has not.
     fn verify(&self, batch: &mut [Store<'_>], buffer: &mut Buffer) {
         for store in batch.iter_mut().filter(|s| s.result.is_ok()) {

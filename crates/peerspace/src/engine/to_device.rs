@@ -203,7 +203,7 @@ impl<K: Kernel> Engine<K> {
         work: &mut Working<'_>,
     ) -> Result<(), DeviceError> {
         let pages = DevicePages { first: page, count: order.pages().0 };
-        match unwinding(|| tier.device().clear(pages)).unwrap_or(Err(DeviceError::Panicked)) {
+        match tier.clear(pages) {
             Err(DeviceError::Unsupported) => {}
             done => return done,
         }
@@ -229,7 +229,7 @@ impl<K: Kernel> Engine<K> {
             self.geometry.bytes(Pages(from - other.range.base)),
             bytes,
         )];
-        if !other.has_failed() {
+        if !other.has_failed() && !tier.has_failed() {
             if unwinding(|| tier.device().copy_from(other.device(), &mut batch)).is_none() {
                 batch[0].result = Err(DeviceError::Panicked);
             }

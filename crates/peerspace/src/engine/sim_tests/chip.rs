@@ -118,6 +118,11 @@ fn stays(engine: &Tried, vpn: Vpn) -> bool {
     engine.region(vpn).is_some_and(|r| r.attributes.has(Attributes::IN_PLACE))
 }
 
+/// Whether the page at `vpn` is of memory whose permissions the program changes.
+fn adopted(engine: &Tried, vpn: Vpn) -> bool {
+    engine.region(vpn).is_some_and(|r| r.attributes.has(Attributes::ADOPTED))
+}
+
 /// Whether two devices may have these at once (the table in `core::coherence`).
 fn agree((a, of): (Entered, &Table), (b, other): (Entered, &Table)) -> bool {
     match (a.to, b.to) {
@@ -163,7 +168,8 @@ impl Fleet {
                 let offset = if whole { vpn - vpn.block_start() } else { 0 };
                 let fine = match (entry.state(), entered.to) {
                     (State::Mapped { pfn, .. }, Target::Own(page)) => {
-                        entered.writable && tier.base() + page == pfn + offset
+                        // What the program may not write, or might not when it was entered, the device only reads.
+                        (entered.writable || adopted(engine, vpn)) && tier.base() + page == pfn + offset
                     }
                     (State::Shared { writable: false, sharers, .. }, Target::Own(_)) => {
                         sharers.has(chip.mmu()) && !entered.writable

@@ -110,10 +110,13 @@ impl World {
                     (false, false) => To::Mmu(chip.mmu()),
                 };
                 let vpn = |page| self.rig.engine.geometry.vpn(self.areas[area].va(page));
+                let has_failed = self.rig.engine.tiers.by_id(chip.id()).is_some_and(|tier| tier.has_failed());
+                let held = chip.shelf().held();
                 let mut sending = Sending::new();
                 for piece in (PageRange { start: vpn(first), end: vpn(last) }).by_block() {
                     self.rig.engine.send_pages(piece, to, &mut sending);
                 }
+                assert!(!has_failed || chip.shelf().held() <= held, "a device that has failed is given something");
                 // What is there is found out by later accesses.
                 if let Some(NotSent::Lost(at, _)) = sending.wrong() {
                     let page = (at - vpn(0)) as usize;
@@ -306,7 +309,7 @@ impl Seen {
     }
 }
 
-fn play_on_devices(can: Capabilities, compares: bool, ops: Vec<Op>) {
+pub(super) fn play_on_devices(can: Capabilities, compares: bool, ops: Vec<Op>) {
     let mut world = World::new(can, compares);
     world.join_chips();
     play_in(world, ops);

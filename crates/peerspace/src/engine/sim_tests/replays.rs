@@ -1,6 +1,7 @@
 //! Sequences that the oracle found to go wrong once, and that must not again.
 
 use super::ABLE;
+use super::device_ops::{DeviceOp, play_on_devices};
 use super::oracle::{Op, play};
 use peerspace_os::Capabilities;
 
@@ -65,4 +66,35 @@ fn what_grew_in_place_is_not_refused_because_nobody_could_tell() {
         Op::Fail { seed: 1, one_in: 3 },
         Op::Stream { at: 1024 + 700, pages: 30, write: true, down: true },
     ]);
+}
+
+/// A device that is alone in having a page of memory that is read-only has it read-only.
+#[test]
+fn what_is_read_only_moves_to_a_device_that_only_reads_it() {
+    let can = Capabilities { move_pages: false, poison: false, write_protect: false, ..ABLE };
+    play_on_devices(
+        can,
+        true,
+        vec![
+            Op::Protect { at: 1024 + 197, pages: 9, allowed: 1 },
+            Op::Detach { which: 12808387891346480886 },
+            Op::OnDevice(DeviceOp::Send { chip: 1, at: 1024 + 100, pages: 600, home: false }),
+        ],
+    );
+}
+
+/// Nothing is sent to a device that has failed, not even zeros, which it makes itself (Z9).
+#[test]
+fn nothing_goes_to_a_device_that_has_failed() {
+    for can in [ABLE, Capabilities { move_pages: false, poison: false, ..ABLE }] {
+        play_on_devices(
+            can,
+            true,
+            vec![
+                Op::Region { blocks: 1 },
+                Op::OnDevice(DeviceOp::Fail { chip: 3, keeps: false }),
+                Op::OnDevice(DeviceOp::Send { chip: 3, at: 1024 + 700 + 200, pages: 100, home: false }),
+            ],
+        );
+    }
 }
