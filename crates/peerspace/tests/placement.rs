@@ -81,17 +81,22 @@ fn mappings(part: Range<*const u8>) -> usize {
     ranges.filter(|[from, to]| *from < part.end as usize && *to > part.start as usize).count()
 }
 
-/// Memory of the program's own, filled.
+/// Memory of the program's own, of zeros.
+fn reserve(len: usize) -> *mut u8 {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    assert_ne!(at, libc::MAP_FAILED);
+    at.cast()
+}
+
+/// The same, filled, for good.
 fn own(len: usize) -> (*mut u8, &'static mut [u64]) {
-    // SAFETY: a new mapping, which is the test's own for good.
-    unsafe {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        let at = libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
-        assert_ne!(at, libc::MAP_FAILED);
-        let words = std::slice::from_raw_parts_mut(at.cast::<u64>(), len / 8);
-        fill(words);
-        (at.cast(), words)
-    }
+    let at = reserve(len);
+    // SAFETY: the mapping is the test's own for good.
+    let words = unsafe { std::slice::from_raw_parts_mut(at.cast::<u64>(), len / 8) };
+    fill(words);
+    (at, words)
 }
 
 /// Rules G8, H2: one page, pages that begin and end anywhere, blocks, and blocks with edges go, and their neighbours stay.

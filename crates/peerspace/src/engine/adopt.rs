@@ -383,7 +383,11 @@ impl<K: Kernel> Engine<K> {
         if !entry.is_whole() || entry.state() != State::Empty {
             return None;
         }
-        let frame = self.memmap.take_block()?;
+        // Those that lie ready have pages of their own: this one comes with its own.
+        let frame = self.memmap.take_block().or_else(|| {
+            self.release_ready();
+            self.memmap.take_block()
+        })?;
         let done = match self.gate.enter(work.context()) {
             Some(_section) if self.may_take(block) => {
                 self.take_native_out(self.blocks.range(frame).start, self.addresses(block))

@@ -2,7 +2,7 @@
 
 use super::common::{self, MIB, page, word, words_per_page};
 use super::in_place::coherent;
-use super::{both, brought, build, gpu, mappings, own};
+use super::{both, brought, build, gpu, mappings, own, reserve};
 use peerspace::{CpuMapping, Node, Residence};
 use std::ops::Range;
 
@@ -166,5 +166,36 @@ fn read_only_memory_migrates() {
         assert!(is_good(words));
         space.check();
         adopted.release().unwrap();
+    }
+}
+
+/// Rule H2: huge pages of the program's own go as huge folios, however many frames lie ready in staging from those that went before.
+#[test]
+fn h2_huge_pages_of_the_programs_own_go_whole_again_and_again() {
+    for faults in both() {
+        let a = gpu(32, "a");
+        let (space, ids) = build(faults, &[&a]);
+        let len = 8 * MIB;
+        let huge = |at: *const u8| space.pages(at, len).unwrap().filter(|view| view.huge).count();
+        // Twice as much as the host has room for, altogether.
+        for round in 0..16 {
+            let whole = reserve(len + 2 * MIB);
+            let start = whole.wrapping_add(whole.align_offset(2 * MIB));
+            // SAFETY: the test's own mapping, and bytes make words.
+            let words = unsafe {
+                libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE);
+                std::slice::from_raw_parts_mut(start.cast::<u64>(), len / 8)
+            };
+            common::fill(words);
+            let adopted = space.adopt(start, len).unwrap();
+            // As many as the kernel had at hand.
+            let before = huge(start);
+            assert_eq!(adopted.migrate(Node::Device(ids[0])).unwrap(), len);
+            assert!(huge(start) >= before, "round {round}: {} of {before} pages are in huge folios", huge(start));
+            assert_eq!(words[len / 8 - 1], word(len / page() - 1));
+            drop(adopted);
+            // SAFETY: nobody refers to it any more.
+            assert_eq!(unsafe { libc::munmap(whole.cast(), len + 2 * MIB) }, 0);
+        }
     }
 }
