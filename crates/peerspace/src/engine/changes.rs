@@ -19,6 +19,9 @@ use std::time::Duration;
 
 /// Moves of mappings under way at once; each is another thread's, so there are few.
 const MOVES: usize = 64;
+/// How often to look for the rest of a move before doing what can be done without it: for some 20 microseconds, if nobody
+/// else wants the processor.
+const LOOKS: u32 = 64;
 
 /// What is known and cannot be acted on yet, while the gate is closed.
 struct News {
@@ -56,10 +59,18 @@ impl<K: Kernel> Engine<K> {
     /// mapping may have moved to where, as far as we know, there is another one: news of that one's end is on the
     /// way, and comes first. And a thread that moved a mapping announces next that the old place is unmapped: by then
     /// there may be another one. Nobody has to do anything for these to come, so they are waited for here.
+    ///
+    /// The thread that moved a mapping waits for both to be received. So the second is, if it comes soon, before the move
+    /// is acted on; anything else is, after.
     fn apply(&self, first: Message, counters: &Counters) {
         let mut news = News { postponed: ArrayVec::new(), due: ArrayVec::new() };
         self.note_when_free(first, &mut news, counters);
+        let mut looks = 0;
         while !(news.postponed.is_empty() && news.due.is_empty()) {
+            if looks == 0 {
+                // Mostly the thread that goes on now waits for this processor.
+                crate::sync::yield_now();
+            }
             match self.kernel.receive() {
                 // The thread faults again when all is done.
                 Some(Message::Fault { va, .. }) => self.send_back(va),
@@ -77,7 +88,13 @@ impl<K: Kernel> Engine<K> {
                         );
                     }
                 }
-                None => crate::sync::yield_now(),
+                None => {
+                    looks += 1;
+                    if looks == LOOKS {
+                        self.relocate_postponed(&mut news, counters);
+                    }
+                    crate::sync::yield_now();
+                }
             }
         }
     }
@@ -105,6 +122,10 @@ impl<K: Kernel> Engine<K> {
 
     /// Acts on `change` and on what was postponed because of it; or postpones it.
     fn note(&self, change: Message, news: &mut News, counters: &Counters) {
+        if !matches!(change, Message::Unmap(range) if news.due.contains(&range)) {
+            // It finds everything where it has moved before.
+            self.relocate_postponed(news, counters);
+        }
         match change {
             Message::Discard(range) => {
                 let pages = self.geometry.pages_inside(range);
@@ -123,10 +144,15 @@ impl<K: Kernel> Engine<K> {
                 if news.postponed.try_push((from, to, len)).is_err() {
                     crate::tell::warning(format_args!("too many mappings move at once: {to} is lost from sight"));
                 }
+                return;
             }
             Message::Fault { .. } | Message::Fork(_) => {}
         }
-        // What has moved to where there is nothing: each may make room for another.
+        self.relocate_postponed(news, counters);
+    }
+
+    /// Acts on the moves to where there is nothing: each may make room for another.
+    fn relocate_postponed(&self, news: &mut News, counters: &Counters) {
         while let Some(i) = news.postponed.iter().position(|(_, to, len)| {
             let target = self.geometry.pages_inside(VaRange { start: *to, end: Va(to.0 + len) });
             self.pieces(target).next().is_none()
