@@ -12,7 +12,7 @@
 //! they are made the process's own first.
 
 use crate::engine::tiers::ForkSide;
-use crate::space::{Real, start_threads_of_child};
+use crate::space::{Real, start_threads};
 use peerspace_core::addr::{Access, PageRange, Pages, VaRange, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::regions::{Attributes, RegionInfo};
@@ -166,7 +166,8 @@ impl Forks {
         new_life(engine, bootstrap)?;
         engine.contexts.thaw();
         let start = || {
-            start_threads_of_child(engine, engine.kernel.delivery(), self.handlers)
+            start_threads(engine, engine.kernel.delivery(), self.handlers, None)
+                .map(drop)
                 .map_err(|e| OsError::plain(format!("start a thread in a forked process: {e}")))
         };
         if bootstrap {

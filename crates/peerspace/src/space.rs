@@ -2,6 +2,7 @@
 
 #[cfg(feature = "devices")]
 use crate::device::Device;
+use crate::engine::serve::Helper;
 use crate::engine::tiers::OpenDevice;
 use crate::engine::{self, Config, Engine, MIN_LIMIT};
 use crate::error::Error;
@@ -19,12 +20,8 @@ use peerspace_os::own::{Box as OwnBox, Own, Shared, Vec as OwnVec};
 use peerspace_os::{Kernel, Wake};
 use rustix::process::{Pid, getpid};
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
-
-/// How long a forked process is left to itself before it gets threads that it can do without.
-const CHILD_SETTLES: Duration = Duration::from_millis(10);
 
 /// The engine over a real kernel.
 pub(crate) type Real = Engine<Linux>;
@@ -189,6 +186,7 @@ struct Service {
     _forks: Option<fork::Registration<Forks>>,
     registration: Option<Registration<Real>>,
     threads: Vec<JoinHandle<()>>,
+    hired: Arc<Hired>,
     /// The process that started `threads`: in a forked one they do not exist.
     pid: Pid,
 }
@@ -207,18 +205,6 @@ fn receiving<K: Kernel>(delivery: Delivery, handlers: usize) -> OwnVec<Loop<K>> 
     loops
 }
 
-/// The loops that spare the program work, apart from reclaim.
-fn background<K: Kernel>(engine: &Engine<K>) -> OwnVec<Loop<K>> {
-    let mut loops: OwnVec<Loop<K>> = OwnVec::new_in(Own);
-    loops.push(("peerspace-ahead", Engine::serve_ahead));
-    if engine.has_huge() {
-        loops.push(("peerspace-collapse", Engine::serve_collapse));
-    }
-    #[cfg(feature = "devices")]
-    loops.push(("peerspace-send", Engine::serve_prefetch));
-    loops
-}
-
 fn start_each<K: Kernel>(
     engine: &Shared<Engine<K>>,
     loops: impl IntoIterator<Item = Loop<K>>,
@@ -230,36 +216,43 @@ fn start_each<K: Kernel>(
     loops.into_iter().map(start).collect()
 }
 
-/// Starts the threads that serve `engine`, which gets its faults by `delivery`.
+/// Starts the threads that serve `engine`, which gets its faults by `delivery`. Those that are hired later are put into `hired`
+/// or, in a forked process, left alone.
 pub(crate) fn start_threads<K: Kernel>(
     engine: &Shared<Engine<K>>,
     delivery: Delivery,
     handlers: usize,
+    hired: Option<Arc<Hired>>,
 ) -> std::io::Result<Vec<JoinHandle<()>>> {
-    let reclaim: Loop<K> = ("peerspace-reclaim", Engine::serve_reclaim);
-    start_each(engine, receiving(delivery, handlers).into_iter().chain([reclaim]).chain(background(engine)))
+    let mut threads = start_each(engine, receiving(delivery, handlers))?;
+    let of_thread = engine.clone();
+    threads.push(thread::spawn("peerspace-reclaim", move || {
+        of_thread.serve_reclaim(|helper| hire(&of_thread, helper, hired.as_deref()));
+    })?);
+    Ok(threads)
 }
 
-/// The same in a forked process, which often ends or becomes another program at once: what works in the background is started
-/// after a moment, by a thread of its own.
-pub(crate) fn start_threads_of_child<K: Kernel>(
-    engine: &Shared<Engine<K>>,
-    delivery: Delivery,
-    handlers: usize,
-) -> std::io::Result<()> {
-    start_each(engine, receiving(delivery, handlers))?;
+/// The threads that were started after the others.
+pub(crate) type Hired = Mutex<Vec<JoinHandle<()>>>;
+
+fn hire<K: Kernel>(engine: &Shared<Engine<K>>, helper: Helper, hired: Option<&Hired>) {
+    let name = match helper {
+        Helper::Ahead => "peerspace-ahead",
+        // Blocks of its kind need no thread where there are none.
+        Helper::Collapse if !engine.has_huge() => return,
+        Helper::Collapse => "peerspace-collapse",
+        #[cfg(feature = "devices")]
+        Helper::Send => "peerspace-send",
+    };
     let of_thread = engine.clone();
-    thread::spawn("peerspace-reclaim", move || {
-        let engine = of_thread;
-        engine.sleep_after_fork(CHILD_SETTLES);
-        // The program's heap may be managed, and its faults come by signal.
-        let started = with_sigbus(|| start_each(&engine, background(&engine)));
-        if let Err(e) = started {
-            crate::tell::warning(format_args!("a forked process goes on without threads in the background: {e}"));
+    // The program's heap may be managed, and its faults come by signal.
+    match (with_sigbus(|| thread::spawn(name, move || of_thread.serve(helper))), hired) {
+        (Ok(thread), Some(hired)) => hired.lock().unwrap_or_else(PoisonError::into_inner).push(thread),
+        (Ok(_), None) => {}
+        (Err(e), _) => {
+            crate::tell::warning(format_args!("{name} cannot be started, the program goes on without: {e}"))
         }
-        engine.serve_reclaim();
-    })?;
-    Ok(())
+    }
 }
 
 impl<K: Kernel> FaultHandler for Engine<K> {
@@ -294,6 +287,7 @@ impl Space {
             _forks: None,
             registration: None,
             threads: Vec::new(),
+            hired: Arc::default(),
             pid: getpid(),
         };
         if service.engine.kernel.delivery() == Delivery::Signal {
@@ -301,7 +295,8 @@ impl Space {
             service.registration = Some(register(service.engine.clone()).map_err(e)?);
         }
         // On failure the service is dropped, which ends the threads that run already.
-        service.threads = start_threads(&service.engine, service.engine.kernel.delivery(), handlers)
+        let delivery = service.engine.kernel.delivery();
+        service.threads = start_threads(&service.engine, delivery, handlers, Some(service.hired.clone()))
             .map_err(|e| Error::Thread(e.to_string()))?;
         let forks = fork::register(Shared::new(Forks::new(
             service.engine.clone(),
@@ -368,13 +363,15 @@ impl Drop for Service {
         #[cfg(feature = "devices")]
         self.ports.cut_all();
         self.engine.stop();
+        if self.pid != getpid() {
+            return self.threads.drain(..).for_each(std::mem::forget);
+        }
+        // A thread that panicked has said so. When the reclaimer has ended, nobody is hired any more.
         for thread in self.threads.drain(..) {
-            if self.pid == getpid() {
-                // A thread that panicked has said so.
-                let _ = thread.join();
-            } else {
-                std::mem::forget(thread);
-            }
+            let _ = thread.join();
+        }
+        for thread in self.hired.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = thread.join();
         }
     }
 }

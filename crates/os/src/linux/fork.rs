@@ -13,6 +13,7 @@ use peerspace_core::addr::{Va, VaRange};
 use peerspace_core::sync::Latch;
 use std::ffi::c_void;
 use std::ptr::null_mut;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 /// Somebody who manages memory, or keeps books in managed memory.
@@ -172,8 +173,12 @@ pub fn early_child_memory(touch: &mut dyn FnMut(VaRange)) {
     const CHAIN: usize = 0x68;
     const LOCK: usize = 0x88;
     const SIZE: u64 = 0xe8;
-    // SAFETY: looks a symbol up by name.
-    let list = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"_IO_list_all".as_ptr()) }.cast::<*const u8>();
+    // Looked up once: it takes microseconds, and the loader's lock.
+    static LIST: OnceLock<usize> = OnceLock::new();
+    let list = *LIST.get_or_init(|| {
+        // SAFETY: looks a symbol up by name.
+        unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"_IO_list_all".as_ptr()) as usize }
+    }) as *const *const u8;
     if list.is_null() || !cfg!(all(target_env = "gnu", target_pointer_width = "64")) {
         return;
     }

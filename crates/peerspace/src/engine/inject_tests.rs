@@ -5,7 +5,7 @@
 use super::fault::Patience;
 use super::{Config, Engine, staging_layout};
 use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, Store, soft::Soft};
-use crate::space::start_threads;
+use crate::space::{Hired, start_threads};
 use peerspace_core::addr::{Access, Pages, Va, VaRange};
 use peerspace_core::reclaim::{Policy, S3Fifo};
 use peerspace_core::regions::Attributes;
@@ -19,6 +19,7 @@ use peerspace_os::own::{Box as OwnBox, Own, Shared, Vec as OwnVec};
 use peerspace_os::{Trouble, Wake};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -33,6 +34,7 @@ struct Rig {
     engine: Shared<Tried>,
     registration: Option<Registration<Tried>>,
     threads: Vec<JoinHandle<()>>,
+    hired: Arc<Hired>,
 }
 
 impl Rig {
@@ -46,8 +48,9 @@ impl Rig {
         let engine = Shared::new(Engine::new(kernel, config).unwrap());
         let signal = delivery == Delivery::Signal;
         let registration = signal.then(|| register(engine.clone()).unwrap());
-        let threads = start_threads(&engine, delivery, 2).unwrap();
-        Rig { engine, registration, threads }
+        let hired = Arc::<Hired>::default();
+        let threads = start_threads(&engine, delivery, 2, Some(hired.clone())).unwrap();
+        Rig { engine, registration, threads, hired }
     }
 
     fn region(&self, bytes: usize) -> Memory {
@@ -96,6 +99,9 @@ impl Drop for Rig {
         self.engine.stop();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
+        }
+        for thread in self.hired.lock().unwrap().drain(..) {
+            thread.join().unwrap();
         }
         drop(self.registration.take());
     }

@@ -103,7 +103,7 @@ impl<K: Kernel> Engine<K> {
         if !can.kernel_faults || !self.service.graves.request(entry.vpn()) {
             return true;
         }
-        self.service.wake_reclaim(&self.kernel.park());
+        self.service.call_reclaim(&self.kernel.park());
         false
     }
 

@@ -7,7 +7,7 @@
 use super::Engine;
 use super::fault::{Fault, Outcome};
 use super::place::Bring;
-use super::serve::{await_bell, ring};
+use super::serve::{Helper, await_bell};
 use crate::device::mmu::{DeviceAccess, Mode};
 use crate::device::port::FaultError;
 use crate::sync::Mutex;
@@ -94,6 +94,10 @@ impl Prefetches {
         Prefetches { bell: AtomicU64::new(0), requests: Mutex::new(Vec::new_in(Own)) }
     }
 
+    pub(super) fn bell(&self) -> &AtomicU64 {
+        &self.bell
+    }
+
     /// Has the loop look whether it is to stop.
     pub(crate) fn stop(&self, park: &impl Park) {
         self.bell.store(1, Ordering::Release);
@@ -124,7 +128,7 @@ impl<K: Kernel> Engine<K> {
             };
             let _work = self.contexts.take();
             self.prefetches.requests.lock().push(Request { asked: pages, rest, to, ticket: ticket.clone() });
-            ring(&self.prefetches.bell, &self.kernel.park());
+            self.service.ring_for(Helper::Send, &self.prefetches.bell, &self.kernel.park());
         }
         ticket
     }

@@ -10,6 +10,13 @@
 //! A managed process (`peerspace run`) has its faults served so because it works for every program. What such a fault costs is mostly
 //! two wake-ups across processors; where trials show that it pays, the thread is woken up on the handler's own processor
 //! ([`place`](peerspace_os::linux::place)).
+//!
+//! # Helpers
+//!
+//! What spares the program work, and is not needed before there is some, has a thread from then on only ([`Helper`]): most
+//! processes that fork, or that know their data, never need any. The reclaimer starts them, because a thread that may be in a
+//! fault cannot. Whoever rings for a helper that nobody plays rings for the reclaimer after that, and the reclaimer looks for
+//! such bells after it has said that it sleeps; with a fence between the two steps on either side, one of them sees the other.
 
 use super::Engine;
 use super::ahead::Ahead;
@@ -20,7 +27,7 @@ use super::stats::count;
 use crate::sync::Mutex;
 use arrayvec::ArrayVec;
 use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Va};
-use peerspace_core::sync::{AtomicBool, AtomicU64, AtomicUsize, Latch, Ordering, Park};
+use peerspace_core::sync::{AtomicBool, AtomicU64, AtomicUsize, Latch, Ordering, Park, fence};
 use peerspace_os::linux::place::Placement;
 use peerspace_os::{Kernel, Message, Protect, Wake};
 use std::time::Duration;
@@ -33,6 +40,31 @@ const REQUESTS: usize = 16;
 const POLL: Duration = Duration::from_millis(200);
 /// How long faults that are put aside wait before somebody looks whether they may go on.
 const LOOK_AGAIN: Duration = Duration::from_micros(50);
+
+/// A loop that has no thread before there is something to do for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Helper {
+    /// Reads ahead.
+    Ahead,
+    /// Collapses.
+    Collapse,
+    /// Sends what is prefetched.
+    #[cfg(feature = "devices")]
+    Send,
+}
+
+impl Helper {
+    const ALL: &[Helper] = &[
+        Helper::Ahead,
+        Helper::Collapse,
+        #[cfg(feature = "devices")]
+        Helper::Send,
+    ];
+
+    fn bit(self) -> u64 {
+        1 << self as u32
+    }
+}
 
 /// What the engine's threads share.
 #[derive(Debug)]
@@ -49,6 +81,8 @@ pub(crate) struct Service {
     reclaim: AtomicU64,
     ahead: AtomicU64,
     collapse: AtomicU64,
+    /// The helpers that have threads.
+    played: AtomicU64,
     /// There was no block frame for a huge folio.
     blocks_wanted: AtomicBool,
     requests: Mutex<ArrayVec<Ahead, REQUESTS>>,
@@ -69,6 +103,7 @@ impl Service {
             reclaim: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             collapse: AtomicU64::new(0),
+            played: AtomicU64::new(0),
             blocks_wanted: AtomicBool::new(false),
             requests: Mutex::new(ArrayVec::new_const()),
             said_full: AtomicBool::new(false),
@@ -94,6 +129,7 @@ impl Service {
         self.reclaim.store(0, Ordering::Relaxed);
         self.ahead.store(0, Ordering::Relaxed);
         self.collapse.store(0, Ordering::Relaxed);
+        self.played.store(0, Ordering::Relaxed);
         self.requests.lock().clear();
         self.aside.lock().clear();
         self.waiting.store(0, Ordering::Relaxed);
@@ -114,9 +150,28 @@ impl Service {
         ring(&self.reclaim, park);
     }
 
+    /// The same for whoever wants something else of the reclaimer than room, and has said what.
+    pub(crate) fn call_reclaim(&self, park: &impl Park) {
+        // Either this finds it asleep, or it finds what it is called for.
+        fence(Ordering::SeqCst);
+        ring(&self.reclaim, park);
+    }
+
     /// Has blocks looked through that may have become dense.
     pub(crate) fn wake_collapse(&self, park: &impl Park) {
-        ring(&self.collapse, park);
+        self.ring_for(Helper::Collapse, &self.collapse, park);
+    }
+
+    /// Rings the bell of a helper; if nobody plays it, somebody soon does.
+    pub(super) fn ring_for(&self, helper: Helper, bell: &AtomicU64, park: &impl Park) {
+        if ring(bell, park) && self.played.load(Ordering::Relaxed) & helper.bit() == 0 {
+            self.call_reclaim(park);
+        }
+    }
+
+    /// The calling thread, or one that it is about to start, plays `helper`. False if another one does.
+    pub(super) fn play(&self, helper: Helper) -> bool {
+        self.played.fetch_or(helper.bit(), Ordering::Relaxed) & helper.bit() == 0
     }
 
     /// Has block frames emptied of which few parts are left: there was none for a huge folio.
@@ -151,7 +206,7 @@ impl Service {
             return false;
         }
         drop(requests);
-        ring(&self.ahead, park);
+        self.ring_for(Helper::Ahead, &self.ahead, park);
         true
     }
 
@@ -164,12 +219,15 @@ impl Service {
     }
 }
 
-/// Rings a bell: the word is 1 while its thread works or is about to. No system call unless it sleeps.
-pub(super) fn ring(bell: &AtomicU64, park: &impl Park) {
+/// Rings a bell: the word is 1 while its thread works or is about to. No system call unless it sleeps. False if it rang
+/// already.
+fn ring(bell: &AtomicU64, park: &impl Park) -> bool {
     // Release: what was asked for is seen by whoever answers.
-    if bell.load(Ordering::Relaxed) == 0 && bell.swap(1, Ordering::Release) == 0 {
+    let rings = bell.load(Ordering::Relaxed) == 0 && bell.swap(1, Ordering::Release) == 0;
+    if rings {
         park.wake(bell);
     }
+    rings
 }
 
 /// Sleeps until the bell rings.
@@ -187,20 +245,44 @@ impl<K: Kernel> Engine<K> {
         self.prefetches.stop(&self.kernel.park());
     }
 
-    /// For a thread that was started before it may begin: waits for that, and `time` longer, or until all is to stop.
-    pub(crate) fn sleep_after_fork(&self, time: Duration) {
-        await_bell(&self.service.go, &self.kernel.park());
-        if !self.service.stopped() {
-            crate::sync::sleep(time);
+    /// The bell of `helper`.
+    fn bell(&self, helper: Helper) -> &AtomicU64 {
+        match helper {
+            Helper::Ahead => &self.service.ahead,
+            Helper::Collapse => &self.service.collapse,
+            #[cfg(feature = "devices")]
+            Helper::Send => self.prefetches.bell(),
         }
     }
 
-    /// Reclaims in the background, until stopped.
-    pub(crate) fn serve_reclaim(&self) {
+    /// The helpers that are rung for and that nobody plays.
+    fn missed(&self) -> impl Iterator<Item = Helper> + '_ {
+        let played = self.service.played.load(Ordering::Relaxed);
+        let mut missed = Helper::ALL.iter().copied().filter(move |h| played & h.bit() == 0);
+        // Mostly none is.
+        std::iter::from_fn(move || missed.find(|h| self.bell(*h).load(Ordering::Acquire) != 0))
+    }
+
+    /// The loop of `helper`, until stopped.
+    pub(crate) fn serve(&self, helper: Helper) {
+        self.service.play(helper);
+        match helper {
+            Helper::Ahead => self.serve_ahead(),
+            Helper::Collapse => self.serve_collapse(),
+            #[cfg(feature = "devices")]
+            Helper::Send => self.serve_prefetch(),
+        }
+    }
+
+    /// Reclaims in the background, until stopped. `hire` starts a thread that [serves](Engine::serve) as a helper.
+    pub(crate) fn serve_reclaim(&self, mut hire: impl FnMut(Helper)) {
         let park = self.kernel.park();
         await_bell(&self.service.go, &park);
         while !self.service.stopped() {
             await_bell(&self.service.reclaim, &park);
+            // Whoever stops all this says so, and rings every bell then.
+            let needed = |helper: &Helper| !self.service.stopped() && self.service.play(*helper);
+            self.missed().filter(needed).for_each(&mut hire);
             self.bury_lost();
             self.take_failed_from_place();
             let mut work = self.contexts.take();
@@ -221,7 +303,8 @@ impl<K: Kernel> Engine<K> {
             }
             // Answered. Whoever rings from here on is heard.
             self.service.reclaim.store(self.service.stopped() as u64, Ordering::Release);
-            if self.service.graves.wanted() {
+            fence(Ordering::SeqCst);
+            if self.service.graves.wanted() || self.missed().next().is_some() {
                 self.service.wake_reclaim(&park);
             }
         }

@@ -19,6 +19,7 @@ use super::records::{Options, Record, write_down};
 #[cfg(feature = "devices")]
 use crate::device::failing::Failing;
 use crate::engine::adopt::AdoptError;
+use crate::engine::serve::Helper;
 use crate::engine::tiers::OpenDevice;
 use crate::engine::{self, Config, Engine, MIN_LIMIT};
 use crate::report::Statistics;
@@ -557,10 +558,11 @@ impl Process {
 pub(super) fn start_services(engine: &Shared<Real>) {
     let handlers = std::thread::available_parallelism().map_or(2, |n| (n.get() / 2).clamp(2, 8));
     let mut loops: [Option<fn(usize)>; 16] = [None; 16];
-    loops[0] = Some(|_| process().engine.get().expect("armed").serve_reclaim());
-    loops[1] = Some(|_| process().engine.get().expect("armed").serve_ahead());
+    // Nothing is hired: who is there from the start takes nothing from the program's heap.
+    loops[0] = Some(|_| process().engine.get().expect("armed").serve_reclaim(|_| {}));
+    loops[1] = Some(|_| process().engine.get().expect("armed").serve(Helper::Ahead));
     if engine.has_huge() {
-        loops[2] = Some(|_| process().engine.get().expect("armed").serve_collapse());
+        loops[2] = Some(|_| process().engine.get().expect("armed").serve(Helper::Collapse));
     }
     match engine.kernel.delivery() {
         Delivery::Signal => loops[3] = Some(|_| process().engine.get().expect("armed").serve_changes()),

@@ -390,6 +390,32 @@ fn every_waiter_is_woken() {
     assert!(PUT_ASIDE.load(Relaxed) > 0, "no fault ever met a change");
 }
 
+/// A helper that is rung for while the reclaimer goes to sleep is hired all the same, once.
+#[test]
+fn who_is_rung_for_is_hired() {
+    explore(400, || {
+        let (rig, _shelf) = rig(ABLE);
+        let hired = Arc::new(AtomicU64::new(0));
+        let reclaimer = {
+            let (rig, hired) = (rig.clone(), hired.clone());
+            thread::spawn(move || rig.engine.serve_reclaim(|_| _ = hired.fetch_add(1, Relaxed)))
+        };
+        // Somebody wants room at the same time.
+        let other = {
+            let rig = rig.clone();
+            thread::spawn(move || rig.engine.service.wake_reclaim(&rig.engine.kernel.park()))
+        };
+        rig.engine.service.wake_collapse(&rig.engine.kernel.park());
+        while hired.load(Relaxed) == 0 {
+            thread::yield_now();
+        }
+        rig.engine.stop();
+        other.join().unwrap();
+        reclaimer.join().unwrap();
+        assert_eq!(hired.load(Relaxed), 1);
+    });
+}
+
 /// A page that is lost is lost to all, and its neighbours to nobody; discarding it makes it zero again.
 #[test]
 fn a_lost_page_is_lost_to_all() {
