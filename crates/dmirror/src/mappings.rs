@@ -8,10 +8,8 @@
 use crate::changes;
 use crate::files;
 use crate::world;
-use peerspace_core::addr::{Va, VaRange};
 use peerspace_os::interpose;
-use peerspace_os::linux::interpose::{errno, set_errno};
-use peerspace_os::linux::remap::Request;
+use peerspace_os::linux::remap;
 use std::ffi::{c_int, c_void};
 
 /// Makes a change of a range, which is announced, if there is anybody to hear of it.
@@ -96,20 +94,9 @@ interpose! {
         let to = if flags & libc::MREMAP_FIXED != 0 { (new.cast_const().cast(), new_len) } else { (std::ptr::null(), 0) };
         changes::alone(|| {
             let _announced = world.space.announce_move((old.cast_const().cast(), old_len.max(new_len)), to);
-            let done = real();
             // What the program knows as one mapping may be several to the kernel, because parts of it are managed.
-            if done != libc::MAP_FAILED || errno() != libc::EFAULT {
-                return done;
-            }
-            // SAFETY: the caller's arguments.
-            match unsafe { in_pieces(old, old_len, new_len, flags, new) } {
-                Some(Ok(at)) => at,
-                Some(Err(code)) => {
-                    set_errno(code);
-                    done
-                }
-                None => done,
-            }
+            // SAFETY: see above.
+            unsafe { remap::call((old, old_len), new_len, flags, new, real) }
         })
     }
 }
@@ -133,32 +120,4 @@ fn map(
         unsafe { libc::madvise(done, len, POPULATE_READ) };
     }
     done
-}
-
-/// What the kernel refused with EFAULT; `None` if it was right to.
-unsafe fn in_pieces(
-    old: *mut c_void,
-    old_len: usize,
-    new_len: usize,
-    flags: c_int,
-    new: *mut c_void,
-) -> Option<Result<*mut c_void, c_int>> {
-    let page = rustix::param::page_size();
-    let round = |len: usize| len.checked_next_multiple_of(page).filter(|len| *len > 0).map(|len| len as u64);
-    let known = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
-    if flags & !known != 0 {
-        return None;
-    }
-    let request = Request {
-        from: VaRange::new(Va(old as u64), round(old_len)?)?,
-        len: round(new_len)?,
-        to: (flags & libc::MREMAP_FIXED != 0).then_some(Va(new as u64)),
-        may_move: flags & libc::MREMAP_MAYMOVE != 0,
-        stays: flags & libc::MREMAP_DONTUNMAP != 0,
-    };
-    // SAFETY: the caller's ranges, as in the call that was refused.
-    match unsafe { request.carry_out() } {
-        Ok(at) => Some(Ok(at.0 as *mut c_void)),
-        Err(e) => Some(Err(e.raw_os_error())),
-    }
 }

@@ -4,7 +4,11 @@
 //! again. To the program that shows in a single place: `mremap` fails with `EFAULT` when its old range spans mappings.
 //! Here the same is done piece by piece. Other threads may see the pieces move one after the other, which nobody can
 //! rely on: while a range moves, no address in it is good.
+//!
+//! From Linux 6.17 on, several mappings can move to a fixed place at once, unless one of them is registered; then the kernel says
+//! `EFAULT` when it comes to that, and those before it have moved. So it is not asked about a range of several mappings.
 
+use super::interpose::{errno, set_errno};
 use super::scan::{Maps, Vma};
 use peerspace_core::addr::{Va, VaRange};
 use rustix::io::Errno;
@@ -16,17 +20,17 @@ const ATTEMPTS: u32 = 64;
 
 /// What `mremap` is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Request {
+struct Request {
     /// The old range; page-aligned.
-    pub from: VaRange,
+    from: VaRange,
     /// The new length in bytes; a multiple of the page size, and not zero.
-    pub len: u64,
+    len: u64,
     /// Where it must be afterwards (`MREMAP_FIXED`); page-aligned.
-    pub to: Option<Va>,
+    to: Option<Va>,
     /// Whether it may move.
-    pub may_move: bool,
+    may_move: bool,
     /// Whether a mapping without content stays where it was (`MREMAP_DONTUNMAP`).
-    pub stays: bool,
+    stays: bool,
 }
 
 fn common(a: VaRange, b: VaRange) -> VaRange {
@@ -37,7 +41,66 @@ fn pointer(va: Va) -> *mut c_void {
     va.0 as *mut c_void
 }
 
+/// `mremap` as a program calls it, which knows nothing of how its mappings are cut; `real` is the C library's, with the same
+/// arguments.
+///
+/// # Safety
+/// As for `mremap`.
+pub unsafe fn call(
+    (old, old_len): (*mut c_void, usize),
+    new_len: usize,
+    flags: i32,
+    new: *mut c_void,
+    real: impl FnOnce() -> *mut c_void,
+) -> *mut c_void {
+    let request = Request::of((old, old_len), new_len, flags, new);
+    if !request.is_some_and(|request| request.is_cut()) {
+        let done = real();
+        if done != libc::MAP_FAILED || errno() != libc::EFAULT {
+            return done;
+        }
+    }
+    // SAFETY: the caller's ranges.
+    match request.map(|request| unsafe { request.carry_out() }) {
+        Some(Ok(at)) => pointer(at),
+        Some(Err(e)) => {
+            set_errno(e.raw_os_error());
+            libc::MAP_FAILED
+        }
+        None => libc::MAP_FAILED,
+    }
+}
+
 impl Request {
+    /// What these arguments of `mremap` ask for; `None` where they make no sense, or one that is known here.
+    fn of((old, old_len): (*mut c_void, usize), new_len: usize, flags: i32, new: *mut c_void) -> Option<Request> {
+        let page = rustix::param::page_size();
+        let round = |len: usize| len.checked_next_multiple_of(page).filter(|len| *len > 0).map(|len| len as u64);
+        let known = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        if flags & !known != 0 || !(old as usize).is_multiple_of(page) {
+            return None;
+        }
+        let to = (flags & libc::MREMAP_FIXED != 0).then_some(Va(new as u64));
+        if to.is_some_and(|to| !to.0.is_multiple_of(page as u64)) {
+            return None;
+        }
+        Some(Request {
+            from: VaRange::new(Va(old as u64), round(old_len)?)?,
+            len: round(new_len)?,
+            to,
+            may_move: flags & libc::MREMAP_MAYMOVE != 0,
+            stays: flags & libc::MREMAP_DONTUNMAP != 0,
+        })
+    }
+
+    /// Whether the old range is mapped by several mappings.
+    fn is_cut(&self) -> bool {
+        let Ok(maps) = Maps::open() else { return false };
+        let first = maps.at(self.from.start).ok().flatten();
+        first.is_some_and(|vma| vma.range.end < self.from.end)
+            && maps.at(Va(self.from.end.0 - 1)).is_ok_and(|last| last.is_some())
+    }
+
     /// Does it. Returns where the memory is then.
     ///
     /// # Safety
@@ -46,9 +109,8 @@ impl Request {
     /// # Errors
     /// `EFAULT` when the old range has holes, or its mappings are not of one kind, or not private and anonymous; what
     /// `mremap` says otherwise. Nothing has moved then, unless the kernel refused to undo it.
-    pub unsafe fn carry_out(self) -> Result<Va, Errno> {
+    unsafe fn carry_out(self) -> Result<Va, Errno> {
         let maps = Maps::open().map_err(|_| Errno::FAULT)?;
-        let kind = self.kind(&maps)?;
         let Request { from, len, to, .. } = self;
         if self.stays && len != from.len() {
             return Err(Errno::INVAL);
@@ -63,9 +125,12 @@ impl Request {
             if target.overlaps(from) || !self.may_move {
                 return Err(Errno::INVAL);
             }
+            // Each goes as it is; but what it grows by is like the last of them.
+            if len > from.len() { self.kind(&maps).map(drop) } else { self.has_no_hole(&maps) }?;
             cut()?;
             return self.pieces(&maps, shrunk, target).map(|()| to);
         }
+        let kind = self.kind(&maps)?;
         if !self.stays {
             if len <= from.len() {
                 return cut().map(|()| from.start);
@@ -85,6 +150,15 @@ impl Request {
             let _ = unsafe { munmap(room, len as usize) };
         })?;
         Ok(target.start)
+    }
+
+    /// Whether something is mapped in all of the old range.
+    fn has_no_hole(&self, maps: &Maps) -> Result<(), Errno> {
+        let mut at = self.from.start;
+        while at < self.from.end {
+            at = maps.at(at)?.ok_or(Errno::FAULT)?.range.end;
+        }
+        Ok(())
     }
 
     /// What may be done with the old range, if it is all of one kind.
