@@ -29,7 +29,21 @@ struct owner {
     uint64_t random, ops;
     int fds[4];
     pthread_t thread;
+    struct {
+        int what, device;
+        size_t first, count;
+    } last[16];
 };
+
+static __thread struct owner *self;
+
+/* What the thread that has failed did last. */
+static void explain(void)
+{
+    for (uint64_t n = self && self->ops > 15 ? self->ops - 15 : 0; self && n <= self->ops; n++)
+        fprintf(stderr, "#   operation %d, device %d, pages %zu to %zu\n", self->last[n % 16].what, self->last[n % 16].device,
+                self->last[n % 16].first, self->last[n % 16].first + self->last[n % 16].count);
+}
 
 static int stop;
 static uint64_t next_mark = 1;
@@ -296,13 +310,18 @@ static void fork_once(struct owner *o)
 
 static void *own_memory(void *of)
 {
-    struct owner *o = of;
+    struct owner *o = self = of;
     for (; !__atomic_load_n(&stop, __ATOMIC_RELAXED); o->ops++) {
         size_t first, count;
         int device = draw(o, 4);
         if (!choose(o, &first, &count))
             continue;
-        switch (draw(o, 32)) {
+        int what = draw(o, 32);
+        o->last[o->ops % 16].what = what;
+        o->last[o->ops % 16].device = device;
+        o->last[o->ops % 16].first = first;
+        o->last[o->ops % 16].count = count;
+        switch (what) {
         case 0: case 1: case 2: case 3: cpu_write(o, first, count); break;
         case 4: case 5: case 6: verify(o, first, count); break;
         case 7: case 8: case 9: case 10: device_read(o, o->fds[device], first, count); break;
@@ -379,6 +398,7 @@ static void refused(int signal, siginfo_t *info, void *context)
     while (maps && fgets(line, sizeof line, maps))
         if (sscanf(line, "%lx-%lx", &start, &end) == 2 && start <= at + 4 * PAGE && at < end + 4 * PAGE)
             fprintf(stderr, "# %s", line);
+    explain();
     _exit(1);
 }
 
@@ -390,6 +410,7 @@ TEST(everything_at_once, "G1 to G14: every byte is what it must be")
     printf("# STRESS_SEED=%llu\n", (unsigned long long)random);
     fflush(stdout);
     alarm(limit + 120);
+    tap_explain = explain;
     struct sigaction action = {.sa_sigaction = refused, .sa_flags = SA_SIGINFO};
     sigaction(SIGSEGV, &action, NULL);
     sigaction(SIGBUS, &action, NULL);

@@ -56,11 +56,16 @@ static inline void skip(const char *why)
     _exit(TAP_SKIPPED);
 }
 
+/* Says more about a failure, if a test has something to say. */
+static void (*tap_explain)(void);
+
 #define FAIL(...)                                                                                                      \
     do {                                                                                                               \
         fprintf(stderr, "# %s:%d: ", __FILE__, __LINE__);                                                              \
         fprintf(stderr, __VA_ARGS__);                                                                                  \
         fprintf(stderr, "\n");                                                                                         \
+        if (tap_explain)                                                                                               \
+            tap_explain();                                                                                             \
         _exit(1);                                                                                                      \
     } while (0)
 
