@@ -2,8 +2,8 @@
 //! has written to a private mapping of a file.
 //!
 //! The kernel moves pages out of anonymous memory that can be written, and out of nothing else. So the pages are copied to new
-//! memory of that kind; the copy migrates; then its mapping, protected like the old one, is put in the old one's place, by one
-//! call. What is there to be read is the same at any moment.
+//! memory of that kind; the copy migrates; then its mapping, protected like the old one, is put in the old one's place, each page in
+//! one step. What is there to be read is the same at any moment.
 //!
 //! What may only be read does not change meanwhile. The pages of a private file do: they are made read-only first, and a thread
 //! that writes is held, by a handler of SIGSEGV, until it can. (A system call that writes there meanwhile fails with EFAULT.)
@@ -16,10 +16,11 @@ use crate::device::PAGE;
 use crate::world::World;
 use peerspace::{Node, Residence};
 use peerspace_core::addr::{Va, VaRange};
+use peerspace_os::linux::remap;
 use peerspace_os::linux::scan::{Nature, Vma};
 use peerspace_os::linux::self_memory::read_self;
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags};
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -152,14 +153,12 @@ fn replace(world: &World, run: VaRange, vma: &Vma, to: Node) -> Result<(), Errno
         if !vma.write {
             protect(fresh.range, false)?;
         }
-        // SAFETY: takes the place of what holds the same, in one step.
-        unsafe {
-            let flags = MremapFlags::MAYMOVE;
-            rustix::mm::mremap_fixed(from.cast_mut().cast(), len, len, flags, to_start.cast_mut().cast())
-        }
+        // Of what was migrated, or came home, the kernel may have made several mappings.
+        // SAFETY: takes the place of what holds the same, each page in one step.
+        unsafe { remap::move_to(fresh.range, run.start) }
     })();
     match replaced {
-        Ok(_) => {
+        Ok(()) => {
             fresh.is_gone = true;
             world.space.settle();
             Ok(())

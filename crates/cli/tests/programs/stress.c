@@ -253,6 +253,20 @@ static void remap(void) {
     must(moved != MAP_FAILED, "mremap of both");
     for (int i = 0; i < 2; i++) check("a half", moved + i * half, 0, half, 70 + i);
     check_zeros("what they have gained", moved, 2 * half, 8 * half);
+    // What nobody manages, and what somebody does behind it, to a fixed place: the kernel may move the first and then refuse.
+    for (int i = 0; i < 2; i++) {
+        char *room = map(8 * half), *kept = map(3 * half);
+        fill(kept, 0, 3 * half, 80);
+        int file = open("/proc/self/exe", O_RDONLY);
+        must(file >= 0, "open");
+        char *unmanaged = mmap(kept + i * half, half, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, 0);
+        must(unmanaged == kept + i * half && close(file) == 0, "mmap of a file");
+        must(mremap(kept, 3 * half, 3 * half, MREMAP_MAYMOVE | MREMAP_FIXED, room + half) == room + half, "mremap of all");
+        for (int n = 0; n < 3; n++)
+            if (n != i) check("what is managed", room + half, n * half, (n + 1) * half, 80);
+        must(memcmp(room + half + i * half, "\177ELF", 4) == 0, "the file");
+        check_zeros("what was there", room, 0, half);
+    }
 }
 
 // --- fork: with data away, from a process with threads; both sides check and change everything.

@@ -90,6 +90,35 @@ TEST(a_part_moves, "G5: out of the middle of what is on a device")
     }
 }
 
+TEST(memory_of_several_mappings_moves, "G5: parts that devices have had to do with, and others: all of it, to a fixed place or any")
+{
+    EACH_KIND(device)
+    for (size_t first = 0; first < 48; first += 16) {
+        int fd = open_mirror(device);
+        char *copy = buffer(128 * PAGE), *to = map(64 * PAGE, RW, PRIVATE, -1), *at = map(64 * PAGE, RW, PRIVATE, -1);
+        fill(at, 64 * PAGE, 1);
+        fill(to, 64 * PAGE, 2);
+        /* The library manages what it was asked about. */
+        DONE(fd, TO_DEVICE, at + first * PAGE, copy, 8);
+        DONE(fd, READ, at + (first + 12) * PAGE, copy, 2);
+        HOLDS(mremap(at, 64 * PAGE, 64 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to);
+        EQUAL(EFAULT, ask(fd, READ, at, copy, 64, NULL));
+        ALL_SEEN(seen_on(device), fd, to + first * PAGE, 8);
+        DONE(fd, READ, to, copy, 64);
+        FILLED(copy, 64 * PAGE, 1);
+        FILLED(to, 64 * PAGE, 1);
+        /* Anywhere, and longer. */
+        char *now = mremap(to, 64 * PAGE, 128 * PAGE, MREMAP_MAYMOVE);
+        HOLDS(now != MAP_FAILED);
+        DONE(fd, READ, now, copy, 128);
+        FILLED(copy, 64 * PAGE, 1);
+        ALL_ZERO(copy + 64 * PAGE, 64 * PAGE);
+        FILLED(now, 64 * PAGE, 1);
+        HOLDS(munmap(now, 128 * PAGE) == 0);
+        close(fd);
+    }
+}
+
 TEST(memory_grows_and_shrinks, "G5: in place, and elsewhere")
 {
     EACH_KIND(device) {

@@ -5,8 +5,9 @@
 //! Here the same is done piece by piece. Other threads may see the pieces move one after the other, which nobody can
 //! rely on: while a range moves, no address in it is good.
 //!
-//! From Linux 6.17 on, several mappings can move to a fixed place at once, unless one of them is registered; then the kernel says
-//! `EFAULT` when it comes to that, and those before it have moved. So it is not asked about a range of several mappings.
+//! From Linux 6.17 on, several mappings can move to a fixed place at once, with holes between them, unless one of them is registered;
+//! then the kernel says `EFAULT` when it comes to that, and those before it have moved. So it is asked about one mapping at a
+//! time, and if that was cut just then, what has moved of it counts.
 
 use super::interpose::{errno, set_errno};
 use super::scan::{Maps, Vma};
@@ -14,6 +15,7 @@ use peerspace_core::addr::{Va, VaRange};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap_anonymous, mremap, mremap_fixed, munmap};
 use std::ffi::c_void;
+use std::sync::OnceLock;
 
 /// How often a piece is looked up again that has changed since it was looked up: each time something was registered.
 const ATTEMPTS: u32 = 64;
@@ -54,7 +56,8 @@ pub unsafe fn call(
     real: impl FnOnce() -> *mut c_void,
 ) -> *mut c_void {
     let request = Request::of((old, old_len), new_len, flags, new);
-    if !request.is_some_and(|request| request.is_cut()) {
+    // Elsewhere than to a fixed place the kernel moves one mapping or nothing.
+    if request.is_none_or(|request| request.to.is_none()) {
         let done = real();
         if done != libc::MAP_FAILED || errno() != libc::EFAULT {
             return done;
@@ -69,6 +72,20 @@ pub unsafe fn call(
         }
         None => libc::MAP_FAILED,
     }
+}
+
+/// Moves all of `from`, page-aligned, to what begins at `to`, and takes the place of what is there: piece by piece, each in one step.
+///
+/// # Safety
+/// As for `mremap`: the caller owns both ranges.
+///
+/// # Errors
+/// `EFAULT` when `from` has holes, `EINVAL` when the two overlap; what `mremap` says otherwise. Nothing has moved then, unless
+/// the kernel refused to undo it.
+pub unsafe fn move_to(from: VaRange, to: Va) -> Result<(), Errno> {
+    let request = Request { from, len: from.len(), to: Some(to), may_move: true, stays: false };
+    // SAFETY: the caller's.
+    unsafe { request.carry_out() }.map(drop)
 }
 
 impl Request {
@@ -93,22 +110,15 @@ impl Request {
         })
     }
 
-    /// Whether the old range is mapped by several mappings.
-    fn is_cut(&self) -> bool {
-        let Ok(maps) = Maps::open() else { return false };
-        let first = maps.at(self.from.start).ok().flatten();
-        first.is_some_and(|vma| vma.range.end < self.from.end)
-            && maps.at(Va(self.from.end.0 - 1)).is_ok_and(|last| last.is_some())
-    }
-
     /// Does it. Returns where the memory is then.
     ///
     /// # Safety
     /// As for `mremap`: the caller owns the old range, and with `to` the new one as well.
     ///
     /// # Errors
-    /// `EFAULT` when the old range has holes, or its mappings are not of one kind, or not private and anonymous; what
-    /// `mremap` says otherwise. Nothing has moved then, unless the kernel refused to undo it.
+    /// `EFAULT` when the old range has holes, unless the kernel minds none; and where anything else is asked for than to move it as it is
+    /// to a fixed place, when its mappings are not of one kind, or not private and anonymous; what `mremap` says otherwise.
+    /// Nothing has moved then, unless the kernel refused to undo it.
     unsafe fn carry_out(self) -> Result<Va, Errno> {
         let maps = Maps::open().map_err(|_| Errno::FAULT)?;
         let Request { from, len, to, .. } = self;
@@ -125,8 +135,8 @@ impl Request {
             if target.overlaps(from) || !self.may_move {
                 return Err(Errno::INVAL);
             }
-            // Each goes as it is; but what it grows by is like the last of them.
-            if len > from.len() { self.kind(&maps).map(drop) } else { self.has_no_hole(&maps) }?;
+            // Each goes as it is; but what is made longer is one to the program.
+            if len > from.len() { self.kind(&maps).map(drop) } else { self.may_have_its_holes(&maps) }?;
             cut()?;
             return self.pieces(&maps, shrunk, target).map(|()| to);
         }
@@ -152,11 +162,15 @@ impl Request {
         Ok(target.start)
     }
 
-    /// Whether something is mapped in all of the old range.
-    fn has_no_hole(&self, maps: &Maps) -> Result<(), Errno> {
+    /// Checks that something is mapped in all of the old range, or the kernel minds no holes in such a request.
+    fn may_have_its_holes(&self, maps: &Maps) -> Result<(), Errno> {
         let mut at = self.from.start;
         while at < self.from.end {
-            at = maps.at(at)?.ok_or(Errno::FAULT)?.range.end;
+            let Some(vma) = maps.at(at)? else {
+                let minds = at == self.from.start || self.len != self.from.len() || !moves_around_holes();
+                return if minds { Err(Errno::FAULT) } else { Ok(()) };
+            };
+            at = vma.range.end;
         }
         Ok(())
     }
@@ -229,11 +243,15 @@ impl Request {
         Ok(())
     }
 
-    /// Moves the first piece of `from`. Returns its length.
+    /// Moves the first piece of `from`, or skips a hole. Returns its length.
     fn piece(&self, maps: &Maps, from: VaRange, to: VaRange) -> Result<u64, Errno> {
         let flags = if self.stays { MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP } else { MremapFlags::MAYMOVE };
         for _ in 0..ATTEMPTS {
-            let vma = maps.at(from.start)?.ok_or(Errno::FAULT)?;
+            let Some(vma) = maps.at_or_after(from.start)? else { return Ok(from.len()) };
+            if vma.range.start > from.start {
+                // There was none when it was looked through, or it has moved, and what is behind it has not.
+                return Ok(vma.range.start.min(from.end).0 - from.start.0);
+            }
             let piece = common(vma.range, from);
             let len = if piece.end == from.end { to.len() } else { piece.len() };
             // SAFETY: the caller owns both ranges.
@@ -249,9 +267,38 @@ impl Request {
     }
 }
 
+/// Whether the kernel moves what has holes to a fixed place: from 6.17 on.
+fn moves_around_holes() -> bool {
+    static MOVES: OnceLock<bool> = OnceLock::new();
+    *MOVES.get_or_init(|| {
+        let page = rustix::param::page_size();
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: new memory, of which nobody else knows, and parts of it.
+        unsafe {
+            let Ok(all) = mmap_anonymous(std::ptr::null_mut(), 6 * page, ProtFlags::empty(), flags) else {
+                return false;
+            };
+            let (hole, to) = (all.wrapping_byte_add(page), all.wrapping_byte_add(3 * page));
+            let moved =
+                munmap(hole, page).and_then(|()| mremap_fixed(all, 3 * page, 3 * page, MremapFlags::MAYMOVE, to));
+            // Each of what is mapped by itself: in the holes may be somebody else's by now.
+            let left = if moved.is_ok() {
+                [None, None, Some(3), Some(4), Some(5)]
+            } else {
+                [Some(0), Some(2), Some(3), Some(4), Some(5)]
+            };
+            for nth in left.into_iter().flatten() {
+                let _ = munmap(all.wrapping_byte_add(nth * page), page);
+            }
+            moved.is_ok()
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::linux::uffd::{Mode, Uffd};
     use rustix::mm::{MprotectFlags, mprotect};
 
     fn page() -> u64 {
@@ -354,6 +401,59 @@ mod tests {
         assert_eq!(carry_out(back), Ok(from.start));
         expect(from.start, 0..9);
         assert!(!is_mapped(over));
+    }
+
+    /// Rule G5: where a later one of several mappings is registered the kernel stops in the middle (from 6.17 on); here all of it moves.
+    #[test]
+    fn g5_all_of_it_moves_to_a_fixed_place_whatever_is_registered() {
+        for (first, n) in [(0, 5), (2, 1), (3, 2), (0, 2)] {
+            let from = cut();
+            let managed = part(from.start, first, n);
+            // It asks for no news, so nobody has to receive any.
+            let mut uffd = Uffd::open(false).unwrap();
+            uffd.enable(0).unwrap();
+            uffd.register(managed.start.0, managed.len(), Mode::Missing).unwrap();
+            let to = map(5);
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let len = from.len() as usize;
+            // SAFETY: both ranges were mapped above.
+            let done = unsafe {
+                call((pointer(from.start), len), len, flags, pointer(to), || {
+                    unreachable!("it is asked piece by piece")
+                })
+            };
+            assert_eq!(done, pointer(to));
+            expect(to, 0..5);
+            assert!((0..5).all(|i| !is_mapped(part(from.start, i, 1).start)));
+        }
+    }
+
+    #[test]
+    fn holes_move_where_the_kernel_moves_them() {
+        let ask_kernel = |from: VaRange, to: Va| {
+            let len = from.len() as usize;
+            // SAFETY: memory of this test.
+            unsafe { mremap_fixed(pointer(from.start), len, len, MremapFlags::MAYMOVE, pointer(to)) }.map(drop)
+        };
+        let ask_us = |from: VaRange, to: Va| {
+            // SAFETY: as above.
+            unsafe { move_to(from, to) }
+        };
+        for hole in [0, 1, 4] {
+            let run = |ask: &dyn Fn(VaRange, Va) -> Result<(), Errno>| {
+                let (from, to) = (cut(), map(5));
+                unmap(part(from.start, hole, 1));
+                let done = ask(from, to);
+                let there = |start: Va| (0..5).map(|n| is_mapped(part(start, n, 1).start)).collect::<Vec<_>>();
+                // Where the hole comes to be, something is mapped already.
+                let words = there(to).into_iter().enumerate().map(|(n, there)| {
+                    // SAFETY: it is mapped.
+                    there.then(|| unsafe { (part(to, n as u64, 1).start.0 as *const u64).read() })
+                });
+                (done, words.collect::<Vec<_>>(), there(from.start))
+            };
+            assert_eq!(run(&ask_us), run(&ask_kernel), "page {hole} is not there");
+        }
     }
 
     #[test]
