@@ -14,7 +14,7 @@ use super::fault::{Outcome, Patience};
 use super::make_room::Room;
 use super::mmus::MmuState;
 use super::place::Bring;
-use super::tier::Tier;
+use super::tier::{Closed, Tier};
 use super::to_device::Stay;
 use super::{Engine, Entry};
 use crate::device::mmu::DeviceAccess;
@@ -208,11 +208,11 @@ impl<K: Kernel> Engine<K> {
                         self.keep_staging_open();
                         crate::sync::sleep(PAUSE);
                     }
-                    Room::None if self.with_tier(mmu, Tier::is_forking) == Some(true) => {
+                    Room::Closed(Closed::Forking) => {
                         crate::sync::sleep(PAUSE);
                         continue;
                     }
-                    Room::None if self.with_tier(mmu, Tier::is_closed) != Some(false) => return Err(FaultError::Cut),
+                    Room::Closed(Closed::Leaving) => return Err(FaultError::Cut),
                     // Full of what is in place: it is used where it is.
                     Room::None
                         if order == Order::BASE
@@ -318,12 +318,11 @@ impl<K: Kernel> Engine<K> {
         let Wanted { vpn, access, region, tier, mmu, wish, how, most } = wanted;
         let va = self.geometry.va(vpn);
         let Ok(mut entry) = self.table.lock(vpn) else { return Next::Again };
-        if tier.is_closed() && tier.is_forking() {
-            return Next::Forking;
-        }
-        if tier.is_closed() {
+        match tier.closed() {
+            None => {}
+            Some(Closed::Forking) => return Next::Forking,
             // Who takes it away looks for what it maps only once.
-            return Next::Fail(FaultError::Cut);
+            Some(Closed::Leaving) => return Next::Fail(FaultError::Cut),
         }
         if self.region(vpn) != Some(region) {
             return Next::Again;

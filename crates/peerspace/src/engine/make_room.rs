@@ -10,7 +10,7 @@ use super::detach::Moved;
 use super::evict::Drained;
 use super::fault::{Hold, Outcome, Patience};
 use super::staging::Ring;
-use super::tier::Tier;
+use super::tier::{Closed, Tier};
 use super::{Engine, Entry};
 use peerspace_core::addr::{Access, BLOCK_PAGES, Order, Pages, Vpn};
 use peerspace_core::devmap::InUse;
@@ -32,6 +32,8 @@ pub(crate) enum Room {
     Busy,
     /// There can be none: the device has no such folio at all, or nothing of it can go.
     None,
+    /// Nothing is taken of the device.
+    Closed(Closed),
 }
 
 /// What became of one folio.
@@ -53,7 +55,7 @@ enum Berth {
 impl<K: Kernel> Engine<K> {
     /// Makes room for a folio of `order` on the device with `mmu`.
     pub(crate) fn make_room(&self, mmu: MmuId, order: Order) -> Room {
-        let Some(pages) = self.with_tier(mmu, |tier| tier.info.pages.0) else { return Room::None };
+        let Some(pages) = self.with_tier(mmu, |tier| tier.info.pages.0) else { return Room::Closed(Closed::Leaving) };
         if pages < order.pages().0 {
             return Room::None;
         }
@@ -61,11 +63,10 @@ impl<K: Kernel> Engine<K> {
         let mut busy = false;
         // Twice round: on the first, what was used lately is given a second chance.
         while looked < 2 * LOOK.min(pages) + 2 {
-            let free = self.with_tier(mmu, |tier| tier.has_folio(order));
-            match free {
-                None => return Room::None,
-                Some(true) => return Room::Made,
-                Some(false) => {}
+            match self.has_room_for(mmu, order) {
+                Err(why) => return Room::Closed(why),
+                Ok(true) => return Room::Made,
+                Ok(false) => {}
             }
             let spare = looked <= LOOK.min(pages);
             let Some(window) = self.next_window(mmu, order, spare, &mut looked) else {
@@ -85,17 +86,23 @@ impl<K: Kernel> Engine<K> {
                         }
                         (Gone::Held, next) => from = next.filter(|_| order == Order::BASE),
                     }
-                    if order == Order::BASE && self.with_tier(mmu, |tier| tier.has_folio(order)) == Some(true) {
+                    if order == Order::BASE && self.has_room_for(mmu, order) == Ok(true) {
                         return Room::Made;
                     }
                 }
             }
         }
-        match self.with_tier(mmu, |tier| tier.has_folio(order)) {
-            Some(true) => Room::Made,
-            _ if busy => Room::Busy,
-            _ => Room::None,
+        match self.has_room_for(mmu, order) {
+            Err(why) => Room::Closed(why),
+            Ok(true) => Room::Made,
+            Ok(false) if busy => Room::Busy,
+            Ok(false) => Room::None,
         }
+    }
+
+    /// Whether a folio of `order` is free on the device with `mmu`; or why none is taken there.
+    fn has_room_for(&self, mmu: MmuId, order: Order) -> Result<bool, Closed> {
+        self.with_tier(mmu, |tier| tier.has_folio(order)).unwrap_or(Err(Closed::Leaving))
     }
 
     /// Asks the device with `mmu`, unless it has gone or failed.

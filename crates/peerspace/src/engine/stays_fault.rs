@@ -10,7 +10,7 @@
 use super::Engine;
 use super::context::Working;
 use super::device_fault::{FRUITLESS, PATIENCE};
-use super::tier::Tier;
+use super::tier::{Closed, Tier};
 use crate::device::mmu::{DeviceAccess, Mapping, Target};
 use crate::device::port::FaultError;
 use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Vpn};
@@ -147,7 +147,8 @@ impl<K: Kernel> Engine<K> {
             return Next::Fail(FaultError::ReadOnly(va.0));
         }
         let Ok(entry) = self.table.lock(vpn) else { return Next::Again };
-        if tier.is_closed() {
+        // A fork takes all translations away when nobody enters any more; nothing is taken of the device for this one.
+        if tier.closed() == Some(Closed::Leaving) {
             return Next::Fail(FaultError::Cut);
         }
         if self.region(vpn) != Some(region) {

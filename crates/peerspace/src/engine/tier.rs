@@ -50,14 +50,12 @@ pub(crate) struct Tier<W> {
     full: AtomicU64,
     strikes: AtomicU64,
     told_failing: AtomicBool,
-    /// What [`Room::closed`] says, for who has no use for the room.
-    closed: AtomicBool,
+    /// Why nothing is taken of it, for who has no use for the room: [`FORKING`], [`LEAVING`], or both.
+    closed: AtomicU64,
     /// It has failed as a whole: nothing can be had from it any more.
     failed: AtomicBool,
     /// Pages lost so far.
     lost: AtomicU64,
-    /// It is closed for as long as a fork takes.
-    forking: AtomicBool,
     /// It is being emptied: what leaves RAM goes elsewhere.
     resting: AtomicBool,
     /// The next huge folio is refused: for tests of what happens then (rule H2).
@@ -72,6 +70,29 @@ pub(crate) struct Tier<W> {
     pub(crate) stores: AtomicU64,
     /// Transfers that failed, other than for want of space.
     pub(crate) errors: AtomicU64,
+}
+
+/// Why nothing is taken of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Closed {
+    /// The process forks: whoever wants something waits until it has.
+    Forking,
+    /// It is being taken away, or is not this process's.
+    Leaving,
+}
+
+/// The bits of [`Tier::closed`].
+const FORKING: u64 = 1;
+const LEAVING: u64 = 2;
+
+impl Closed {
+    fn of(bits: u64) -> Option<Closed> {
+        match bits {
+            0 => None,
+            FORKING => Some(Closed::Forking),
+            _ => Some(Closed::Leaving),
+        }
+    }
 }
 
 /// Memory of a device for its descriptors.
@@ -94,7 +115,7 @@ struct Room<W> {
     aside: ArrayVec<(u64, Order), BATCH>,
     /// Kept for pages of a device that is being detached.
     reserved: u64,
-    /// Nothing more is taken: the device is being detached.
+    /// Nothing more is taken: see [`Closed`].
     closed: bool,
 }
 
@@ -185,10 +206,9 @@ impl<W: Words> Tier<W> {
             full: AtomicU64::new(0),
             strikes: AtomicU64::new(0),
             told_failing: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
+            closed: AtomicU64::new(0),
             failed: AtomicBool::new(false),
             lost: AtomicU64::new(0),
-            forking: AtomicBool::new(false),
             resting: AtomicBool::new(false),
             refuses: AtomicBool::new(false),
             foreign: AtomicBool::new(false),
@@ -322,17 +342,20 @@ impl<W: Words> Tier<W> {
         page
     }
 
-    /// Whether a folio of `order` is free.
-    pub(crate) fn has_folio(&self, order: Order) -> bool {
+    /// Whether a folio of `order` is free; or why none is taken.
+    pub(crate) fn has_folio(&self, order: Order) -> Result<bool, Closed> {
         let mut room = self.room.lock();
-        if room.closed || room.available().0 < order.pages().0 + room.reserved {
-            return false;
+        if let Some(why) = self.closed() {
+            return Err(why);
+        }
+        if room.available().0 < order.pages().0 + room.reserved {
+            return Ok(false);
         }
         let page = room.buddy.alloc(order);
         if let Some(page) = page {
             room.buddy.free(page, order);
         }
-        page.is_some() || room.aside.iter().any(|(_, o)| *o == order)
+        Ok(page.is_some() || room.aside.iter().any(|(_, o)| *o == order))
     }
 
     /// Takes a block for the data of `vpn`, at `near` if that is free.
@@ -415,34 +438,29 @@ impl<W: Words> Tier<W> {
 
     /// Takes no more pages from now on, or does so again; but never of memory that is another process's.
     pub(crate) fn close(&self, closed: bool) {
-        let closed = closed || self.is_foreign();
-        self.room.lock().closed = closed;
-        // Pairs with the fence in is_closed.
-        self.closed.store(closed, Relaxed);
-        fence(Ordering::SeqCst);
+        self.close_because(LEAVING, closed || self.is_foreign());
     }
 
-    /// [Closes](Tier::close) it for a fork, or opens it after one. Its faults wait meanwhile.
+    /// The same for as long as a fork takes. Its faults wait meanwhile.
     pub(crate) fn close_for_fork(&self, closed: bool) {
-        if closed {
-            self.forking.store(true, Ordering::SeqCst);
-        }
-        self.close(closed);
-        if !closed {
-            self.forking.store(false, Ordering::SeqCst);
-        }
+        self.close_because(FORKING, closed);
     }
 
-    /// Whether it is closed only until a fork is over.
-    pub(crate) fn is_forking(&self) -> bool {
-        self.forking.load(Ordering::SeqCst)
-    }
-
-    /// Whether it is being taken away: nothing is mapped on it any more. For somebody who has an entry locked: either he sees
-    /// that it is closed, or who closed it sees the entry locked.
-    pub(crate) fn is_closed(&self) -> bool {
+    fn close_because(&self, why: u64, closed: bool) {
+        let mut room = self.room.lock();
+        let before = self.closed.load(Relaxed);
+        let now = if closed { before | why } else { before & !why };
+        room.closed = now != 0;
+        // Pairs with the fence in `closed`.
+        self.closed.store(now, Relaxed);
         fence(Ordering::SeqCst);
-        self.closed.load(Relaxed)
+    }
+
+    /// Why nothing is mapped on it any more, if so. For somebody who has an entry locked: either he sees that it is closed, or who
+    /// closed it sees the entry locked.
+    pub(crate) fn closed(&self) -> Option<Closed> {
+        fence(Ordering::SeqCst);
+        Closed::of(self.closed.load(Relaxed))
     }
 
     /// In a forked child: leaves the memory and the books of the parent alone from here on.

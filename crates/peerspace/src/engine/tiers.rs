@@ -335,6 +335,7 @@ impl<W: Words> Tiers<W> {
         }
         for tier in self.iter() {
             tier.close_for_fork(false);
+            tier.close(false);
             tier.unreserve(u64::MAX);
             if let Some(state) = &tier.mmu {
                 state.closing.open();

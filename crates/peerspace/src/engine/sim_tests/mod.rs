@@ -21,6 +21,8 @@ mod device_races;
 #[cfg(all(not(shuttle), feature = "process"))]
 mod folios;
 #[cfg(all(not(shuttle), feature = "process"))]
+mod forks;
+#[cfg(all(not(shuttle), feature = "process"))]
 mod holds;
 #[cfg(all(not(shuttle), feature = "process"))]
 mod native;
