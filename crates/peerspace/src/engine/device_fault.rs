@@ -423,6 +423,9 @@ impl<K: Kernel> Engine<K> {
             zero_page: mmu.info.zero_page,
             protects: self.kernel.capabilities().write_protect,
         };
+        if self.is_left_to_the_parent(&entry, vpn) {
+            return Next::Home(Access::Read);
+        }
         self.doubt_protection(&mut entry);
         loop {
             match on_device_fault(entry.state(), request, |pfn| tier.range.contains(pfn.pfn())) {
@@ -504,6 +507,22 @@ impl<K: Kernel> Engine<K> {
             Ok(false) => Next::Home(Access::Read),
             _ => Next::Pause,
         }
+    }
+
+    /// Whether the page at `vpn`, which the table says is mapped, is so in the process alone that this one was forked from (rule G12):
+    /// where nobody has ever written, the kernel does not copy what it has mapped, which is zeros. A fault of the CPU finds them
+    /// again; a device that read there would wait for that with a [section](super::gate) in hand.
+    fn is_left_to_the_parent(&self, entry: &Entry<'_, K>, vpn: Vpn) -> bool {
+        let State::Host { pfn, writable, .. } = entry.state() else { return false };
+        let frame = self.frame_of(pfn, entry.is_whole());
+        if self.memmap.epoch(frame) == self.life() {
+            return false;
+        }
+        let there = self.kernel.is_present(self.geometry.va(vpn)).unwrap_or(true);
+        if there && writable {
+            self.memmap.place(frame, entry.vpn(), self.life());
+        }
+        !there
     }
 
     /// Protection that was set up before a fork is gone in the child (rule G12): the CPU may write, and so may have written.

@@ -80,3 +80,55 @@ fn g12_parent_and_child_both_keep_what_was_on_devices() {
     let output = in_process("fork::forking", &[]);
     assert!(output.status.success(), "{}", said(&output));
 }
+
+/// Where nobody has written yet the kernel maps its page of zeros, and forgets about it in a forked process.
+#[test]
+#[ignore = "in a process of its own"]
+fn forking_zeros() {
+    for faults in BOTH {
+        let chip = Chip::new("chip", CHIP, MmuDescriptor::new(Mode::Share).remote());
+        let space = space_of(faults, 16 * MIB, &[&chip]);
+        let region = space.region(mib(2)).unwrap();
+        region.advise(Hint::Sparse).unwrap();
+        let map = || {
+            let (none, kind) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            // SAFETY: new memory, which stays. Beside others of its kind it would be one mapping with them, and have been written to.
+            unsafe {
+                let at = libc::mmap(std::ptr::null_mut(), 66 * PAGE as usize, none, kind, -1, 0);
+                assert_ne!(at, libc::MAP_FAILED);
+                let at = at.wrapping_byte_add(PAGE as usize);
+                assert_eq!(libc::mprotect(at, 64 * PAGE as usize, libc::PROT_READ | libc::PROT_WRITE), 0);
+                at as u64
+            }
+        };
+        let places = [at(&region, 0), map(), map()];
+        let read = |va: u64| {
+            // SAFETY: mapped, and read only.
+            unsafe { (va as *const u64).read_volatile() }
+        };
+        let pages = |from: u64| {
+            places.into_iter().flat_map(move |start| (from..64).step_by(3).map(move |i| start + i * PAGE))
+        };
+        // In one of them the kernel has mapped all pages by itself.
+        assert!((0..64).all(|i| read(places[2] + i * PAGE) == 0));
+        let adopted = [1, 2].map(|n| space.adopt(places[n] as *const u8, 64 * PAGE as usize).unwrap());
+        assert!((0..3).flat_map(pages).all(|va| chip.load(va) == Ok(0)));
+        assert!((0..3).flat_map(pages).all(|va| read(va) == 0));
+        let work = || {
+            let seen = pages(0).all(|va| chip.load(va) == Ok(0)) && pages(1).all(|va| read(va) == 0);
+            pages(2).for_each(|va| chip.store(va, va).unwrap());
+            let all = pages(0).chain(pages(1)).all(|va| read(va) == 0) && pages(2).all(|va| read(va) == va);
+            space.check();
+            seen && all
+        };
+        forked(work, || ());
+        assert!(work());
+        drop(adopted);
+    }
+}
+
+#[test]
+fn g12_zeros_that_nobody_wrote_are_zeros_in_a_child() {
+    let output = in_process("fork::forking_zeros", &[]);
+    assert!(output.status.success(), "{}", said(&output));
+}
