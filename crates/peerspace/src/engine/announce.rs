@@ -205,6 +205,12 @@ impl<K: Kernel> Engine<K> {
         self.await_received();
         let _work = self.contexts.take();
         self.announcements.over(ranges);
+        if self.announcements.are_promised() {
+            for range in ranges {
+                // Nobody discards anything there without having announced it, so before its news was noted.
+                self.going.are_gone(*range, |part| self.announcements.concern(part));
+            }
+        }
     }
 
     /// Waits for announced changes of `pages` to be over. Not for threads that receive messages.

@@ -31,6 +31,22 @@ fn what_is_about_to_go_is_not_taken_in_hand() {
     rig.reclaim(40);
     let there = |vpn| rig.sim().is_present(rig.engine.geometry.va(vpn)).unwrap();
     assert!(first.iter().all(there));
+    // Whoever says that it is over says so of what it has announced, and where everybody does that.
+    let announced = |part: PageRange| {
+        rig.engine.announce_change(&[part]);
+        rig.engine.change_is_over(&[part]);
+        rig.engine.may_take(part)
+    };
+    let half = PageRange { end: first.start + 10, ..first };
+    assert!(!announced(half));
+    rig.engine.announcements.promise();
+    assert!(announced(half) && !rig.engine.may_take(first));
+    let last = PageRange { start: first.start + 19, ..first };
+    rig.engine.announce_change(&[last]);
+    // Another thread is still at it there.
+    assert!(!announced(first));
+    rig.engine.change_is_over(&[last]);
+    assert!(announced(first));
     rig.engine.disown(plain).unwrap();
     assert!(!rig.engine.may_take(PageRange { start: first.end, ..pages }), "it is no region");
 }
