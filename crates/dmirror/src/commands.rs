@@ -9,7 +9,7 @@ use crate::replace;
 use crate::snapshot;
 use crate::table::FANOUT;
 use crate::user::{self, copy_in, copy_out};
-use peerspace::{DeviceId, Error, Node, Residence};
+use peerspace::{DeviceId, Error, Node, PageView, Residence};
 use peerspace_core::addr::{Va, VaRange};
 use rustix::io::Errno;
 use std::sync::atomic::Ordering;
@@ -124,12 +124,19 @@ impl Work<'_> {
             }
         }
         let missing = self.missing().unwrap_or(self.range);
-        Err(self.world.refused(Errno::NOENT, missing, &"it has not come to the device, or not stayed there"))
+        let view = self.view(missing.start);
+        let why = format!("it has not come to the device, or not stayed there, but is there: {view:?}");
+        Err(self.world.refused(Errno::NOENT, missing, &why))
     }
 
     /// The first part of the range that is not in this device's memory.
     fn missing(&self) -> Option<VaRange> {
         self.parts(|residence| !self.is_here(residence)).into_iter().next()
+    }
+
+    /// Where a page is now.
+    fn view(&self, at: Va) -> Option<PageView> {
+        self.world.space.pages(at.0 as *const u8, 1).ok()?.next()
     }
 
     /// The file comes upon what is in its device's memory.
@@ -169,17 +176,24 @@ impl Work<'_> {
         let mut bounce = Bounce::new(self.range.len())?;
         self.world.take_in_hand(self.range, true).map_err(|e| if e == Errno::PERM { Errno::FAULT } else { e })?;
         let (start, len) = (self.range.start.0 as *const u8, self.range.len() as usize);
-        let made = self.world.space.exclusive(start, len, self.member.id);
-        made.map_err(|e| self.world.refused(Errno::BUSY, self.range, &e))?;
-        for va in (self.range.start.0..self.range.end.0).step_by(PAGE as usize) {
-            self.mirror().make_exclusive(va);
-            self.mirror().meet(va, self.slot, true);
+        let begun = Instant::now();
+        for _ in 0..ROUNDS {
+            let made = self.world.space.exclusive(start, len, self.member.id);
+            made.map_err(|e| self.world.refused(Errno::BUSY, self.range, &e))?;
+            for va in (self.range.start.0..self.range.end.0).step_by(PAGE as usize) {
+                self.mirror().make_exclusive(va);
+                self.mirror().meet(va, self.slot, true);
+            }
+            command.cpages = self.read_own(&mut bounce)?;
+            if command.cpages == command.npages {
+                return hand_over(&bounce.bytes()[..self.range.len() as usize], command);
+            }
+            // A fork takes it from the device as well.
+            if begun.elapsed() > PATIENCE {
+                break;
+            }
         }
-        command.cpages = self.read_own(&mut bounce)?;
-        if command.cpages < command.npages {
-            return Err(Errno::NOENT);
-        }
-        hand_over(&bounce.bytes()[..self.range.len() as usize], command)
+        Err(self.world.refused(Errno::NOENT, self.range, &"others take it from the device again and again"))
     }
 
     fn check_exclusive(&self, command: &mut Command) -> Result<(), Errno> {
