@@ -163,8 +163,11 @@ impl Pages {
             let residence = match residence {
                 Residence::Untouched if cpu.is_some() => Residence::Kernel,
                 Residence::Kernel if cpu.is_none() => Residence::Untouched,
+                // On its way home: whoever has accessed it may go on before the table says that it has come.
+                Residence::Device { .. } | Residence::Standby if cpu.is_some() => Residence::Host,
                 other => other,
             };
+            let mmus = if residence == states[i].0 { mmus } else { 0 };
             let huge = match residence {
                 Residence::Device { .. } | Residence::Standby => folio,
                 _ => cpu.is_some_and(|page| page.huge),

@@ -1,11 +1,13 @@
 //! Where pages are is told without touching them (rules G1 to G3, G11, Z9).
 
-use super::build;
-use super::common::{MIB, mib, page};
+use super::common::{self, MIB, mib, page};
+use super::{build, gpu};
 use peerspace::device::mmu::Mode;
 use peerspace::device::soft::{Accelerator, Failure, Lane, Options};
 use peerspace::{CpuMapping, Faults, Node, PageView, Residence};
 use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 /// Rules G2, G3, Z9: each page is said to be where it is, and looking changes nothing.
@@ -63,6 +65,52 @@ fn g2_pages_are_where_they_are_said_to_be() {
     let mut word = [0; 8];
     assert!(region.try_read(3 * p, &mut word).is_err());
     assert_eq!(seen(3), (Residence::Lost, CpuMapping::None));
+}
+
+/// Rules Z8, G2: whoever has accessed a page is told that it has come home, however many others came with it.
+#[test]
+fn z8_what_was_accessed_is_said_to_be_at_home() {
+    let a = gpu(16, "a");
+    let (space, ids) = build(Faults::Threads, &[&a]);
+    let region = common::filled(&space, 2 * MIB);
+    let (base, p) = (region.as_ptr() as usize, page());
+    let next = AtomicUsize::new(usize::MAX);
+    let left = AtomicUsize::new(0);
+    let wrong = Mutex::new(Vec::new());
+    let look = |first: usize| {
+        for n in first..256 {
+            let at = (base + n * p) as *const u8;
+            // SAFETY: a page of the region, which nobody writes to.
+            unsafe { at.cast::<u64>().read_volatile() };
+            let view = space.pages(at, 1).unwrap().next().unwrap();
+            if view.residence != Residence::Host {
+                wrong.lock().unwrap().push((n, view));
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for reader in 0..2 {
+            let (next, left, look) = (&next, &left, &look);
+            scope.spawn(move || {
+                for round in 0..200 {
+                    while next.load(SeqCst) != round {
+                        std::thread::yield_now();
+                    }
+                    // One leads, and the other finds what has come ahead.
+                    look(reader * 3);
+                    left.fetch_add(1, SeqCst);
+                }
+            });
+        }
+        for round in 0..200 {
+            assert_eq!(region.migrate(0..MIB, Node::Device(ids[0])).unwrap(), MIB);
+            next.store(round, SeqCst);
+            while left.load(SeqCst) < 2 * (round + 1) {
+                std::thread::yield_now();
+            }
+        }
+    });
+    assert_eq!(wrong.into_inner().unwrap(), [], "not all of them were at home");
 }
 
 /// Rule G1: of memory of the program's own, what the kernel has populated, and what nobody has.
