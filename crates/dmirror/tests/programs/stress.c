@@ -13,14 +13,17 @@
 #define THREADS 4
 #define PAGES 640ul
 #define ROOM (PAGES * PAGE)
+/* Operations of a thread that are remembered. */
+#define STEPS 4096
 
 enum kind { SMALL, HUGE, SHARED, FROM_FILE };
 
 struct page {
-    uint64_t mark; /* 0: zeros */
-    int allowed;   /* of mprotect; -1: not ours any more */
-    int device;    /* where it may be, apart from the host; -1: nowhere */
+    uint64_t mark;    /* 0: zeros */
+    int allowed;      /* of mprotect; -1: not ours any more */
+    unsigned devices; /* in whose memory it may be, if not on the host: a bit for each */
 };
+#define PRIVATE_ONES 3u
 
 struct owner {
     enum kind kind;
@@ -29,24 +32,35 @@ struct owner {
     uint64_t random, ops;
     int fds[4];
     pthread_t thread;
-    struct {
-        int what, device;
+    struct step {
+        int what, device, why;
         size_t first, count;
-    } last[16];
+    } last[STEPS];
 };
 
 static __thread struct owner *self;
+/* The page that something is found to be wrong with. */
+static __thread size_t subject = PAGES;
 
-/* What the thread that has failed did last. */
+/* What the thread that has failed did last, and what it did with the page in question. */
 static void explain(void)
 {
-    for (uint64_t n = self && self->ops > 15 ? self->ops - 15 : 0; self && n <= self->ops; n++)
-        fprintf(stderr, "#   operation %d, device %d, pages %zu to %zu\n", self->last[n % 16].what, self->last[n % 16].device,
-                self->last[n % 16].first, self->last[n % 16].first + self->last[n % 16].count);
+    for (uint64_t n = self && self->ops >= STEPS ? self->ops - STEPS + 1 : 0; self && n <= self->ops; n++) {
+        const struct step *step = &self->last[n % STEPS];
+        if (n + 16 > self->ops || (subject - step->first < step->count))
+            fprintf(stderr, "#   operation %llu: %d, device %d, pages %zu to %zu: %d\n", (unsigned long long)n, step->what,
+                    step->device, step->first, step->first + step->count, step->why);
+    }
 }
 
 static int stop;
 static uint64_t next_mark = 1;
+
+/* A request of the thread's own memory. */
+static int request(struct owner *o, enum request what, int device, size_t first, size_t count, void *ptr, struct command *out)
+{
+    return o->last[o->ops % STEPS].why = ask(o->fds[device], what, o->at + first * PAGE, ptr, count, out);
+}
 
 static uint64_t draw(struct owner *o, uint64_t below)
 {
@@ -69,11 +83,23 @@ static void fill_page(void *at, uint64_t mark)
         const volatile uint64_t *words_ = (const volatile uint64_t *)(bytes);                                          \
         for (size_t i_ = 0; i_ < PAGE / 8; i_++) {                                                                     \
             uint64_t found_ = words_[i_], expected_ = (mark) ? word(mark, i_) : 0;                                     \
-            if (found_ != expected_)                                                                                   \
+            if (found_ != expected_ && (subject = page, true))                                                         \
                 FAIL("%s: page %zu of kind %d, word %zu is %#llx, not %#llx (mark %llu)", what, page, o->kind, i_,     \
                      (unsigned long long)found_, (unsigned long long)expected_, (unsigned long long)(mark));           \
         }                                                                                                              \
     } while (0)
+
+/* The CPU has accessed the page, which has brought it home, if the CPU cannot access it where it was (Z8). */
+static void by_cpu(struct page *page)
+{
+    page->devices &= ~PRIVATE_ONES;
+}
+
+/* A device has accessed the page by the same right. */
+static void by_device(struct page *page, int device)
+{
+    page->devices &= ~PRIVATE_ONES | 1u << device;
+}
 
 /* Some pages that are still ours. */
 static bool choose(struct owner *o, size_t *first, size_t *count)
@@ -99,8 +125,10 @@ static bool all(struct owner *o, size_t first, size_t count, int allowed)
 static void verify(struct owner *o, size_t first, size_t count)
 {
     for (size_t page = first; page < first + count; page++)
-        if (o->pages[page].allowed > 0)
+        if (o->pages[page].allowed > 0) {
             HAS(o->at + page * PAGE, o->pages[page].mark, "the CPU");
+            by_cpu(&o->pages[page]);
+        }
 }
 
 static void cpu_write(struct owner *o, size_t first, size_t count)
@@ -109,6 +137,7 @@ static void cpu_write(struct owner *o, size_t first, size_t count)
         if (o->pages[page].allowed == RW) {
             o->pages[page].mark = __atomic_fetch_add(&next_mark, 1, __ATOMIC_RELAXED);
             fill_page(o->at + page * PAGE, o->pages[page].mark);
+            by_cpu(&o->pages[page]);
         }
 }
 
@@ -118,18 +147,20 @@ static void copied(struct owner *o, size_t first, size_t count, const char *what
         HAS(o->copy + (page - first) * PAGE, o->pages[page].mark, what);
 }
 
-static void device_read(struct owner *o, int fd, size_t first, size_t count)
+static void device_read(struct owner *o, int device, size_t first, size_t count)
 {
     struct command done;
-    int why = ask(fd, READ, o->at + first * PAGE, o->copy, count, &done);
+    int why = request(o, READ, device, first, count, o->copy, &done);
     EQUAL(all(o, first, count, RO) ? 0 : EFAULT, why);
     if (why == 0) {
         EQUAL(count, done.cpages);
         copied(o, first, count, "a device");
+        for (size_t i = 0; i < count; i++)
+            by_device(&o->pages[first + i], device);
     }
 }
 
-static void device_write(struct owner *o, int fd, size_t first, size_t count)
+static void device_write(struct owner *o, int device, size_t first, size_t count)
 {
     uint64_t marks[PAGES];
     int expected = 0;
@@ -140,7 +171,7 @@ static void device_write(struct owner *o, int fd, size_t first, size_t count)
         if (!expected && allowed != RW)
             expected = allowed & PROT_READ ? EPERM : EFAULT;
     }
-    EQUAL(expected, ask(fd, WRITE, o->at + first * PAGE, o->copy, count, NULL));
+    EQUAL(expected, request(o, WRITE, device, first, count, o->copy, NULL));
     for (size_t i = 0; i < count; i++) {
         struct page *page = &o->pages[first + i];
         /* Of what was refused, that before the page in question may be written. */
@@ -156,15 +187,20 @@ static void to_device(struct owner *o, int device, size_t first, size_t count)
     bool elsewhere = o->kind == SHARED, file = o->kind == FROM_FILE;
     for (size_t i = 0; i < count; i++) {
         struct page *page = &o->pages[first + i];
-        elsewhere |= page->device >= 0 && page->device != device;
+        elsewhere |= (page->devices & ~(1u << device)) != 0;
         /* Never written: the file's own. */
         elsewhere |= file && page->mark == 0;
     }
     struct command done;
-    int why = ask(o->fds[device], TO_DEVICE, o->at + first * PAGE, o->copy, count, &done);
+    int why = request(o, TO_DEVICE, device, first, count, o->copy, &done);
     if (!all(o, first, count, RO)) {
         EQUAL(EINVAL, why);
     } else if (why == ENOENT) {
+        for (size_t i = 0; i < count && !elsewhere; i++) {
+            unsigned char seen;
+            DONE(o->fds[device], SNAPSHOT, o->at + (first + i) * PAGE, &seen, 1);
+            subject = seen & (is_coherent(device) ? COHERENT_HERE : PRIVATE_HERE) ? subject : first + i;
+        }
         HOLDS(elsewhere);
     } else {
         EQUAL(0, why);
@@ -172,22 +208,20 @@ static void to_device(struct owner *o, int device, size_t first, size_t count)
         copied(o, first, count, "a migration");
     }
     for (size_t i = 0; i < count && o->kind != SHARED; i++)
-        if (o->pages[first + i].device < 0)
-            o->pages[first + i].device = device;
+        o->pages[first + i].devices = 1u << device | (why ? o->pages[first + i].devices : 0);
 }
 
 static void to_system(struct owner *o, int device, size_t first, size_t count)
 {
-    int why = ask(o->fds[device], TO_SYSTEM, o->at + first * PAGE, o->copy, count, NULL);
+    int why = request(o, TO_SYSTEM, device, first, count, o->copy, NULL);
     EQUAL(all(o, first, count, RO) ? 0 : EINVAL, why);
     for (size_t i = 0; i < count && !why; i++)
-        if (o->pages[first + i].device == device)
-            o->pages[first + i].device = -1;
+        o->pages[first + i].devices &= ~(1u << device);
 }
 
 static void exclusive(struct owner *o, int device, size_t first, size_t count)
 {
-    int why = ask(o->fds[device], EXCLUSIVE, o->at + first * PAGE, o->copy, count, NULL);
+    int why = request(o, EXCLUSIVE, device, first, count, o->copy, NULL);
     if (!all(o, first, count, RW))
         EQUAL(EFAULT, why);
     else if (o->kind == SHARED || o->kind == FROM_FILE)
@@ -197,7 +231,7 @@ static void exclusive(struct owner *o, int device, size_t first, size_t count)
     if (why == 0)
         copied(o, first, count, "sole access");
     for (size_t i = 0; i < count && why != EFAULT; i++)
-        o->pages[first + i].device = device;
+        o->pages[first + i].devices = 1u << device | (why ? o->pages[first + i].devices : 0);
 }
 
 static void look(struct owner *o, int device, size_t first, size_t count)
@@ -207,12 +241,25 @@ static void look(struct owner *o, int device, size_t first, size_t count)
     for (size_t i = 0; i < count; i++) {
         const struct page *page = &o->pages[first + i];
         bool readable = page->allowed & PROT_READ;
+        subject = first + i;
         EQUAL(readable, seen[i] != UNREADABLE);
-        if (readable && seen[i] & WRITABLE)
-            EQUAL(RW, page->allowed);
-        if (readable && seen[i] & ZEROS)
-            EQUAL(0, page->mark);
+        if (!readable)
+            continue;
+        unsigned here = 1u << device, on = page->devices;
+        bool may_be = !(seen[i] & WRITABLE) || page->allowed == RW;
+        switch (seen[i] & 0xf0) {
+        case 0: break;
+        case ZEROS: may_be &= page->mark == 0; break;
+        case PRIVATE_HERE: may_be &= (on & here & PRIVATE_ONES) != 0; break;
+        case COHERENT_HERE: may_be &= (on & here & ~PRIVATE_ONES) != 0; break;
+        case COHERENT_ELSEWHERE: may_be &= (on & ~here & ~PRIVATE_ONES) != 0; break;
+        default: may_be = false;
+        }
+        if (!may_be)
+            FAIL("page %zu of kind %d, which may be %s and on devices %#x, and has mark %llu, is seen as %#x", first + i, o->kind,
+                 page->allowed == RW ? "written" : "read", on, (unsigned long long)page->mark, seen[i]);
     }
+    subject = PAGES;
 }
 
 static void protect(struct owner *o, size_t first, size_t count)
@@ -242,7 +289,7 @@ static void renew(struct owner *o, size_t first, size_t count)
     if (now == at && o->kind == HUGE)
         madvise(at, count * PAGE, MADV_HUGEPAGE);
     for (size_t i = 0; i < count; i++)
-        o->pages[first + i] = (struct page){0, now == at ? RW : -1, -1};
+        o->pages[first + i] = (struct page){0, now == at ? RW : -1, 0};
 }
 
 static void give_up(struct owner *o, size_t first, size_t count)
@@ -252,7 +299,7 @@ static void give_up(struct owner *o, size_t first, size_t count)
     HOLDS(madvise(o->at + first * PAGE, count * PAGE, MADV_DONTNEED) == 0);
     for (size_t i = 0; i < count; i++) {
         o->pages[first + i].mark = 0;
-        o->pages[first + i].device = -1;
+        o->pages[first + i].devices = 0;
     }
 }
 
@@ -266,11 +313,8 @@ static void move(struct owner *o, size_t first, size_t count)
             count = i;
     char *at = o->at + first * PAGE, *there = o->elsewhere + draw(o, 8) * PAGE;
     size_t bytes = count * PAGE;
-    if (mremap(at, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, there) != there) {
-        /* It consists of several mappings. */
-        EQUAL(EFAULT, errno);
-        return;
-    }
+    /* Of how many mappings it consists is nothing that the program knows. */
+    HOLDS(mremap(at, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, there) == there);
     if (o->pages[first].allowed & PROT_READ)
         for (size_t page = first; page < first + count; page += 1 + draw(o, 8))
             HAS(there + (page - first) * PAGE, o->pages[page].mark, "moved memory");
@@ -289,16 +333,16 @@ static void fork_once(struct owner *o)
     pid_t child = fork();
     if (child == 0) {
         alarm(60);
-        int device = draw(o, 4), fd = open_mirror(device);
+        int device = draw(o, 4);
+        o->fds[device] = open_mirror(device);
         for (int round = 0; round < 4; round++) {
             size_t first, count;
             if (!choose(o, &first, &count))
                 continue;
-            device_read(o, fd, first, count);
+            device_read(o, device, first, count);
             if (o->kind != SHARED) {
-                o->fds[device] = fd;
                 cpu_write(o, first, count);
-                device_write(o, fd, first, count);
+                device_write(o, device, first, count);
             }
             verify(o, first, count);
         }
@@ -317,15 +361,12 @@ static void *own_memory(void *of)
         if (!choose(o, &first, &count))
             continue;
         int what = draw(o, 32);
-        o->last[o->ops % 16].what = what;
-        o->last[o->ops % 16].device = device;
-        o->last[o->ops % 16].first = first;
-        o->last[o->ops % 16].count = count;
+        o->last[o->ops % STEPS] = (struct step){what, device, -1, first, count};
         switch (what) {
         case 0: case 1: case 2: case 3: cpu_write(o, first, count); break;
         case 4: case 5: case 6: verify(o, first, count); break;
-        case 7: case 8: case 9: case 10: device_read(o, o->fds[device], first, count); break;
-        case 11: case 12: case 13: device_write(o, o->fds[device], first, count); break;
+        case 7: case 8: case 9: case 10: device_read(o, device, first, count); break;
+        case 11: case 12: case 13: device_write(o, device, first, count); break;
         case 14: case 15: case 16: case 17: case 18: to_device(o, device, first, count); break;
         case 19: case 20: to_system(o, device, first, count); break;
         case 21: exclusive(o, device, first, count); break;
@@ -431,7 +472,7 @@ TEST(everything_at_once, "G1 to G14: every byte is what it must be")
         o->elsewhere = map(ROOM + 8 * PAGE, NO_RW, PRIVATE, -1);
         o->random = random * 31 + i * 1000003 + 1;
         for (size_t page = 0; page < PAGES; page++)
-            o->pages[page] = (struct page){0, RW, -1};
+            o->pages[page] = (struct page){0, RW, 0};
         for (int device = 0; device < 4; device++)
             o->fds[device] = open_mirror(device);
     }
