@@ -292,8 +292,7 @@ impl<K: Kernel> Engine<K> {
         let Some((_, whole)) = self.table.look(vpn) else { return Next::Again };
         let first = if whole { vpn.block_start() } else { vpn };
         let choice = self.choose(region, first, mmu, access);
-        let in_part = how.bounds().is_some_and(|pages| !pages.covers(PageRange::block(vpn.block())));
-        if whole && (in_part || choice.war && matches!(how, Bring::AsChosen)) {
+        if whole && (how.is_part_of_block(vpn) || choice.war && matches!(how, Bring::AsChosen)) {
             // Perhaps it is different pages of it that they want.
             return Next::Split;
         }
@@ -326,6 +325,10 @@ impl<K: Kernel> Engine<K> {
         }
         if self.region(vpn) != Some(region) {
             return Next::Again;
+        }
+        if entry.is_whole() && how.is_part_of_block(vpn) {
+            // It has become one huge folio since somebody looked, of which a part alone is to go.
+            return Next::Split;
         }
         if self.announcements.concern(entry.range()) {
             let page = PageRange::new(vpn, Pages(1));

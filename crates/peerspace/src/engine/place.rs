@@ -49,6 +49,11 @@ impl Bring {
         }
     }
 
+    /// Whether a part of the block of `vpn` alone may move.
+    pub(super) fn is_part_of_block(self, vpn: Vpn) -> bool {
+        self.bounds().is_some_and(|pages| !pages.covers(PageRange::block(vpn.block())))
+    }
+
     pub(super) fn patience(self) -> Option<Duration> {
         match self {
             Bring::Exactly(_, patience) => Some(patience),

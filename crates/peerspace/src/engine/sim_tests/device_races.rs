@@ -12,6 +12,7 @@ use crate::device::mmu::{FaultError, Mode, Target};
 use crate::engine::send::{Sending, To};
 use peerspace_core::addr::{Order, PageRange, Pages, Va, VaRange};
 use peerspace_core::entry::State;
+use peerspace_core::regions::Attributes;
 use peerspace_os::Capabilities;
 use peerspace_os::sim::Keep;
 use shuttle::thread;
@@ -585,4 +586,36 @@ fn z5_memory_goes_in_and_out_of_place_under_everybody() {
         assert_eq!(rig.engine.check().device_pages, 0);
     });
     assert!(PLACED.load(Relaxed) > 0);
+}
+
+/// G8, H12: a part of a block goes to a device by itself, also if the block becomes one huge folio while it goes.
+#[test]
+fn g8_a_part_of_a_block_goes_alone_while_the_block_is_collapsed() {
+    static COLLAPSED: AtomicU64 = AtomicU64::new(0);
+    explore(40, || {
+        let (rig, fleet, chips) = rig_with(Capabilities { huge: true, ..ABLE }, [Model::new(600, Mode::Exclusive)]);
+        let region = rig.region(1);
+        let all = rig.engine.geometry.pages_inside(region);
+        let set = |a: Attributes| rig.engine.advise(all, |_| a).unwrap();
+        set(Attributes::NO_HUGE);
+        (0..512).for_each(|n| put(&rig, Va(page_at(region, n)), n as u64 + 1));
+        set(Attributes::default());
+        let collapser = {
+            let rig = rig.clone();
+            thread::spawn(move || COLLAPSED.fetch_add(rig.engine.collapse(all.start).is_ok() as u64, Relaxed))
+        };
+        let part = PageRange::new(all.start + 5, Pages(3));
+        rig.engine.send_pages(part, To::Mmu(chips[0].mmu()), &mut Sending::new());
+        collapser.join().unwrap();
+        let away = |state: State| !matches!(state, State::Host { .. });
+        let others = all.iter().filter(|vpn| !part.contains(*vpn));
+        let moved = others.filter(|vpn| away(rig.engine.table.look(*vpn).unwrap().0.state())).count();
+        assert_eq!(moved, 0, "its neighbours have moved too");
+        for n in 0..512 {
+            assert_eq!(word(&rig, Va(page_at(region, n))), Ok(n as u64 + 1), "page {n}");
+        }
+        fleet.check();
+        gone(&rig, region, &chips);
+    });
+    assert!(COLLAPSED.load(Relaxed) > 0, "no block was ever collapsed");
 }
