@@ -278,6 +278,20 @@ pub(crate) fn with_dax(
     (space, far)
 }
 
+/// Sends the blocks in `part` to a device: `want` bytes of them go. What somebody else works with just then stays where it is, on a busy
+/// machine for longer than a call waits for it; so it is asked for again.
+#[cfg(feature = "devices")]
+#[track_caller]
+pub(crate) fn assert_sent(region: &Region, part: std::ops::Range<usize>, to: peerspace::DeviceId, want: usize) {
+    let begin = Instant::now();
+    let mut went = region.migrate_to(part.clone(), to).unwrap();
+    while went < want && begin.elapsed() < Duration::from_secs(20) {
+        std::thread::yield_now();
+        went = region.migrate_to(part.clone(), to).unwrap();
+    }
+    assert_eq!(went, want, "{part:?}");
+}
+
 /// Bytes that the CPU maps in place of a device.
 pub(crate) fn in_place(space: &Space, which: usize) -> usize {
     space.statistics().devices[which].in_place_bytes as usize
