@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// How long an access may go on without an end.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How often memory is to be taken in hand that others take in hand, or give up, at the same time.
+const TRIES: u32 = 8;
 /// Pages accessed at once: signals wait for them.
 const RUN: u64 = 64;
 
@@ -194,16 +196,24 @@ impl World {
     /// # Errors
     /// `errno` when it cannot be managed.
     pub(crate) fn adopt(&self, range: VaRange, errno: Errno) -> Result<(), Errno> {
-        for part in self.unmanaged(range) {
-            match self.space.adopt(part.start.0 as *const u8, part.len() as usize) {
+        let mut tries = 0;
+        loop {
+            let adopt = |part: VaRange| match self.space.adopt(part.start.0 as *const u8, part.len() as usize) {
                 // For good: it goes with its mapping.
-                Ok(adopted) => std::mem::forget(adopted),
-                // Another thread was faster, with all of it or a part.
-                Err(_) if self.unmanaged(part).is_empty() => {}
-                Err(e) => return Err(self.refused(errno, part, &e)),
+                Ok(adopted) => {
+                    std::mem::forget(adopted);
+                    None
+                }
+                Err(e) => Some((part, e)),
+            };
+            let Some((part, e)) = self.unmanaged(range).into_iter().find_map(adopt) else { return Ok(()) };
+            // Another thread may have been faster, with all of it or a part, or news have been on the way.
+            tries += 1;
+            if tries == TRIES {
+                return Err(self.refused(errno, part, &e));
             }
+            self.space.settle();
         }
-        Ok(())
     }
 
     /// The parts of `range` that the space does not manage.

@@ -15,8 +15,10 @@ use rustix::io::Errno;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How often pages are sent again that others have brought home in between: by an access next to them, or by reading ahead.
-const ROUNDS: u32 = 16;
+/// How often pages are sent again at once that others have brought home in between, by an access next to them or by reading ahead, or
+/// that somebody had in hand; then after pauses.
+const AT_ONCE: u32 = 16;
+const PAUSE: Duration = Duration::from_millis(1);
 /// How long that may go on.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -98,7 +100,7 @@ impl Work<'_> {
             heap::watch();
         }
         let begun = Instant::now();
-        for _ in 0..ROUNDS {
+        for round in 1.. {
             for piece in self.world.mappings(self.range) {
                 let (piece, _) = piece.map_err(|_| Errno::INVAL)?;
                 let on_a_mirror = |residence| self.is_on_a_mirror(residence);
@@ -119,8 +121,15 @@ impl Work<'_> {
                     return hand_over(&bounce.bytes()[..self.range.len() as usize], command);
                 }
             }
-            if begun.elapsed() > PATIENCE {
+            // Memory that stays, and other devices', is not waited for.
+            let for_good = |residence| {
+                residence == Residence::InPlace || self.is_on_a_mirror(residence) && !self.is_here(residence)
+            };
+            if begun.elapsed() > PATIENCE || round >= AT_ONCE && !self.parts(for_good).is_empty() {
                 break;
+            }
+            if round >= AT_ONCE {
+                std::thread::sleep(PAUSE);
             }
         }
         let missing = self.missing().unwrap_or(self.range);
@@ -177,7 +186,7 @@ impl Work<'_> {
         self.world.take_in_hand(self.range, true).map_err(|e| if e == Errno::PERM { Errno::FAULT } else { e })?;
         let (start, len) = (self.range.start.0 as *const u8, self.range.len() as usize);
         let begun = Instant::now();
-        for _ in 0..ROUNDS {
+        loop {
             let made = self.world.space.exclusive(start, len, self.member.id);
             made.map_err(|e| self.world.refused(Errno::BUSY, self.range, &e))?;
             for va in (self.range.start.0..self.range.end.0).step_by(PAGE as usize) {

@@ -13,7 +13,7 @@
 
 use crate::changes;
 use crate::device::PAGE;
-use crate::world::World;
+use crate::world::{World, world};
 use peerspace::{Node, Residence};
 use peerspace_core::addr::{Va, VaRange};
 use peerspace_os::linux::remap;
@@ -120,6 +120,9 @@ impl Drop for Fresh {
         let around = [VaRange { end: range.start, ..all }, VaRange { start: range.end, ..all }];
         for part in around.into_iter().chain((!self.is_gone).then_some(range)) {
             if !part.is_empty() {
+                // It may be managed, and what a coherent device has of it in place.
+                let _announced =
+                    world().map(|world| world.space.announce(part.start.0 as *const u8, part.len() as usize));
                 // SAFETY: mapped by `new`, and nobody refers to it. Refusal leaks addresses.
                 let _ = unsafe { rustix::mm::munmap(part.start.0 as *mut c_void, part.len() as usize) };
             }
@@ -198,7 +201,6 @@ impl Drop for Held {
 /// The handler of SIGSEGV.
 mod handler {
     use super::*;
-    use crate::world::world;
     use std::mem::MaybeUninit;
     use std::sync::atomic::AtomicPtr;
     use std::time::Duration;

@@ -167,6 +167,9 @@ impl Request {
         let mut at = self.from.start;
         while at < self.from.end {
             let Some(vma) = maps.at(at)? else {
+                if is_mapped(at) {
+                    continue;
+                }
                 let minds = at == self.from.start || self.len != self.from.len() || !moves_around_holes();
                 return if minds { Err(Errno::FAULT) } else { Ok(()) };
             };
@@ -247,11 +250,15 @@ impl Request {
     fn piece(&self, maps: &Maps, from: VaRange, to: VaRange) -> Result<u64, Errno> {
         let flags = if self.stays { MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP } else { MremapFlags::MAYMOVE };
         for _ in 0..ATTEMPTS {
-            let Some(vma) = maps.at_or_after(from.start)? else { return Ok(from.len()) };
-            if vma.range.start > from.start {
-                // There was none when it was looked through, or it has moved, and what is behind it has not.
-                return Ok(vma.range.start.min(from.end).0 - from.start.0);
+            let vma = maps.at_or_after(from.start)?;
+            let next = vma.as_ref().map_or(from.end, |vma| vma.range.start.max(from.start).min(from.end));
+            if next > from.start && is_mapped(from.start) {
+                continue;
             }
+            let Some(vma) = vma.filter(|_| next == from.start) else {
+                // There was none when it was looked through, or it has moved, and what is behind it has not.
+                return Ok(next.0 - from.start.0);
+            };
             let piece = common(vma.range, from);
             let len = if piece.end == from.end { to.len() } else { piece.len() };
             // SAFETY: the caller owns both ranges.
@@ -265,6 +272,15 @@ impl Request {
         }
         Err(Errno::FAULT)
     }
+}
+
+/// Whether something is mapped at `va`, page-aligned, for certain: a look at the mappings takes no lock that keeps them from being split and
+/// joined meanwhile.
+fn is_mapped(va: Va) -> bool {
+    let mut resident = 0u8;
+    // SAFETY: one page, and room for what is said of it.
+    let said = unsafe { libc::mincore(pointer(va), rustix::param::page_size(), &raw mut resident) };
+    said == 0 || errno() != libc::ENOMEM
 }
 
 /// Whether the kernel moves what has holes to a fixed place: from 6.17 on.
@@ -349,10 +365,6 @@ mod tests {
         }
     }
 
-    fn is_mapped(va: Va) -> bool {
-        Maps::open().unwrap().at(va).unwrap().is_some()
-    }
-
     fn ask(from: VaRange, pages: u64) -> Request {
         Request { from, len: pages * page(), to: None, may_move: true, stays: false }
     }
@@ -373,6 +385,16 @@ mod tests {
         assert_ne!(to, from.start);
         expect(to, 0..40);
         assert!(!is_mapped(from.start) && !is_mapped(part(from.start, 4, 1).start), "nothing is left where it was");
+    }
+
+    #[test]
+    fn a_part_of_a_mapping_moves_to_a_fixed_place() {
+        let (from, to) = (cut(), map(2));
+        // SAFETY: memory of this test.
+        unsafe { move_to(part(from.start, 1, 1), to) }.unwrap();
+        // SAFETY: mapped and readable.
+        assert_eq!(unsafe { (to.0 as *const u64).read() }, 8);
+        assert_eq!([0, 1, 2].map(|n| is_mapped(part(from.start, n, 1).start)), [true, false, true]);
     }
 
     #[test]
