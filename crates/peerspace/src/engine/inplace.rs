@@ -96,7 +96,7 @@ impl InPlace {
     }
 
     /// Lets there be so many pieces at most.
-    #[cfg(all(test, not(shuttle)))]
+    #[cfg(all(test, not(shuttle), feature = "process"))]
     pub(crate) fn limit(&self, pieces: u64) {
         self.most.store(pieces, Relaxed);
     }

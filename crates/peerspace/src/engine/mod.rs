@@ -62,6 +62,8 @@ pub(crate) mod detach;
 #[cfg(feature = "devices")]
 pub(crate) mod device_fault;
 #[cfg(feature = "devices")]
+mod device_step;
+#[cfg(feature = "devices")]
 pub(crate) mod empty;
 pub(crate) mod evict;
 pub(crate) mod fault;
@@ -99,7 +101,8 @@ pub(crate) mod reclaim;
 #[cfg(feature = "devices")]
 pub(crate) mod send;
 pub(crate) mod serve;
-#[cfg(all(test, feature = "devices"))]
+// What a managed process does is part of the sequences; the model checker's races do without.
+#[cfg(all(test, feature = "devices", any(shuttle, feature = "process")))]
 mod sim_tests;
 pub(crate) mod staging;
 pub(crate) mod stats;

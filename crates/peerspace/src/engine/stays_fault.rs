@@ -9,7 +9,8 @@
 
 use super::Engine;
 use super::context::Working;
-use super::device_fault::{FRUITLESS, PATIENCE};
+use super::device_fault::PATIENCE;
+use super::device_step::FRUITLESS;
 use super::tier::{Closed, Tier};
 use crate::device::mmu::{DeviceAccess, Mapping, Target};
 use crate::device::port::FaultError;

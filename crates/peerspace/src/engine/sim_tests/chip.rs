@@ -3,191 +3,28 @@
 //! An access looks its translation up, and then goes to the memory by it, holding no lock in between: others come in there. What
 //! an `unmap` has to promise is kept by fences: it is done when no access by the translations it took away is under way any more.
 //!
-//! All chips of a [`Fleet`] share one lock, under which it is checked what the engine owes them, at the moment of each call: that
-//! who may write is alone, that what is mapped is there, and that nothing is moved or freed that somebody maps. A panic would be
-//! taken for the device's own fault, so what goes wrong is kept, and told when the test [asks](Fleet::check).
+//! What several of them may map beside each other is the [fleet](super::fleet)'s to say.
 
+use super::fleet::{Entered, Fleet, Pending, Table};
 use super::{PAGE, Rig, Shelf, Tried};
 use crate::device::mmu::{DeviceAccess, FaultError, Mapping, Mmu, MmuDescriptor, Mode, Progress, Target};
 use crate::device::{Descriptor, Device, DeviceError, DevicePages, Load, PeerCopy, SharedMemory, Store};
 use crate::engine::place::Bring;
-use crate::sync::Mutex;
-use peerspace_core::addr::{Va, VaRange, Vpn};
+use peerspace_core::addr::{Va, VaRange};
 use peerspace_core::entry::State;
 use peerspace_core::regions::Attributes;
 use peerspace_core::sharers::MmuId;
 use peerspace_os::Kernel;
 use peerspace_os::own::{Box as OwnBox, Own};
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 const BYTES: u64 = PAGE as u64;
 const BLOCK: u64 = 2 << 20;
 /// Faults for one access, before it is said that it makes no headway.
 const TRIES: u32 = 100_000;
-
-/// What a page of addresses leads to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Entered {
-    to: Target,
-    writable: bool,
-    /// Where the block begins that it was mapped as a part of.
-    block: Option<u64>,
-}
-
-/// An `unmap` that is not over.
-#[derive(Debug)]
-struct Pending {
-    fence: u64,
-    range: Range<u64>,
-    /// So often it is asked in vain.
-    polls: u32,
-}
-
-/// The translations of a chip.
-#[derive(Debug, Default)]
-struct Table {
-    name: String,
-    entered: BTreeMap<u64, Entered>,
-    /// The pages to which accesses of its own memory are under way.
-    busy: Vec<u64>,
-    used: BTreeSet<u64>,
-    pending: Vec<Pending>,
-    fences: u64,
-    /// It is cut off: nobody relies on what it does.
-    cut: bool,
-    /// Its memory can be in place, for others as well.
-    coherent: bool,
-}
-
-impl Table {
-    fn take_away(&mut self, range: &Range<u64>) {
-        self.entered.retain(|va, _| !range.contains(va));
-    }
-
-    fn is_busy(&self, range: &Range<u64>) -> bool {
-        self.busy.iter().any(|va| range.contains(va))
-    }
-
-    /// Who maps `pages` of its own memory, for writing if that is asked for.
-    fn maps(&self, pages: &Range<u64>, writing: bool) -> Option<u64> {
-        let leads_there =
-            |e: &Entered| matches!(e.to, Target::Own(p) if pages.contains(&p)) && (e.writable || !writing);
-        self.entered.iter().find(|(_, e)| leads_there(e)).map(|(va, _)| *va)
-    }
-}
-
-#[derive(Debug, Default)]
-struct Ground {
-    tables: Vec<Table>,
-    wrong: Vec<String>,
-    /// Where the CPU's mappings are looked up; nowhere where the program changes them behind everybody's back.
-    engine: Weak<Tried>,
-}
-
-impl Ground {
-    /// Says what is wrong with `who` having `new` at `va`, beside what the others have.
-    fn judge(&self, who: usize, va: u64, new: Entered) -> Result<(), String> {
-        for (i, table) in self.tables.iter().enumerate().filter(|(i, t)| *i != who && !t.cut) {
-            if let Some(other) = table.entered.get(&va)
-                && !agree((new, &self.tables[who]), (*other, table))
-            {
-                let [a, b] = [&self.tables[who].name, &self.tables[i].name];
-                return Err(format!("{a} maps {va:#x} as {new:?}, while {b} does as {other:?}"));
-            }
-        }
-        // The CPU's mapping.
-        let cpu = self.engine.upgrade().and_then(|engine| engine.kernel.inner().mapped(Va(va)));
-        let fine = match (new.to, cpu) {
-            (_, None) => true,
-            // One memory, whoever writes to it.
-            (Target::Host, _) => true,
-            (Target::Own(_), Some(writable)) => !new.writable && !writable,
-            (Target::Zero, Some(_)) => false,
-        };
-        let name = &self.tables[who].name;
-        if fine { Ok(()) } else { Err(format!("{name} maps {va:#x} as {new:?}, and the CPU maps it: {cpu:?}")) }
-    }
-}
-
-/// Whether the page at `vpn` is of memory that stays where it is.
-fn stays(engine: &Tried, vpn: Vpn) -> bool {
-    engine.region(vpn).is_some_and(|r| r.attributes.has(Attributes::IN_PLACE))
-}
-
-/// Whether the page at `vpn` is of memory whose permissions the program changes.
-fn adopted(engine: &Tried, vpn: Vpn) -> bool {
-    engine.region(vpn).is_some_and(|r| r.attributes.has(Attributes::ADOPTED))
-}
-
-/// Whether two devices may have these at once (the table in `core::coherence`).
-fn agree((a, of): (Entered, &Table), (b, other): (Entered, &Table)) -> bool {
-    match (a.to, b.to) {
-        // In place of the one: the same memory.
-        (Target::Own(_), Target::Host) if of.coherent => true,
-        (Target::Host, Target::Own(_)) if other.coherent => true,
-        (Target::Zero, Target::Zero) => true,
-        (Target::Zero, _) | (_, Target::Zero) => false,
-        // One memory with one content.
-        (Target::Host, Target::Host) => true,
-        _ => !a.writable && !b.writable,
-    }
-}
-
-/// Chips that look at each other.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Fleet(Arc<Mutex<Ground>>);
-
-#[cfg_attr(any(shuttle, not(feature = "process")), allow(dead_code))] // each of the two uses some
-impl Fleet {
-    /// Has what the CPU maps looked at as well, in every mapping that is entered.
-    pub(super) fn watch(&self, rig: &Rig) {
-        self.0.lock().engine = Arc::downgrade(&rig.engine);
-    }
-
-    /// Panics with what the engine has done that it must not.
-    pub(super) fn check(&self) {
-        let wrong = std::mem::take(&mut self.0.lock().wrong);
-        assert!(wrong.is_empty(), "{wrong:#?}");
-    }
-
-    /// Compares all translations with each other, with the CPU's, and with what the table of `engine`, at rest, says of them
-    /// (rule G2).
-    pub(super) fn audit(&self, engine: &Tried, chips: &[Chip]) {
-        self.check();
-        let ground = self.0.lock();
-        for chip in chips.iter().filter(|c| !ground.tables[c.0.at].cut) {
-            let Some(tier) = engine.tiers.by_id(chip.id()) else { continue };
-            for (va, entered) in &ground.tables[chip.0.at].entered {
-                ground.judge(chip.0.at, *va, *entered).unwrap_or_else(|wrong| panic!("{wrong}"));
-                let vpn = engine.geometry.vpn(Va(*va));
-                let (entry, whole) = engine.table.look(vpn).expect("what is mapped is in the table");
-                let offset = if whole { vpn - vpn.block_start() } else { 0 };
-                let fine = match (entry.state(), entered.to) {
-                    (State::Mapped { pfn, .. }, Target::Own(page)) => {
-                        // What the program may not write, or might not when it was entered, the device only reads.
-                        (entered.writable || adopted(engine, vpn)) && tier.base() + page == pfn + offset
-                    }
-                    (State::Shared { writable: false, sharers, .. }, Target::Own(_)) => {
-                        sharers.has(chip.mmu()) && !entered.writable
-                    }
-                    (State::Shared { writable, sharers, .. }, Target::Host) => {
-                        sharers.has(chip.mmu()) && (writable || !entered.writable)
-                    }
-                    (State::Coherent { pfn }, Target::Own(page)) => tier.base() + page == pfn + offset,
-                    (State::Coherent { .. }, Target::Host) => true,
-                    (State::Empty, Target::Host) => stays(engine, vpn),
-                    (State::Zero { sharers }, Target::Zero) => sharers.has(chip.mmu()) && !entered.writable,
-                    _ => false,
-                };
-                assert!(fine, "{} maps {va:#x} as {entered:?}, and the table says {entry:?}", tier.info.name);
-            }
-        }
-    }
-}
 
 /// What a chip does wrong.
 #[derive(Debug, Default)]
@@ -254,7 +91,7 @@ impl Model {
     }
 }
 
-#[cfg_attr(any(shuttle, not(feature = "process")), allow(dead_code))] // each of the two uses some
+#[cfg_attr(shuttle, allow(dead_code))] // each of the two uses some
 impl Chip {
     /// Makes a chip of `model`, and has it join the space of `rig`.
     pub(super) fn join(rig: &Rig, fleet: &Fleet, model: Model) -> Chip {
@@ -287,6 +124,11 @@ impl Chip {
     }
 
     /// Its number in the space.
+    /// Where its table is among those of the fleet.
+    pub(super) fn at(&self) -> usize {
+        self.0.at
+    }
+
     pub(super) fn id(&self) -> u64 {
         self.0.id.load(Relaxed)
     }

@@ -1,6 +1,7 @@
 //! What once went wrong between devices that run code and the rest of the engine, and must not again: one small sequence each.
 
-use super::chip::{Chip, Fleet, Model, page_at};
+use super::chip::{Chip, Model, page_at};
+use super::fleet::Fleet;
 use super::{ABLE, Came, PAGE, Rig, Shelf};
 use crate::device::mmu::{FaultError, Mode, Target};
 use crate::engine::send::{Sending, To};

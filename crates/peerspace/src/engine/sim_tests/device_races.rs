@@ -2,10 +2,11 @@
 //! interleavings that shuttle chooses.
 //!
 //! In each race every player, the CPU or a device, has a word of its own in each page, which nobody else writes: it finds there
-//! what it wrote, and of the others nothing older than what was there when it began to look. The [fleet](super::chip::Fleet) minds
+//! what it wrote, and of the others nothing older than what was there when it began to look. The [fleet](super::fleet::Fleet) minds
 //! meanwhile what devices may map beside each other and beside the CPU.
 
-use super::chip::{Chip, Fleet, Model, page_at};
+use super::chip::{Chip, Model, page_at};
+use super::fleet::Fleet;
 use super::races::{Receiver, explore, put, rig, word};
 use super::{ABLE, Came, PAGE, Rig};
 use crate::device::mmu::{FaultError, Mode, Target};

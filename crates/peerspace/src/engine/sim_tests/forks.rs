@@ -1,6 +1,7 @@
 //! Devices while the process forks (rule G12): their faults wait, or need nothing that a fork would share; none is refused.
 
-use super::chip::{Chip, Fleet, Model, page_at};
+use super::chip::{Chip, Model, page_at};
+use super::fleet::Fleet;
 use super::{ABLE, Came, PAGE, Rig};
 use crate::device::mmu::{FaultError, Mode};
 use crate::engine::make_room::Room;

@@ -7,32 +7,33 @@
 //! `oracle` tries random sequences of everything a program and the engine can do, one at a time, and `device_ops` adds what
 //! devices do; `races` and `device_races` have several threads do it at once, in the interleavings that a model checker chooses.
 
-#[cfg(all(not(shuttle), feature = "process"))]
+#[cfg(not(shuttle))]
 mod areas;
 mod chip;
-#[cfg(all(not(shuttle), feature = "process"))]
+#[cfg(not(shuttle))]
 mod detach;
-#[cfg(all(not(shuttle), feature = "process"))]
+#[cfg(not(shuttle))]
 mod device_edges;
-#[cfg(all(not(shuttle), feature = "process"))]
+#[cfg(not(shuttle))]
 mod device_ops;
 #[cfg(shuttle)]
 mod device_races;
-#[cfg(all(not(shuttle), feature = "process"))]
+mod fleet;
+#[cfg(not(shuttle))]
 mod folios;
-#[cfg(all(not(shuttle), feature = "process"))]
+#[cfg(not(shuttle))]
 mod forks;
-#[cfg(all(not(shuttle), feature = "process"))]
+#[cfg(not(shuttle))]
 mod holds;
-#[cfg(all(not(shuttle), feature = "process"))]
+#[cfg(not(shuttle))]
 mod native;
-#[cfg(all(not(shuttle), feature = "process"))]
+#[cfg(not(shuttle))]
 mod oracle;
 #[cfg(shuttle)]
 mod races;
-#[cfg(all(not(shuttle), feature = "process"))]
+#[cfg(not(shuttle))]
 mod replays;
-#[cfg(all(not(shuttle), feature = "process"))]
+#[cfg(not(shuttle))]
 mod stays;
 
 use super::fault::{Outcome, Patience};
@@ -96,7 +97,7 @@ pub(super) struct Shelf {
     memory: Option<Arc<OwnedFd>>,
 }
 
-#[cfg_attr(any(shuttle, not(feature = "process")), allow(dead_code))] // each of the two uses some
+#[cfg_attr(shuttle, allow(dead_code))] // each of the two uses some
 impl Shelf {
     pub(super) fn new(pages: u64) -> Shelf {
         let mood = Mood { room: usize::MAX, ..Mood::default() };

@@ -5,8 +5,9 @@
 //! give back may be lost, and they stay lost until the program discards or unmaps them.
 
 use super::areas::{Area, Seen};
-use super::chip::{Chip, Fleet};
+use super::chip::Chip;
 use super::device_ops::DeviceOp;
+use super::fleet::Fleet;
 use super::holds::Holds;
 use super::{ABLE, Came, PAGE, Rig, Shelf};
 use crate::engine::adopt::AdoptError;

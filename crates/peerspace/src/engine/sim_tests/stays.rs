@@ -1,7 +1,8 @@
 //! Memory of the program that stays where it is (rules G5, G11, G12): shared memory, of whose changes the kernel tells, and files,
 //! of which it does not. One small sequence each.
 
-use super::chip::{Chip, Fleet, Model, page_at};
+use super::chip::{Chip, Model, page_at};
+use super::fleet::Fleet;
 use super::{ABLE, Came, PAGE, Rig};
 use crate::device::mmu::{FaultError, Mode, Target};
 use crate::engine::hold::HoldError;
