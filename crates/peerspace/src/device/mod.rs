@@ -410,6 +410,9 @@ pub trait Device: Send + Sync {
 
     /// The process is about to fork: bring everything into a state that two processes can go on from. Nothing is
     /// in flight.
+    ///
+    /// In the child, what the program had unmapped by then is given up before [`after_fork`](Device::after_fork):
+    /// [`freed`](Device::freed) and [`Mmu::unmap`](mmu::Mmu::unmap) may be called in between, and have to work.
     fn before_fork(&self) {}
 
     /// The process has forked; called in both (rule G12).
