@@ -68,14 +68,19 @@ impl<K: Kernel> Engine<K> {
         let mut news = News { postponed: ArrayVec::new(), due: ArrayVec::new() };
         self.note_when_free(first, &mut news, counters);
         let mut looks = 0;
+        let mut faults: ArrayVec<Va, MOVES> = ArrayVec::new();
+        // Mostly the thread that goes on now waits for this processor.
+        if !news.due.is_empty() {
+            crate::sync::yield_now();
+        }
         while !(news.postponed.is_empty() && news.due.is_empty()) {
-            if looks == 0 {
-                // Mostly the thread that goes on now waits for this processor.
-                crate::sync::yield_now();
-            }
             match self.kernel.receive() {
-                // The thread faults again when all is done.
-                Some(Message::Fault { va, .. }) => self.send_back(va),
+                // The thread faults again when all is done; before that it would be in the way of the end of it.
+                Some(Message::Fault { va, .. }) => {
+                    if let Err(full) = faults.try_push(va) {
+                        self.send_back(full.element());
+                    }
+                }
                 Some(change) => self.note(change, &mut news, counters),
                 // Nothing is on the way: what is in the way has gone without news.
                 None if !self.kernel.is_changing() => {
@@ -99,6 +104,7 @@ impl<K: Kernel> Engine<K> {
                 }
             }
         }
+        faults.into_iter().for_each(|va| self.send_back(va));
     }
 
     /// Acts on `first`; but if somebody [changes what is in place](super::inplace), and has entries locked until the news of
