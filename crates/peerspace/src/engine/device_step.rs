@@ -12,12 +12,12 @@ use super::{Engine, Entry};
 use crate::device::mmu::DeviceAccess;
 use crate::device::port::FaultError;
 use peerspace_core::addr::{Access, Order, PageRange, Pages, Va, Vpn};
-use peerspace_core::coherence::{Request, Step, Wish, on_device_fault};
+use peerspace_core::coherence::{Grant, Request, Step, Wish, on_device_fault};
 use peerspace_core::entry::{Dirt, State};
 use peerspace_core::plan::CLUSTER;
 use peerspace_core::regions::{Attributes, RegionInfo};
 use peerspace_core::sync::Ordering::Relaxed;
-use peerspace_os::{Kernel, Protect, Wake};
+use peerspace_os::{Kernel, Protect, Trouble, Wake};
 
 /// Faults in a row of one device on one page that it has already, before that is given up.
 pub(super) const FRUITLESS: u64 = 10_000;
@@ -163,6 +163,11 @@ impl<K: Kernel> Engine<K> {
         loop {
             match on_device_fault(entry.state(), request, |pfn| tier.range.contains(pfn.pfn())) {
                 Step::Enter(state, grant) => {
+                    if matches!(grant, Grant::Frame { writable: true })
+                        && let Err(next) = self.lift_protection(&entry, work)
+                    {
+                        return next;
+                    }
                     return self.enter_for_device(entry, state, (grant, writable), tier, mmu, vpn);
                 }
                 Step::Recall => entry = self.recall(entry),
@@ -258,6 +263,21 @@ impl<K: Kernel> Engine<K> {
         !there
     }
 
+    /// Where making a page writable failed half-way, the table knows that it may have been written and the kernel still protects
+    /// it. The CPU's next write finds that out; a device's would fail, or wait, for ever.
+    fn lift_protection(&self, entry: &Entry<'_, K>, work: &Working<'_>) -> Result<(), Next> {
+        // What is in place of a device is never protected.
+        if !self.kernel.capabilities().write_protect || matches!(entry.state(), State::Coherent { .. }) {
+            return Ok(());
+        }
+        let Some(_section) = self.gate.enter(work.context()) else { return Err(Next::Changing) };
+        match self.kernel.protect(self.addresses(entry.range()), Protect::No, Wake::Yes) {
+            Err(Trouble::Changing) => Err(Next::Changing),
+            // Where the kernel refuses it has moved away: the access finds that out.
+            _ => Ok(()),
+        }
+    }
+
     /// Protection that was set up before a fork is gone in the child (rule G12): the CPU may write, and so may have written.
     fn doubt_protection(&self, entry: &mut Entry<'_, K>) {
         let State::Host { pfn, writable: false, dirt } = entry.state() else { return };
@@ -274,7 +294,7 @@ impl<K: Kernel> Engine<K> {
         &self,
         mut entry: Entry<'_, K>,
         state: State,
-        (grant, writable): (peerspace_core::coherence::Grant, bool),
+        (grant, writable): (Grant, bool),
         tier: &Tier<K::Words>,
         mmu: &MmuState,
         vpn: Vpn,

@@ -7,11 +7,10 @@ use crate::device::mmu::{FaultError, Mode, Target};
 use crate::engine::send::{Sending, To};
 use peerspace_core::addr::{Access, PageRange, Pages, Va, VaRange, Vpn};
 use peerspace_core::entry::State;
-use peerspace_os::Capabilities;
-use peerspace_os::Trouble;
 use peerspace_os::inject::{Call, Planned};
 use peerspace_os::own::{Box as OwnBox, Buffer, Own};
 use peerspace_os::sim::Allowed;
+use peerspace_os::{Capabilities, Kernel, Protect, Trouble, Wake};
 use std::sync::atomic::Ordering::Relaxed;
 
 /// One thread plays all parts, with devices of these models, beside `shelf` if there is one.
@@ -60,6 +59,26 @@ fn g5_what_is_given_up_is_no_devices_any_more() {
     assert_eq!([a.mapped(), b.mapped()], [0, 0]);
     assert_eq!([a.shelf().held(), b.shelf().held()], [0, 0]);
     assert!(matches!(a.get(&rig, page_at(plain, 0)), Err(FaultError::NotManaged(_))));
+    fleet.check();
+}
+
+/// G10: the kernel may still protect a page that the table says is writable, where making it so failed half-way. A device's write
+/// lifts that, as the CPU's does.
+#[test]
+fn g10_a_device_writes_where_protection_was_left_behind() {
+    let (rig, fleet, [a]) = rig(ABLE, None, [Model::new(4, Mode::Share).remote()]);
+    let region = rig.region(2);
+    let (first, second) = (page_at(region, 0), page_at(region, 1));
+    for va in [first, second] {
+        put(&rig, va, 1);
+    }
+    assert!(matches!(state(&rig, first), State::Host { writable: true, .. }));
+    rig.engine.kernel.protect(region, Protect::Yes, Wake::No).unwrap();
+    // The same for one that it has been using for a while.
+    assert_eq!(a.get(&rig, second), Ok(1));
+    a.put(&rig, first, 2).unwrap();
+    a.put(&rig, second, 3).unwrap();
+    assert_eq!([first, second].map(|va| get(&rig, va)), [Ok(2), Ok(3)]);
     fleet.check();
 }
 
