@@ -335,6 +335,14 @@ impl<K: Kernel> Kernel for Inject<K> {
         self.whole(Call::Protect, || self.kernel.protect(range, protect, wake))
     }
 
+    fn waits_for_faults(&self) -> bool {
+        self.inner().waits_for_faults()
+    }
+
+    fn let_pass(&self, range: VaRange, over: &dyn Fn() -> bool) {
+        self.inner().let_pass(range, over);
+    }
+
     fn wake(&self, range: VaRange) -> Result<(), Trouble> {
         self.kernel.wake(range)
     }

@@ -458,4 +458,13 @@ pub trait Kernel: Send + Sync + 'static {
 
     /// True when a change of mappings has been announced that nobody has received yet.
     fn is_changing(&self) -> bool;
+
+    /// Whether a system call of ours that meets a page that is not there waits for its fault to be resolved, and does not fail.
+    fn waits_for_faults(&self) -> bool {
+        false
+    }
+
+    /// Ends such a wait somewhere in `range`, where the table says that pages are mapped: one has moved away, or was given up.
+    /// The system call finds zeros there or, where nothing is mapped, an error. `over` says whether it has ended.
+    fn let_pass(&self, _range: VaRange, _over: &dyn Fn() -> bool) {}
 }

@@ -243,6 +243,8 @@ fn hire<K: Kernel>(engine: &Shared<Engine<K>>, helper: Helper, hired: Option<&Hi
         Helper::Collapse => "peerspace-collapse",
         #[cfg(feature = "devices")]
         Helper::Send => "peerspace-send",
+        #[cfg(feature = "devices")]
+        Helper::Watch => "peerspace-watch",
     };
     let of_thread = engine.clone();
     // The program's heap may be managed, and its faults come by signal.

@@ -389,6 +389,14 @@ impl Kernel for Linux {
         self.uffd.write_protect(range.start.0, range.len(), on, self.wakes(wake)).map_err(trouble)
     }
 
+    fn waits_for_faults(&self) -> bool {
+        self.delivery() == Delivery::Messages
+    }
+
+    fn let_pass(&self, range: VaRange, over: &dyn Fn() -> bool) {
+        self.let_waiter_pass(range, over);
+    }
+
     fn wake(&self, range: VaRange) -> Result<(), Trouble> {
         if !self.wakes(Wake::Yes) {
             return Ok(());

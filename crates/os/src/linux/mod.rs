@@ -12,6 +12,7 @@ pub mod lock;
 pub mod map;
 pub mod memory;
 mod moved;
+mod pass;
 pub mod place;
 pub mod probe;
 pub mod raw_thread;

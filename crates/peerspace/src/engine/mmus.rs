@@ -432,7 +432,8 @@ impl<K: Kernel> Engine<K> {
             _ => false,
         };
         // Even so, memory that the program owns may just have been unmapped.
-        if allowed && access() { Ok(()) } else { Err(FaultError::NotMapped(va.0)) }
+        let range = VaRange { start: va, end: Va(va.0 + len as u64) };
+        if allowed && self.access_mapped(context, range, access) { Ok(()) } else { Err(FaultError::NotMapped(va.0)) }
     }
 
     fn is_for_reading(&self, vpn: Vpn) -> bool {

@@ -116,6 +116,8 @@ pub(crate) mod tiers;
 #[cfg(feature = "devices")]
 pub(crate) mod to_device;
 pub(crate) mod turn;
+#[cfg(feature = "devices")]
+mod watch;
 
 use crate::sync::Mutex;
 use budget::Budget;

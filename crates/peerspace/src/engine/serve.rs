@@ -51,6 +51,9 @@ pub(crate) enum Helper {
     /// Sends what is prefetched.
     #[cfg(feature = "devices")]
     Send,
+    /// Looks after accesses of devices.
+    #[cfg(feature = "devices")]
+    Watch,
 }
 
 impl Helper {
@@ -59,6 +62,8 @@ impl Helper {
         Helper::Collapse,
         #[cfg(feature = "devices")]
         Helper::Send,
+        #[cfg(feature = "devices")]
+        Helper::Watch,
     ];
 
     fn bit(self) -> u64 {
@@ -81,6 +86,8 @@ pub(crate) struct Service {
     reclaim: AtomicU64,
     ahead: AtomicU64,
     collapse: AtomicU64,
+    #[cfg(feature = "devices")]
+    watch: AtomicU64,
     /// The helpers that have threads.
     played: AtomicU64,
     /// There was no block frame for a huge folio.
@@ -103,6 +110,8 @@ impl Service {
             reclaim: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             collapse: AtomicU64::new(0),
+            #[cfg(feature = "devices")]
+            watch: AtomicU64::new(0),
             played: AtomicU64::new(0),
             blocks_wanted: AtomicBool::new(false),
             requests: Mutex::new(ArrayVec::new_const()),
@@ -120,6 +129,8 @@ impl Service {
             word.store(1, Ordering::Release);
             park.wake(word);
         }
+        #[cfg(feature = "devices")]
+        self.watch(park);
     }
 
     /// In a forked child, whose threads are yet to be started: nobody reads, nobody sleeps, nothing is wanted.
@@ -129,6 +140,8 @@ impl Service {
         self.reclaim.store(0, Ordering::Relaxed);
         self.ahead.store(0, Ordering::Relaxed);
         self.collapse.store(0, Ordering::Relaxed);
+        #[cfg(feature = "devices")]
+        self.watch.store(0, Ordering::Relaxed);
         self.played.store(0, Ordering::Relaxed);
         self.requests.lock().clear();
         self.aside.lock().clear();
@@ -160,6 +173,12 @@ impl Service {
     /// Has blocks looked through that may have become dense.
     pub(crate) fn wake_collapse(&self, park: &impl Park) {
         self.ring_for(Helper::Collapse, &self.collapse, park);
+    }
+
+    /// Has accesses of devices looked after: one is under way.
+    #[cfg(feature = "devices")]
+    pub(super) fn watch(&self, park: &impl Park) {
+        self.ring_for(Helper::Watch, &self.watch, park);
     }
 
     /// Rings the bell of a helper; if nobody plays it, somebody soon does.
@@ -246,12 +265,14 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// The bell of `helper`.
-    fn bell(&self, helper: Helper) -> &AtomicU64 {
+    pub(super) fn bell(&self, helper: Helper) -> &AtomicU64 {
         match helper {
             Helper::Ahead => &self.service.ahead,
             Helper::Collapse => &self.service.collapse,
             #[cfg(feature = "devices")]
             Helper::Send => self.prefetches.bell(),
+            #[cfg(feature = "devices")]
+            Helper::Watch => &self.service.watch,
         }
     }
 
@@ -271,6 +292,8 @@ impl<K: Kernel> Engine<K> {
             Helper::Collapse => self.serve_collapse(),
             #[cfg(feature = "devices")]
             Helper::Send => self.serve_prefetch(),
+            #[cfg(feature = "devices")]
+            Helper::Watch => self.serve_watch(),
         }
     }
 

@@ -7,7 +7,7 @@ use super::context::Working;
 use super::tier::{Tier, answer, unwinding};
 use super::{Engine, Entry};
 use crate::device::{DeviceError, DevicePages, PeerCopy, Store};
-use peerspace_core::addr::{BLOCK_PAGES, DevicePfn, Order, Pages, VaRange, Vpn};
+use peerspace_core::addr::{BLOCK_PAGES, DevicePfn, Order, Pages, Va, VaRange, Vpn};
 use peerspace_core::coherence::Grant;
 use peerspace_core::entry::State;
 use peerspace_core::memmap::{Backing, Frame};
@@ -184,7 +184,8 @@ impl<K: Kernel> Engine<K> {
             let bytes = &mut buffer[..len as usize];
             {
                 let _section = self.gate.enter(context).ok_or(Stay::Changing)?;
-                if !self.kernel.read_mapped(at, bytes) {
+                let part = VaRange { start: at, end: Va(at.0 + len) };
+                if !self.access_mapped(context, part, || self.kernel.read_mapped(at, bytes)) {
                     return Err(Stay::Changing);
                 }
             }
