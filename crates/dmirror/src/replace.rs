@@ -80,8 +80,8 @@ fn pieces(part: VaRange) -> impl Iterator<Item = VaRange> {
 struct Fresh {
     all: VaRange,
     range: VaRange,
-    /// What was at `range` is elsewhere, and whatever is there now is somebody else's.
-    is_gone: bool,
+    /// So many bytes of what was at `range` are elsewhere, and whatever is there now is somebody else's.
+    gone: u64,
 }
 
 impl Fresh {
@@ -95,7 +95,7 @@ impl Fresh {
         }?;
         let all = VaRange { start: Va(at as u64), end: Va(at as u64 + len) };
         let start = all.start.0.next_multiple_of(BLOCK) + like.start.0 % BLOCK;
-        Ok(Fresh { all, range: VaRange { start: Va(start), end: Va(start + like.len()) }, is_gone: false })
+        Ok(Fresh { all, range: VaRange { start: Va(start), end: Va(start + like.len()) }, gone: 0 })
     }
 
     /// Copies what is at `from`.
@@ -117,8 +117,8 @@ impl Fresh {
 impl Drop for Fresh {
     fn drop(&mut self) {
         let (all, range) = (self.all, self.range);
-        let around = [VaRange { end: range.start, ..all }, VaRange { start: range.end, ..all }];
-        for part in around.into_iter().chain((!self.is_gone).then_some(range)) {
+        let rest = VaRange { start: Va(range.start.0 + self.gone), ..range };
+        for part in [VaRange { end: range.start, ..all }, rest, VaRange { start: range.end, ..all }] {
             if !part.is_empty() {
                 // It may be managed, and what a coherent device has of it in place.
                 let _announced =
@@ -158,14 +158,16 @@ fn replace(world: &World, run: VaRange, vma: &Vma, to: Node) -> Result<(), Errno
         }
         // Of what was migrated, or came home, the kernel may have made several mappings.
         // SAFETY: takes the place of what holds the same, each page in one step.
-        unsafe { remap::move_to(fresh.range, run.start) }
+        let (moved, result) = unsafe { remap::move_to(fresh.range, run.start) };
+        // What has not moved stays as it was, with the same in it.
+        fresh.gone = moved;
+        result
     })();
+    if fresh.gone > 0 {
+        world.space.settle();
+    }
     match replaced {
-        Ok(()) => {
-            fresh.is_gone = true;
-            world.space.settle();
-            Ok(())
-        }
+        Ok(()) => Ok(()),
         Err(e) => {
             if vma.write {
                 let _announced = world.space.announce(run.start.0 as *const u8, len);

@@ -74,18 +74,17 @@ pub unsafe fn call(
     }
 }
 
-/// Moves all of `from`, page-aligned, to what begins at `to`, and takes the place of what is there: piece by piece, each in one step.
+/// Moves `from`, page-aligned, to what begins at `to`, and takes the place of what is there: piece by piece, each in one step. Returns
+/// how many bytes have moved, from the start on, and why the rest has not.
 ///
 /// # Safety
 /// As for `mremap`: the caller owns both ranges.
-///
-/// # Errors
-/// `EFAULT` when `from` has holes, `EINVAL` when the two overlap; what `mremap` says otherwise. Nothing has moved then, unless
-/// the kernel refused to undo it.
-pub unsafe fn move_to(from: VaRange, to: Va) -> Result<(), Errno> {
+pub unsafe fn move_to(from: VaRange, to: Va) -> (u64, Result<(), Errno>) {
     let request = Request { from, len: from.len(), to: Some(to), may_move: true, stays: false };
-    // SAFETY: the caller's.
-    unsafe { request.carry_out() }.map(drop)
+    let target = VaRange::new(to, from.len()).filter(|target| !target.overlaps(from));
+    let (Some(target), Ok(maps)) = (target, Maps::open()) else { return (0, Err(Errno::INVAL)) };
+    // What is there is gone with each piece, so there is no way back.
+    request.forward(&maps, from, target)
 }
 
 impl Request {
@@ -222,8 +221,20 @@ impl Request {
         Err(Errno::FAULT)
     }
 
-    /// Moves all of `from` to the start of `to`, and makes the last piece as long as `to` is.
+    /// Moves all of `from` to the start of `to`, and makes the last piece as long as `to` is; or moves back what has moved.
     fn pieces(&self, maps: &Maps, from: VaRange, to: VaRange) -> Result<(), Errno> {
+        let (done, result) = self.forward(maps, from, to);
+        if result.is_err() && done > 0 && to.start != from.start {
+            let from = VaRange { start: from.start, end: Va(from.start.0 + done) };
+            let to = VaRange { start: to.start, end: Va(to.start.0 + done) };
+            let undo = Request { from: to, len: done, to: Some(from.start), ..*self };
+            let _ = undo.forward(maps, to, from);
+        }
+        result
+    }
+
+    /// Moves pieces of `from` to the start of `to`, and makes the last as long as `to` is. Returns how much has moved, or was a hole.
+    fn forward(&self, maps: &Maps, from: VaRange, to: VaRange) -> (u64, Result<(), Errno>) {
         let mut done = 0;
         while done < from.len() {
             match self.piece(
@@ -232,18 +243,10 @@ impl Request {
                 VaRange { start: Va(to.start.0 + done), ..to },
             ) {
                 Ok(len) => done += len,
-                Err(e) => {
-                    let back = |len: u64| VaRange { start: to.start, end: Va(to.start.0 + len) };
-                    if done > 0 && to.start != from.start {
-                        let undo = Request { from: back(done), len: done, to: Some(from.start), ..*self };
-                        let _ =
-                            undo.pieces(maps, undo.from, VaRange { start: from.start, end: Va(from.start.0 + done) });
-                    }
-                    return Err(e);
-                }
+                Err(e) => return (done, Err(e)),
             }
         }
-        Ok(())
+        (done, Ok(()))
     }
 
     /// Moves the first piece of `from`, or skips a hole. Returns its length.
@@ -391,7 +394,7 @@ mod tests {
     fn a_part_of_a_mapping_moves_to_a_fixed_place() {
         let (from, to) = (cut(), map(2));
         // SAFETY: memory of this test.
-        unsafe { move_to(part(from.start, 1, 1), to) }.unwrap();
+        unsafe { move_to(part(from.start, 1, 1), to) }.1.unwrap();
         // SAFETY: mapped and readable.
         assert_eq!(unsafe { (to.0 as *const u64).read() }, 8);
         assert_eq!([0, 1, 2].map(|n| is_mapped(part(from.start, n, 1).start)), [true, false, true]);
@@ -450,6 +453,35 @@ mod tests {
         }
     }
 
+    /// What has moved in the place of something else stays there: what was there is gone.
+    #[test]
+    fn what_cannot_go_on_does_not_go_back() {
+        const MSEAL: libc::c_long = 462;
+        let (from, to) = (map(3), map(3));
+        let all = VaRange { start: from, end: Va(from.0 + 3 * page()) };
+        let last = part(from, 2, 1);
+        (0..3u64).for_each(|n| {
+            // SAFETY: memory of this test; so for all below.
+            unsafe { (part(from, n, 1).start.0 as *mut u64).write(7 + n) };
+        });
+        // SAFETY: see above. It stays mapped for good.
+        let sealed = unsafe {
+            mprotect(pointer(last.start), page() as usize, MprotectFlags::READ).unwrap();
+            libc::syscall(MSEAL, last.start.0, page(), 0)
+        };
+        if sealed != 0 {
+            return; // Linux 6.10 is the first that can
+        }
+        // SAFETY: see above.
+        assert_eq!(unsafe { move_to(all, to) }, (2 * page(), Err(Errno::PERM)));
+        assert_eq!([0, 1, 2].map(|n| is_mapped(part(from, n, 1).start)), [false, false, true]);
+        let words = [part(to, 0, 1), part(to, 1, 1), last].map(|page| {
+            // SAFETY: mapped and readable.
+            unsafe { (page.start.0 as *const u64).read() }
+        });
+        assert_eq!(words, [7, 8, 9]);
+    }
+
     #[test]
     fn holes_move_where_the_kernel_moves_them() {
         let ask_kernel = |from: VaRange, to: Va| {
@@ -457,10 +489,8 @@ mod tests {
             // SAFETY: memory of this test.
             unsafe { mremap_fixed(pointer(from.start), len, len, MremapFlags::MAYMOVE, pointer(to)) }.map(drop)
         };
-        let ask_us = |from: VaRange, to: Va| {
-            // SAFETY: as above.
-            unsafe { move_to(from, to) }
-        };
+        let ask_us =
+            |from: VaRange, to: Va| carry_out(Request { to: Some(to), ..ask(from, from.len() / page()) }).map(drop);
         for hole in [0, 1, 4] {
             let run = |ask: &dyn Fn(VaRange, Va) -> Result<(), Errno>| {
                 let (from, to) = (cut(), map(5));
