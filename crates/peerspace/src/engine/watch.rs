@@ -22,10 +22,10 @@ use peerspace_os::Kernel;
 use peerspace_os::own::{Own, Vec};
 use std::time::Duration;
 
-/// Between two looks; a call that both see takes long.
-const LOOK: Duration = Duration::from_millis(2);
+/// Between two looks. A call that both see takes long: longer than a thread waits for a processor, mostly.
+const LOOK: Duration = Duration::from_millis(50);
 /// Looks that see nothing new before this thread sleeps.
-const QUIET: u32 = 250;
+const QUIET: u32 = 10;
 
 /// The call that the holder of a [context](Context) makes.
 #[derive(Debug)]
