@@ -19,8 +19,6 @@ use std::time::Duration;
 
 /// Moves of mappings under way at once; each is another thread's, so there are few.
 const MOVES: usize = 64;
-/// Entries that are locked at once.
-const RUN: usize = 32;
 /// How often to look for the rest of a move before doing what can be done without it: for some 20 microseconds, if nobody
 /// else wants the processor.
 const LOOKS: u32 = 64;
@@ -196,47 +194,30 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Calls `each` with the locked entries of `pages`, whole blocks as whole blocks where they lie inside. Blocks
-    /// that lie inside only in part are split first. Devices have let go of them: they hear of a change before the memory can
-    /// be used again (G5).
+    /// that lie inside only in part are split first.
     fn each_entry(&self, pages: PageRange, counters: &Counters, mut each: impl FnMut(Entry<'_, K>)) {
-        let mut run: ArrayVec<Entry<'_, K>, RUN> = ArrayVec::new();
-        let mut finish = |run: &mut ArrayVec<Entry<'_, K>, RUN>| {
-            self.recall_run(run);
-            run.drain(..).for_each(&mut each);
-        };
         for piece in pages.by_block() {
             let mut at = piece.start;
             while at < piece.end {
-                if run.is_full() {
-                    finish(&mut run);
-                }
-                // Whoever has an entry locked waits for no other.
-                let entry = match run.is_empty() {
-                    true => self.table.lock(at).map(Some),
-                    false => self.table.try_lock(at),
-                };
-                let entry = match entry {
-                    Ok(Some(entry)) => entry,
-                    Ok(None) => {
-                        finish(&mut run);
-                        continue;
-                    }
-                    // Not covered: nothing of ours in this block.
-                    Err(_) => break,
-                };
-                if !entry.is_whole() || entry.range() == piece {
-                    at = entry.range().end;
-                    run.push(entry);
+                // Not covered: nothing of ours in this block.
+                let Ok(entry) = self.table.lock(at) else { break };
+                // Devices hear of it before the memory can be used again (G5).
+                let entry = self.recall(entry);
+                if !entry.is_whole() {
+                    at = at + 1;
+                    each(entry);
                     continue;
                 }
-                let entry = self.recall(entry);
+                if entry.range() == piece {
+                    each(entry);
+                    break;
+                }
                 if entry.state() == State::Empty {
                     break;
                 }
                 self.split_whole(entry, counters);
             }
         }
-        finish(&mut run);
     }
 
     /// Splits a whole block, whatever its state, into pages that go on as it was.

@@ -248,11 +248,6 @@ impl<W: Words> Tier<W> {
 impl<K: Kernel> Engine<K> {
     /// Takes all translations of devices for the pages of `entry` away, and what copies of them there are.
     pub(crate) fn recall<'t>(&'t self, mut entry: Entry<'t, K>) -> Entry<'t, K> {
-        self.recall_in_hand(&mut entry);
-        entry
-    }
-
-    fn recall_in_hand(&self, entry: &mut Entry<'_, K>) {
         let state = entry.state();
         let (pages, range) = (entry.range(), self.addresses(entry.range()));
         let order = if entry.is_whole() { Order::BLOCK } else { Order::BASE };
@@ -265,39 +260,15 @@ impl<K: Kernel> Engine<K> {
                 }
             }
             State::Mapped { pfn, .. } => self.tiers.of(pfn).unmap(range),
-            State::Coherent { .. } => return self.vacate(pages),
-            _ => return,
+            State::Coherent { .. } => {
+                self.vacate(pages);
+                return entry;
+            }
+            _ => return entry,
         }
         let now = coherence::recalled(state, || self.stamp()).expect("devices map it");
         entry.set(now);
-    }
-
-    /// [Recalls](Engine::recall) entries that are all locked. What one device alone maps in a row it lets go of at once.
-    pub(super) fn recall_run(&self, mut run: &mut [Entry<'_, K>]) {
-        while let Some(first) = run.first_mut() {
-            let State::Mapped { pfn, .. } = first.state() else {
-                self.recall_in_hand(first);
-                run = &mut run[1..];
-                continue;
-            };
-            let tier = self.tiers.of(pfn);
-            let mut pages = first.range();
-            let goes_on = |entry: &&mut Entry<'_, K>| {
-                let same = matches!(entry.state(), State::Mapped { pfn, .. } if tier.range.contains(pfn.pfn()));
-                let follows = same && (entry.range().start == pages.start || entry.range().start == pages.end);
-                if follows {
-                    pages.end = entry.range().end;
-                }
-                follows
-            };
-            let n = run.iter_mut().take_while(goes_on).count();
-            tier.unmap(self.addresses(pages));
-            for entry in &mut run[..n] {
-                let now = coherence::recalled(entry.state(), || self.stamp()).expect("the device maps it");
-                entry.set(now);
-            }
-            run = &mut run[n..];
-        }
+        entry
     }
 
     /// Has all devices let go of `pages`, whose entries are locked and whose memory is in place: nobody keeps account of who maps it.

@@ -39,9 +39,6 @@ impl<K: Kernel> Engine<K> {
 
     pub(crate) fn recall_all(&self) {}
 
-    #[inline]
-    pub(super) fn recall_run(&self, _: &mut [Entry<'_, K>]) {}
-
     /// There is nobody to halt.
     #[inline]
     pub(crate) fn halt_devices(&self) -> Option<core::convert::Infallible> {
