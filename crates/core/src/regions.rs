@@ -91,6 +91,8 @@ impl Attributes {
     pub const IN_PLACE: Attributes = Attributes(512);
     /// What the program does to the mappings of memory [in place](Attributes::IN_PLACE) is told.
     pub const WATCHED: Attributes = Attributes(1024);
+    /// Just being adopted: it is not certain yet that all of it is what it was taken for.
+    pub const ARRIVING: Attributes = Attributes(2048);
 
     /// Both.
     pub const fn with(self, other: Attributes) -> Attributes {

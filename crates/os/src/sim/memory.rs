@@ -52,7 +52,7 @@ impl Kind {
     pub(super) const PLAIN: Kind =
         Kind { registered: false, allowed: Allowed::Write, keep: Keep::Private, buried: false, in_place: false };
 
-    fn is_plain(self) -> bool {
+    pub(super) fn is_plain(self) -> bool {
         !self.buried && !self.in_place && self.keep == Keep::Private
     }
 }
@@ -232,11 +232,6 @@ impl Memory {
 
     pub(super) fn change_kind(&mut self, range: PageRange, change: impl Fn(&mut Kind)) {
         self.places.range_mut(range.start.0..range.end.0).for_each(|(_, p)| change(&mut p.kind));
-    }
-
-    /// True when all of `range` is mapped, private and anonymous.
-    pub(super) fn is_plain(&self, range: PageRange) -> bool {
-        range.iter().all(|v| self.kind(v.0).is_some_and(Kind::is_plain))
     }
 
     /// Moves a mapping with its pages.

@@ -258,7 +258,9 @@ impl Kernel for Sim {
     fn adopt(&self, range: VaRange) -> Result<(), Trouble> {
         let pages = self.foreign(range);
         let mut m = self.step();
-        if !m.is_plain(pages) {
+        // Of what is not mapped userfaultfd says nothing.
+        let pieces = m.pieces(pages);
+        if pieces.is_empty() || pieces.iter().any(|(_, kind)| !kind.is_plain()) {
             return Err(Trouble::Unsuitable);
         }
         m.change_kind(pages, |k| k.registered = true);

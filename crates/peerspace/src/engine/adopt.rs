@@ -57,26 +57,41 @@ impl<K: Kernel> Engine<K> {
     /// Manages existing private anonymous memory from now on. Its content stays where it is.
     ///
     /// Not for threads that receive messages.
+    ///
+    /// # Errors
+    /// When part of it cannot be managed, or is not mapped any more; then nothing of it is.
     pub(crate) fn adopt(&self, range: VaRange) -> Result<(), AdoptError> {
-        self.adopt_uncounted(range)?;
-        let mut native = 0;
-        // Where it cannot be found out, reclaim finds the pages one by one.
-        let _ = self.kernel.present_runs(range, &mut |run| native += self.geometry.pages_in(run.len()).0);
-        self.budget.add_native(native as i64);
-        self.watch_budget();
-        Ok(())
-    }
-
-    /// The same, where somebody else keeps account of native pages.
-    fn adopt_uncounted(&self, range: VaRange) -> Result<(), AdoptError> {
-        loop {
+        let mut at = range.start;
+        while at < range.end {
             // News of an older mapping at the same place must not hit the new one.
             self.settle_changes();
-            match self.adopt_settled(range, None) {
+            let Some(turn) = self.settled() else { continue };
+            let mapping = self.kernel.mapping_at(at).and_then(|mapping| mapping.ok_or(Trouble::Absent));
+            let done = mapping.map_err(AdoptError::Kernel).and_then(|mapping| {
+                let part = VaRange { start: at, end: mapping.end.min(range.end) };
+                self.adopt_settled(part, (turn, mapping)).map(|()| part)
+            });
+            match done {
+                Ok(part) => {
+                    let mut native = 0;
+                    // Where it cannot be found out, reclaim finds the pages one by one.
+                    let _ = self.kernel.present_runs(part, &mut |run| native += self.geometry.pages_in(run.len()).0);
+                    self.budget.add_native(native as i64);
+                    at = part.end;
+                }
                 Err(AdoptError::Changed) => {}
-                other => return other,
+                Err(why) => {
+                    if range.start < at
+                        && let Err(e) = self.disown(VaRange { end: at, ..range })
+                    {
+                        crate::tell::warning(format_args!("{range} stays managed in part: {e}"));
+                    }
+                    return Err(why);
+                }
             }
         }
+        self.watch_budget();
+        Ok(())
     }
 
     /// A number that stays the same as long as no change of mappings is announced; none while one is under way.
@@ -84,51 +99,107 @@ impl<K: Kernel> Engine<K> {
         (!self.kernel.is_changing()).then(|| self.gate.turn_if_open()).flatten()
     }
 
-    /// Adopts `range` if all changes so far have been acted on. `seen` is what somebody saw who looked at the
-    /// program's mappings: the number from [`settled`](Engine::settled), and the mapping that `range` begins in.
-    pub(crate) fn adopt_settled(&self, range: VaRange, seen: Option<(u64, VaRange)>) -> Result<(), AdoptError> {
+    /// Adopts `range`, a part of one mapping, if all changes so far have been acted on. `seen` is what somebody saw who looked at
+    /// the program's mappings: the number from [`settled`](Engine::settled), and the mapping that `range` begins in.
+    ///
+    /// Not for threads that receive messages.
+    pub(crate) fn adopt_settled(&self, range: VaRange, seen: (u64, VaRange)) -> Result<(), AdoptError> {
         let pages = self.geometry.pages_inside(range);
-        let work = self.contexts.take();
-        let changes = self.region_changes.lock();
-        let turn = self.settled().ok_or(AdoptError::Changed)?;
-        if let Some((then, mapping)) = seen
-            && (turn != then || self.kernel.mapping_at(range.start) != Ok(Some(mapping)))
         {
-            return Err(AdoptError::Changed);
-        }
-        let around = self.around(range);
-        // The region first: from the moment of registration on, faults in it come. Until that moment no page may
-        // leave, since the kernel would put zeros in its place.
-        let kept = Attributes::ADOPTED.with(Attributes::KEPT);
-        self.insert_fresh_region(pages, kept).map_err(AdoptError::Table)?;
-        // Once more, as late as can be: of memory that is not registered no change is told.
-        let same = seen.is_none_or(|(_, mapping)| self.kernel.mapping_at(range.start) == Ok(Some(mapping)));
-        let registered =
-            if same { self.kernel.adopt(range).map_err(AdoptError::Kernel) } else { Err(AdoptError::Changed) };
-        if let Err(e) = registered {
-            let _ = self.regions.remove(pages, |_| {});
-            self.table.uncover(self.lonely_blocks(pages));
-            return Err(e);
-        }
-        // Until then changes were not told. If there was one, part of another mapping may be registered, or a hole of
-        // what is ours be filled with what is not.
-        if seen.is_some() && (self.around(range) != around || !self.is_one_mapping(range)) {
-            if self.settled() != Some(turn) {
-                // What is on the way may be about a mapping that moved to here, which must stay registered. As it is
-                // now, nothing of the region ever leaves.
-                return Ok(());
+            let _work = self.contexts.take();
+            let _changes = self.region_changes.lock();
+            let turn = self.settled().ok_or(AdoptError::Changed)?;
+            if (turn, Ok(Some(seen.1))) != (seen.0, self.kernel.mapping_at(range.start)) {
+                return Err(AdoptError::Changed);
             }
-            let _ = self.kernel.disown(range);
-            let _ = self.regions.remove(pages, |_| {});
-            // Nothing of it has left: what the table knows of it is there.
-            self.discard(pages, &work.counters);
-            drop(changes);
-            self.release_table(pages);
-            return Err(AdoptError::Changed);
+            // The region first: from the moment of registration on, faults in it come. Until that moment no page may
+            // leave, since the kernel would put zeros in its place.
+            let arriving = Attributes::ADOPTED.with(Attributes::KEPT).with(Attributes::ARRIVING);
+            self.insert_fresh_region(pages, arriving).map_err(AdoptError::Table)?;
+            // Once more, as late as can be: of memory that is not registered no change is told.
+            let registered = match self.kernel.mapping_at(range.start) == Ok(Some(seen.1)) {
+                true => self.register_all(range, turn),
+                false => Err(Trouble::Absent),
+            };
+            match registered {
+                Ok(true) => {
+                    // Without room for that, the region stays as it is: right, if of little use.
+                    let _ = self.regions.update(pages, Self::as_arrived);
+                    return Ok(());
+                }
+                Ok(false) => {}
+                Err(why) => {
+                    let _ = self.regions.remove(pages, |_| {});
+                    self.table.uncover(self.lonely_blocks(pages));
+                    return Err(match self.kernel.mapping_at(range.start) == Ok(Some(seen.1)) {
+                        true => AdoptError::Kernel(why),
+                        false => AdoptError::Changed,
+                    });
+                }
+            }
         }
-        // Without room for that, the region stays as it is: right, if of little use.
-        let _ = self.regions.update(pages, |a| a.without(Attributes::KEPT));
+        self.make_sure(pages);
         Ok(())
+    }
+
+    fn as_arrived(attributes: Attributes) -> Attributes {
+        attributes.without(Attributes::KEPT.with(Attributes::ARRIVING))
+    }
+
+    /// Has the kernel tell of `range`. True if all of that is one mapping, and was from when it was registered on; else part of
+    /// another may be registered, or a hole in what is ours be filled with what is not. Until then changes were not told. `turn` is
+    /// the number from [`settled`](Engine::settled).
+    fn register_all(&self, range: VaRange, turn: u64) -> Result<bool, Trouble> {
+        let around = self.around(range);
+        self.kernel.adopt(range)?;
+        Ok(self.around(range) == around && self.is_one_mapping(range) && self.settled() == Some(turn))
+    }
+
+    /// Finds out what has become of `pages`, which became a region while mappings changed: what is mapped and registered stays
+    /// one, and may leave from then on; the rest is none. What is on the way may be about a mapping that moved to here, which must
+    /// stay registered; so that is waited for.
+    fn make_sure(&self, pages: PageRange) {
+        let mut at = pages.start;
+        while at < pages.end {
+            self.settle_changes();
+            let work = self.contexts.take();
+            let changes = self.region_changes.lock();
+            let Some(turn) = self.settled() else { continue };
+            let Some(region) = self.regions.next(at).filter(|r| r.range.start < pages.end) else { return };
+            let mut piece = region.range.intersect(PageRange { start: at, end: pages.end });
+            at = piece.end;
+            if !region.attributes.has(Attributes::ARRIVING) {
+                continue;
+            }
+            let start = self.geometry.va(piece.start);
+            let Ok(mapped) = self.kernel.mapped_from(start) else {
+                // Not to be found out: nothing of it ever leaves.
+                let _ = self.regions.update(piece, |a| a.without(Attributes::ARRIVING));
+                continue;
+            };
+            let end = match mapped {
+                Some(mapped) if mapped.range.contains(start) => self.geometry.vpn(mapped.range.end),
+                Some(behind) => self.geometry.vpn(behind.range.start),
+                None => piece.end,
+            };
+            piece.end = piece.end.min(end);
+            let is_plain = matches!(self.kernel.mapping_at(start), Ok(Some(_)));
+            match is_plain.then(|| self.register_all(self.addresses(piece), turn)) {
+                Some(Ok(false)) => at = piece.start,
+                Some(Ok(true)) => {
+                    at = piece.end;
+                    let _ = self.regions.update(piece, Self::as_arrived);
+                }
+                Some(Err(_)) | None => {
+                    at = piece.end;
+                    let _ = self.regions.remove(piece, |_| {});
+                    // Nothing of it has left: what the table knows of it is there.
+                    self.discard(piece, &work.counters);
+                    drop(changes);
+                    self.release_table(piece);
+                }
+            }
+        }
     }
 
     /// Where the mapping that reaches to the start of `range` begins, and where the one from its end on ends. Registration

@@ -262,8 +262,10 @@ impl<K: Kernel> Engine<K> {
             }
             return Next::Home(Access::Read);
         };
-        let gone = Attributes::LEAVING.with(Attributes::KEPT);
-        if region.attributes.without(gone) != region.attributes {
+        if region.attributes.has(Attributes::ARRIVING) {
+            return Next::Pause;
+        }
+        if region.attributes.has_any(Attributes::LEAVING.with(Attributes::KEPT)) {
             return Next::Fail(FaultError::NotManaged(va.0));
         }
         if region.attributes.has(Attributes::IN_PLACE) && how.bounds().is_some() {

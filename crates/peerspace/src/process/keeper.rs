@@ -500,7 +500,7 @@ impl Process {
             if super::stacks::any_starting() {
                 return true;
             }
-            let adopted = engine.adopt_settled(candidate.range, Some((turn, candidate.mapping)));
+            let adopted = engine.adopt_settled(candidate.range, (turn, candidate.mapping));
             // It may also be of a kind that cannot be registered.
             if matches!(adopted, Err(AdoptError::Changed)) {
                 return false;
