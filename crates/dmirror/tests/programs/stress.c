@@ -13,6 +13,7 @@
 #define THREADS 4
 #define PAGES 640ul
 #define ROOM (PAGES * PAGE)
+#define ELSEWHERE (ROOM + 8 * PAGE)
 /* Operations of a thread that are remembered. */
 #define STEPS 4096
 
@@ -320,12 +321,21 @@ static void move(struct owner *o, size_t first, size_t count)
             HAS(there + (page - first) * PAGE, o->pages[page].mark, "moved memory");
     /* Whatever has come to be there is another thread's. */
     void *taken = mmap(at, bytes, NO_RW, PRIVATE | MAP_FIXED_NOREPLACE, -1, 0);
-    if (taken == at)
-        HOLDS(mremap(there, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at);
-    else
+    if (taken != at) {
         for (size_t i = 0; i < count; i++)
             o->pages[first + i].allowed = -1;
-    HOLDS(mmap(there, bytes, NO_RW, PRIVATE | MAP_FIXED, -1, 0) == there);
+        HOLDS(mmap(there, bytes, NO_RW, PRIVATE | MAP_FIXED, -1, 0) == there);
+        return;
+    }
+    HOLDS(mremap(there, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at);
+    taken = mmap(there, bytes, NO_RW, PRIVATE | MAP_FIXED_NOREPLACE, -1, 0);
+    if (taken != there) {
+        /* So it is here: there has to be another place to go to. */
+        char *end = o->elsewhere + ELSEWHERE;
+        HOLDS(there == o->elsewhere || munmap(o->elsewhere, there - o->elsewhere) == 0);
+        HOLDS(there + bytes == end || munmap(there + bytes, end - there - bytes) == 0);
+        o->elsewhere = map(ELSEWHERE, NO_RW, PRIVATE, -1);
+    }
 }
 
 static void fork_once(struct owner *o)
@@ -469,7 +479,7 @@ TEST(everything_at_once, "G1 to G14: every byte is what it must be")
                          : map(ROOM, RW, MAP_PRIVATE, fileno(file));
         HOLDS(o->at != MAP_FAILED);
         o->copy = map(ROOM, RW, PRIVATE, -1);
-        o->elsewhere = map(ROOM + 8 * PAGE, NO_RW, PRIVATE, -1);
+        o->elsewhere = map(ELSEWHERE, NO_RW, PRIVATE, -1);
         o->random = random * 31 + i * 1000003 + 1;
         for (size_t page = 0; page < PAGES; page++)
             o->pages[page] = (struct page){0, RW, 0};
