@@ -37,11 +37,12 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn adopt_in_place(&self, range: VaRange) -> Result<(), AdoptError> {
         let pages = self.geometry.pages_inside(range);
         loop {
+            self.await_announced(pages);
             // News of an older mapping at the same place must not hit the new one.
             self.settle_changes();
             let _work = self.contexts.take();
             let _changes = self.region_changes.lock();
-            if self.settled().is_none() {
+            if self.settled().is_none() || !self.may_adopt(pages) {
                 continue;
             }
             let new = self.cover(pages).map_err(AdoptError::Table)?;
