@@ -63,7 +63,7 @@ impl Space {
     ///   what the program may at the time; what the program has protected since, the device is
     ///   [told](crate::device::mmu::FaultError).
     /// - *Everything else* stays where it is: shared memory, mappings of files, huge pages of the kernel's pool
-    ///   (`MAP_HUGETLB`), executable memory. It takes up nothing of the budget and never moves. Devices with
+    ///   (`MAP_HUGETLB`), executable memory, the page in which an arena of the C library's heap begins. It takes up nothing of the budget and never moves. Devices with
     ///   [`remote`](crate::device::mmu::MmuDescriptor::remote) access it in place, by the program's permissions; for others it is
     ///   [no way](crate::device::mmu::FaultError::NoWay) to be had. It is not migrated, nobody has it
     ///   [exclusively](crate::Space::exclusive), and hints say nothing to it. [`Adopted::in_place`] says what of a range it is.
@@ -77,7 +77,7 @@ impl Space {
     /// uses it, where otherwise one brings in several.
     ///
     /// Not to be adopted: stacks, thread-local storage, and whatever the [devices](crate::device) of the space or the
-    /// handlers of signals use. A heap's arena header stays out by itself.
+    /// handlers of signals use.
     ///
     /// # Errors
     /// For a range that is empty, wraps, is not wholly mapped, is managed already, belongs to this library, or is a stack or
@@ -86,10 +86,7 @@ impl Space {
         let engine = self.engine();
         let bad = |why| Error::BadRange { what: format!("{len} bytes at {start:p}"), why };
         let range = VaRange::new(Va(start as u64), len as u64).ok_or_else(|| bad("the range wraps"))?;
-        let mut range = engine.geometry.range(engine.geometry.pages_inside(range));
-        if !range.is_empty() && is_arena_start(range.start) {
-            range.start = Va(range.start.0 + engine.geometry.page_bytes() as u64);
-        }
+        let range = engine.geometry.range(engine.geometry.pages_inside(range));
         if range.is_empty() {
             return Err(bad("there is no whole page in it"));
         }
@@ -140,9 +137,15 @@ impl Space {
                 Nature::Stack => return Err(bad("it holds the stack of the first thread")),
                 Nature::Special => return Err(bad("it holds memory that the kernel has mapped for itself")),
                 nature => {
-                    let part = VaRange { start: at, end: vma.range.end.min(range.end) };
+                    let mut part = VaRange { start: at, end: vma.range.end.min(range.end) };
+                    if nature == Nature::Movable && is_arena_start(at) {
+                        let behind = Va(at.0 + self.engine().geometry.page_bytes() as u64);
+                        parts.push((VaRange { end: behind, ..part }, Nature::InPlace));
+                        part.start = behind;
+                    }
                     match parts.last_mut() {
                         Some((last, same)) if *same == nature => last.end = part.end,
+                        _ if part.is_empty() => {}
                         _ => parts.push((part, nature)),
                     }
                 }

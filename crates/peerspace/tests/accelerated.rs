@@ -109,6 +109,53 @@ fn g1_a_linked_structure_on_the_heap() {
     }
 }
 
+/// The first page of an arena of the C library's heap, as a thread finds it that uses it: threads that live at the same time have
+/// arenas of their own, as far as there are enough.
+fn in_an_arena(depth: u32, then: &(dyn Fn(usize) + Sync)) {
+    const HEAP: usize = 64 << 20;
+    let found = || {
+        let value = Box::new(depth);
+        let page = &raw const *value as usize & !(HEAP - 1);
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        // The heap of the process begins anywhere.
+        match maps.lines().any(|line| line.starts_with(&format!("{page:x}-")) && line.contains(" rw-p ")) {
+            true => then(page),
+            false => {
+                assert!(depth < 20, "no thread has an arena");
+                in_an_arena(depth + 1, then);
+            }
+        }
+    };
+    std::thread::scope(|scope| scope.spawn(found).join().unwrap());
+}
+
+/// Rules G1, G11: also what lies in the page in which an arena of the heap begins, which stays where it is: a forked child
+/// touches that page before anybody could serve it.
+#[cfg(target_env = "gnu")]
+#[test]
+fn g11_the_first_page_of_an_arena() {
+    for faults in deliveries() {
+        let gpu = Accelerator::new(Options::new(mib(16))).unwrap();
+        let space = build(faults, 64, &[&gpu]);
+        in_an_arena(0, &|page| {
+            let adopted = space.adopt(page as *const u8, 4096).unwrap();
+            assert_eq!(adopted.in_place(), [page..page + 4096]);
+            // SAFETY: the C library writes to the first word of the page when the arena begins, and nobody after that.
+            let (word, job) = unsafe {
+                let word = (page as *const u64).read_volatile();
+                let see = move |lane: &Lane, _: Range<u64>| {
+                    assert_eq!(lane.load::<u64>(page as u64)?, word);
+                    Ok(())
+                };
+                (word, gpu.launch(1, see))
+            };
+            assert_ne!(word, 0, "it says where the arena is");
+            job.unwrap().wait().unwrap();
+        });
+        space.check();
+    }
+}
+
 /// Rules G6, G7: several devices of unequal sizes, all smaller than the data, the host too.
 #[test]
 fn g7_several_accelerators_and_too_little_of_everything() {
