@@ -49,8 +49,7 @@ impl<K: Kernel> Engine<K> {
         let Some((range, mmu)) = found else {
             return sending.fails(NotSent::Failed(pages.start, FaultError::Cut));
         };
-        let parts: ArrayVec<RegionInfo, 16> = self.pieces(pages).take(16).collect();
-        for region in parts {
+        for region in self.pieces(pages) {
             if self.may_replace(region.attributes) {
                 self.place_piece(id, range, region.range, sending);
             } else if let Some(mmu) = mmu {

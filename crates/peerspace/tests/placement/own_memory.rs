@@ -3,8 +3,35 @@
 use super::common::{self, MIB, page, word, words_per_page};
 use super::in_place::coherent;
 use super::{both, brought, build, gpu, mappings, own, reserve};
-use peerspace::{CpuMapping, Node, Residence};
+use peerspace::{CpuMapping, Hint, Node, Residence};
 use std::ops::Range;
+
+/// Rules Z5, G1: what goes in place may have been adopted, and be used, in many pieces.
+#[test]
+fn z5_many_pieces_of_a_block_go_in_place() {
+    for faults in both() {
+        let far = coherent(16, "far");
+        let (space, ids) = build(faults, &[&far]);
+        let (start, words) = own(2 * MIB);
+        let p = page();
+        // SAFETY: nothing changes.
+        unsafe { space.promise_announcements() };
+        let pieces: Vec<_> = (0..40)
+            .map(|i| {
+                let piece = space.adopt(start.wrapping_add(i * 2 * p), 2 * p).unwrap();
+                piece.advise(Hint::ReadMostly(i % 2 == 0)).unwrap();
+                piece
+            })
+            .collect();
+        assert_eq!(space.migrate(start, 80 * p, Node::Device(ids[0])).unwrap(), 80 * p);
+        let pages = space.pages(start, 80 * p).unwrap();
+        assert_eq!(pages.filter(|view| view.residence == Residence::Coherent(ids[0])).count(), 80);
+        let good = |(i, page): (usize, &[u64])| page.iter().all(|w| *w == word(i));
+        assert!(words.chunks(words_per_page()).enumerate().all(good));
+        drop(pieces);
+        space.check();
+    }
+}
 
 /// Rules Z5, G1, G5: memory of the program's own, where it has promised to say what it does with it, and not before.
 #[test]
