@@ -7,19 +7,9 @@ static const enum request all[] = {READ, WRITE, TO_DEVICE, TO_SYSTEM, SNAPSHOT, 
     for (size_t r_ = 0, on_ = 1; r_ < sizeof all / sizeof *all; r_++, on_ = 1)                                         \
         for (enum request request = all[r_]; on_; on_ = 0)
 
-/* A request is refused, and the struct as it was. */
-#define REFUSED(code, fd, request, at, ptr, pages)                                                                     \
-    do {                                                                                                               \
-        struct command after_;                                                                                         \
-        EQUAL(code, ask(fd, request, at, ptr, pages, &after_));                                                        \
-        EQUAL(0x1234, after_.cpages);                                                                                  \
-        EQUAL(0x5678, after_.faults);                                                                                  \
-    } while (0)
-
 TEST(addresses_are_those_of_pages, "EINVAL: not aligned, no page, or around the end of all addresses")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map(4 * PAGE, RW, PRIVATE, -1), *copy = buffer(4 * PAGE);
         EACH_REQUEST(request) {
             REFUSED(EINVAL, fd, request, at + 1, copy, 1);
@@ -30,7 +20,6 @@ TEST(addresses_are_those_of_pages, "EINVAL: not aligned, no page, or around the 
             REFUSED(EINVAL, fd, request, at, copy, UINT64_MAX / PAGE + 2);
             REFUSED(EINVAL, fd, request, (void *)-PAGE, copy, 2);
         }
-        close(fd);
     }
 }
 
@@ -65,10 +54,8 @@ TEST(requests_there_are_not, "EINVAL; and EFAULT where the argument is not there
 
 TEST(memory_that_is_not_there, "EFAULT for an access, EINVAL for a migration")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(8 * PAGE, RW, PRIVATE, -1), *copy = buffer(8 * PAGE), *kept = buffer(8 * PAGE);
-        fill(at, 8 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(8 * PAGE, 1), *copy = buffer(8 * PAGE), *kept = buffer(8 * PAGE);
         fill(copy, 8 * PAGE, 2);
         fill(kept, 8 * PAGE, 2);
         HOLDS(munmap(at + 5 * PAGE, PAGE) == 0);
@@ -85,18 +72,14 @@ TEST(memory_that_is_not_there, "EFAULT for an access, EINVAL for a migration")
         /* What is there is as it was, and can be used. */
         FILLED(at, 5 * PAGE, 1);
         FILLED_FROM(at + 6 * PAGE, 2 * PAGE, 1, 6 * PAGE);
-        DONE(fd, TO_DEVICE, at, copy, 5);
-        FILLED(copy, 5 * PAGE, 1);
-        close(fd);
+        FINDS(1, fd, TO_DEVICE, at, copy, 5);
     }
 }
 
 TEST(memory_that_may_not_be_read, "EFAULT for an access, EINVAL for a migration (G4)")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(64 * PAGE, RW, PRIVATE, -1), *copy = buffer(64 * PAGE);
-        fill(at, 64 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(64 * PAGE, 1), *copy = buffer(64 * PAGE);
         fill(copy, 64 * PAGE, 2);
         HOLDS(mprotect(at + 60 * PAGE, PAGE, NO_RW) == 0);
         REFUSED(EFAULT, fd, READ, at, copy, 64);
@@ -106,23 +89,19 @@ TEST(memory_that_may_not_be_read, "EFAULT for an access, EINVAL for a migration 
         FILLED(copy, 64 * PAGE, 2);
         HOLDS(mprotect(at + 60 * PAGE, PAGE, RW) == 0);
         FILLED(at, 64 * PAGE, 1);
-        DONE(fd, READ, at, copy, 64);
-        FILLED(copy, 64 * PAGE, 1);
+        FINDS(1, fd, READ, at, copy, 64);
         /* Taken back after it was given. */
         HOLDS(mprotect(at, 64 * PAGE, NO_RW) == 0);
         REFUSED(EFAULT, fd, READ, at, copy, 64);
         HOLDS(mprotect(at, 64 * PAGE, RW) == 0);
         EQUAL(1, DONE(fd, READ, at, copy, 64));
-        close(fd);
     }
 }
 
 TEST(memory_that_may_not_be_written, "EPERM (G4), and nothing is")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(64 * PAGE, RW, PRIVATE, -1), *copy = buffer(64 * PAGE);
-        fill(at, 64 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(64 * PAGE, 1), *copy = buffer(64 * PAGE);
         HOLDS(mprotect(at, 64 * PAGE, RO) == 0);
         fill(copy, 64 * PAGE, 2);
         REFUSED(EPERM, fd, WRITE, at, copy, 64);
@@ -131,8 +110,7 @@ TEST(memory_that_may_not_be_written, "EPERM (G4), and nothing is")
         DONE(fd, READ, at, copy, 64);
         REFUSED(EPERM, fd, WRITE, at, copy, 1);
         HOLDS(mprotect(at, 64 * PAGE, RW) == 0);
-        fill(copy, 64 * PAGE, 2);
-        EQUAL(1, DONE(fd, WRITE, at, copy, 64));
+        EQUAL(1, WRITES(2, fd, at, copy, 64));
         FILLED(at, 64 * PAGE, 2);
         /* Never touched, and read-only: zeros, that no write takes the place of. */
         char *zeros = map(8 * PAGE, RO, PRIVATE, -1);
@@ -140,14 +118,12 @@ TEST(memory_that_may_not_be_written, "EPERM (G4), and nothing is")
         ALL_ZERO(copy, 8 * PAGE);
         REFUSED(EPERM, fd, WRITE, zeros, copy, 8);
         ALL_ZERO(zeros, 8 * PAGE);
-        close(fd);
     }
 }
 
 TEST(buffers_that_are_not_there, "EFAULT")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map(8 * PAGE, RW, PRIVATE, -1), *copy = map(8 * PAGE, RW, PRIVATE, -1);
         fill(at, 8 * PAGE, 1);
         fill(copy, 8 * PAGE, 2);
@@ -166,7 +142,6 @@ TEST(buffers_that_are_not_there, "EFAULT")
         REFUSED(EFAULT, fd, WRITE, at, copy, 8);
         DONE(fd, WRITE, at, copy, 4);
         FILLED(at, 8 * PAGE, 2);
-        close(fd);
     }
 }
 
@@ -208,12 +183,12 @@ TEST(descriptors, "EBADF, ENOTTY, close and its kind")
         EQUAL(i > 0 ? 0 : 1, DONE(many[i], READ, at, copy, 1));
     }
     EQUAL(0, close_range(200, 299, 0));
-    EQUAL(EBADF, ask(201, READ, at, copy, 1, NULL));
+    REFUSED(EBADF, 201, READ, at, copy, 1);
     DONE(many[3], READ, at, copy, 1);
     /* Another file takes the place. */
     int null = open("/dev/null", O_RDWR);
     HOLDS(null >= 0 && dup2(null, many[3]) == many[3]);
-    EQUAL(ENOTTY, ask(many[3], READ, at, copy, 1, NULL));
+    REFUSED(ENOTTY, many[3], READ, at, copy, 1);
     EQUAL(0, ask(many[0], READ, at, copy, 1, NULL));
     EQUAL(ENOENT, open("/dev/hmm_dmirror4", O_RDWR) < 0 ? errno : 0);
     EQUAL(ENOENT, open("/dev/hmm_dmirror", O_RDWR) < 0 ? errno : 0);
@@ -226,15 +201,13 @@ TEST(descriptors, "EBADF, ENOTTY, close and its kind")
 TEST(everything_is_closed, "the space's own descriptors are not the program's to close")
 {
     int fd = open_mirror(0);
-    char *at = map(BLOCK, RW, PRIVATE, -1), *copy = buffer(BLOCK);
-    fill(at, BLOCK, 1);
+    char *at = filled(BLOCK, 1), *copy = buffer(BLOCK);
     DONE(fd, TO_DEVICE, at, copy, 512);
     EQUAL(0, close_range(3, ~0u, 0));
     for (int i = 3; i < 1024; i++)
         close(i);
     FILLED(at, BLOCK, 1);
     fd = open_mirror(0);
-    DONE(fd, TO_DEVICE, at, copy, 512);
-    FILLED(copy, BLOCK, 1);
+    FINDS(1, fd, TO_DEVICE, at, copy, 512);
     FILLED(at, BLOCK, 1);
 }

@@ -21,13 +21,10 @@ static unsigned char *check(int fd, const void *at, size_t pages)
 
 TEST(the_cpu_ends_it, "G14: page by page, and finds what the device had")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(256 * PAGE, RW, PRIVATE, -1), *copy = buffer(256 * PAGE);
-        fill(at, 256 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(256 * PAGE, 1), *copy = buffer(256 * PAGE);
         ALL_EXCLUSIVE(0, fd, at, 256);
-        DONE(fd, EXCLUSIVE, at, copy, 256);
-        FILLED(copy, 256 * PAGE, 1);
+        FINDS(1, fd, EXCLUSIVE, at, copy, 256);
         ALL_EXCLUSIVE(1, fd, at, 256);
         /* To ask is not to use. */
         ALL_EXCLUSIVE(1, fd, at, 256);
@@ -40,18 +37,14 @@ TEST(the_cpu_ends_it, "G14: page by page, and finds what the device had")
         }
         ALL_EXCLUSIVE(0, fd, at, 256);
         FILLED(at, 256 * PAGE, 2);
-        DONE(fd, EXCLUSIVE, at, copy, 256);
-        FILLED(copy, 256 * PAGE, 2);
-        close(fd);
+        FINDS(2, fd, EXCLUSIVE, at, copy, 256);
     }
 }
 
 TEST(another_device_ends_it, "G14")
 {
-    EACH_KIND(device) {
-        int one = open_mirror(device), two = open_mirror(device + 1);
-        char *at = map(32 * PAGE, RW, PRIVATE, -1), *copy = buffer(32 * PAGE);
-        fill(at, 32 * PAGE, 1);
+    EACH_PAIR(device, one, two) {
+        char *at = filled(32 * PAGE, 1), *copy = buffer(32 * PAGE);
         DONE(one, EXCLUSIVE, at, copy, 32);
         ALL_EXCLUSIVE(0, two, at, 32);
         DONE(two, READ, at + 8 * PAGE, copy, 8);
@@ -61,38 +54,29 @@ TEST(another_device_ends_it, "G14")
         ALL_EXCLUSIVE(1, two, at + 8 * PAGE, 24);
         ALL_EXCLUSIVE(0, one, at + 8 * PAGE, 24);
         FILLED(at, 32 * PAGE, 1);
-        close(one);
-        close(two);
     }
 }
 
 TEST(the_device_itself_goes_on, "G14: it reads and writes what is exclusive to it, without a fault")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(32 * PAGE, RW, PRIVATE, -1), *copy = buffer(32 * PAGE);
-        fill(at, 32 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(32 * PAGE, 1), *copy = buffer(32 * PAGE);
         DONE(fd, EXCLUSIVE, at, copy, 32);
-        EQUAL(0, DONE(fd, READ, at, copy, 32));
-        FILLED(copy, 32 * PAGE, 1);
-        fill(copy, 32 * PAGE, 2);
-        EQUAL(0, DONE(fd, WRITE, at, copy, 32));
+        EQUAL(0, FINDS(1, fd, READ, at, copy, 32));
+        EQUAL(0, WRITES(2, fd, at, copy, 32));
         ALL_EXCLUSIVE(1, fd, at, 32);
         FILLED(at, 32 * PAGE, 2);
-        close(fd);
     }
 }
 
 TEST(memory_of_all_states_becomes_exclusive, "G14: never touched, zeros, on this device, on the other one, huge")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device), other = open_mirror(device + 1);
+    EACH_PAIR(device, fd, other) {
         char *at = map_blocks(1, RW, MADV_HUGEPAGE), *copy = buffer(BLOCK);
         fill(at, BLOCK, 1);
         DONE(fd, EXCLUSIVE, at + 5 * PAGE, copy, 7);
         ALL_EXCLUSIVE(1, fd, at + 5 * PAGE, 7);
-        DONE(fd, EXCLUSIVE, at, copy, 512);
-        FILLED(copy, BLOCK, 1);
+        FINDS(1, fd, EXCLUSIVE, at, copy, 512);
         ALL_EXCLUSIVE(1, fd, at, 512);
         FILLED(at, BLOCK, 1);
         char *small = map(16 * PAGE, RW, PRIVATE, -1);
@@ -108,71 +92,55 @@ TEST(memory_of_all_states_becomes_exclusive, "G14: never touched, zeros, on this
         FILLED(small + 2 * PAGE, 4 * PAGE, 2);
         ALL_ZERO(small + 6 * PAGE, 10 * PAGE);
         ALL_EXCLUSIVE(0, fd, small, 16);
-        close(fd);
-        close(other);
     }
 }
 
 TEST(a_change_of_protection_ends_it, "G5: and what it forbids is forbidden")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(64 * PAGE, RW, PRIVATE, -1), *copy = buffer(64 * PAGE);
-        fill(at, 64 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(64 * PAGE, 1), *copy = buffer(64 * PAGE);
         DONE(fd, EXCLUSIVE, at, copy, 64);
         HOLDS(mprotect(at, 32 * PAGE, RO) == 0);
-        EQUAL(EPERM, ask(fd, WRITE, at, copy, 64, NULL));
-        EQUAL(EPERM, ask(fd, WRITE, at + 31 * PAGE, copy, 1, NULL));
-        EQUAL(EFAULT, ask(fd, EXCLUSIVE, at, copy, 64, NULL));
+        REFUSED(EPERM, fd, WRITE, at, copy, 64);
+        REFUSED(EPERM, fd, WRITE, at + 31 * PAGE, copy, 1);
+        REFUSED(EFAULT, fd, EXCLUSIVE, at, copy, 64);
         ALL_EXCLUSIVE(0, fd, at, 32);
         ALL_EXCLUSIVE(1, fd, at + 32 * PAGE, 32);
         FILLED(at, 64 * PAGE, 1);
-        close(fd);
     }
 }
 
 TEST(a_fork_ends_it, "G12: both have everything, and go on apart")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(600 * PAGE, RW, PRIVATE, -1), *copy = buffer(600 * PAGE);
-        fill(at, 600 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(600 * PAGE, 1), *copy = buffer(600 * PAGE);
         DONE(fd, EXCLUSIVE, at, copy, 600);
-        pid_t child = fork();
-        if (child == 0) {
+        FORK(child) {
             FILLED(at, 600 * PAGE, 1);
             fill(at, 600 * PAGE, 2);
             FILLED(at, 600 * PAGE, 2);
             int own = open_mirror(device);
             ALL_EXCLUSIVE(0, own, at, 600);
-            DONE(own, EXCLUSIVE, at, copy, 600);
-            FILLED(copy, 600 * PAGE, 2);
-            _exit(0);
+            FINDS(2, own, EXCLUSIVE, at, copy, 600);
         }
         FILLED(at, 600 * PAGE, 1);
         fill(at, 600 * PAGE, 3);
         ENDS_WELL(child);
         FILLED(at, 600 * PAGE, 3);
         ALL_EXCLUSIVE(0, fd, at, 600);
-        close(fd);
     }
 }
 
 TEST(it_is_not_seen_by_mirrors, "a snapshot says that nothing is there")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device), other = open_mirror(device + 1);
-        char *at = map(4 * PAGE, RW, PRIVATE, -1), *copy = buffer(4 * PAGE);
-        fill(at, 4 * PAGE, 1);
+    EACH_PAIR(device, fd, other) {
+        char *at = filled(4 * PAGE, 1), *copy = buffer(4 * PAGE);
         DONE(fd, EXCLUSIVE, at, copy, 2);
         ALL_SEEN(NOTHING, fd, at, 2);
         ALL_SEEN(NOTHING, other, at, 2);
         ALL_SEEN(WRITABLE, fd, at + 2 * PAGE, 2);
         /* It may be sent to the device's memory, where it stays. */
-        DONE(fd, TO_DEVICE, at, copy, 4);
-        FILLED(copy, 4 * PAGE, 1);
+        FINDS(1, fd, TO_DEVICE, at, copy, 4);
         FILLED(at, 4 * PAGE, 1);
-        close(fd);
-        close(other);
     }
 }

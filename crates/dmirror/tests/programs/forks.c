@@ -4,74 +4,56 @@
 
 TEST(both_have_what_was_on_the_device, "G12: small and huge; each writes, the other does not see it")
 {
-    EACH_KIND(device)
-    for (int way = 0; way < 4; way++) {
-        int fd = open_mirror(device), huge = way & 1, migrated = way >> 1;
+    for (int way = 0; way < 4; way++)
+    EACH_MIRROR(device, fd) {
+        int huge = way & 1, migrated = way >> 1;
         size_t bytes = 2 * BLOCK;
         char *at = map_blocks(2, RW, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE), *copy = buffer(bytes);
         fill(at, bytes, 1);
-        if (migrated)
-            DONE(fd, TO_DEVICE, at, copy, bytes / PAGE);
-        else
-            DONE(fd, READ, at, copy, bytes / PAGE);
-        pid_t child = fork();
-        if (child == 0) {
+        DONE(fd, migrated ? TO_DEVICE : READ, at, copy, bytes / PAGE);
+        FORK(child) {
             FILLED(at, bytes, 1);
             int own = open_mirror(device);
-            fill(copy, bytes, 2);
-            EQUAL(1, DONE(own, WRITE, at, copy, bytes / PAGE));
+            EQUAL(1, WRITES(2, own, at, copy, bytes / PAGE));
             FILLED(at, bytes, 2);
-            DONE(own, TO_DEVICE, at, copy, bytes / PAGE);
-            FILLED(copy, bytes, 2);
+            FINDS(2, own, TO_DEVICE, at, copy, bytes / PAGE);
             FILLED(at, bytes, 2);
-            _exit(0);
         }
         /* While the child is at it. */
-        fill(copy, BLOCK, 3);
-        DONE(fd, WRITE, at, copy, 512);
+        WRITES(3, fd, at, copy, 512);
         FILLED(at, BLOCK, 3);
         FILLED_FROM(at + BLOCK, BLOCK, 1, BLOCK);
         ENDS_WELL(child);
         FILLED(at, BLOCK, 3);
         FILLED_FROM(at + BLOCK, BLOCK, 1, BLOCK);
         ALL_SEEN_OF_ANY_SIZE(WRITABLE, fd, at, 512);
-        close(fd);
     }
 }
 
 TEST(a_child_writes_and_the_parent_does_not_see_it, "G12: by the CPU alone, copy on write")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(64 * PAGE, RW, PRIVATE, -1), *copy = buffer(64 * PAGE);
-        fill(at, 64 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(64 * PAGE, 1), *copy = buffer(64 * PAGE);
         DONE(fd, TO_DEVICE, at, copy, 64);
-        pid_t child = fork();
-        if (child == 0) {
+        FORK(child) {
             FILLED(at, 64 * PAGE, 1);
             fill(at, 64 * PAGE, 2);
             FILLED(at, 64 * PAGE, 2);
-            _exit(0);
         }
         fill(at, 64 * PAGE, 3);
         ENDS_WELL(child);
         FILLED(at, 64 * PAGE, 3);
         ALL_SEEN(WRITABLE, fd, at, 64);
-        close(fd);
     }
 }
 
 TEST(a_child_that_is_killed, "G12, Z6: takes nothing with it")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(256 * PAGE, RW, PRIVATE, -1), *copy = buffer(256 * PAGE);
-        fill(at, 256 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(256 * PAGE, 1), *copy = buffer(256 * PAGE);
         for (int round = 0; round < 5; round++) {
-            DONE(fd, TO_DEVICE, at, copy, 256);
-            FILLED(copy, 256 * PAGE, 1);
-            pid_t child = fork();
-            if (child == 0) {
+            FINDS(1, fd, TO_DEVICE, at, copy, 256);
+            FORK(child) {
                 int own = open_mirror(device);
                 for (;;) {
                     DONE(own, TO_DEVICE, at, copy, 256);
@@ -82,60 +64,44 @@ TEST(a_child_that_is_killed, "G12, Z6: takes nothing with it")
             HOLDS(kill(child, SIGKILL) == 0 && waitpid(child, NULL, 0) == child);
             FILLED(at, 256 * PAGE, 1);
         }
-        close(fd);
     }
 }
 
 TEST(files_of_the_parent_are_of_no_use, "EINVAL: a child opens its own")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(8 * PAGE, RW, PRIVATE, -1), *copy = buffer(8 * PAGE);
-        fill(at, 8 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(8 * PAGE, 1), *copy = buffer(8 * PAGE);
         DONE(fd, TO_DEVICE, at, copy, 8);
-        pid_t child = fork();
-        if (child == 0) {
-            EQUAL(EINVAL, ask(fd, READ, at, copy, 8, NULL));
-            EQUAL(EINVAL, ask(fd, RELEASE, at, copy, 8, NULL));
+        FORK(child) {
+            REFUSED(EINVAL, fd, READ, at, copy, 8);
+            REFUSED(EINVAL, fd, RELEASE, at, copy, 8);
             EQUAL(0, close(fd));
             int own = open_mirror(device);
-            EQUAL(1, DONE(own, READ, at, copy, 8));
-            FILLED(copy, 8 * PAGE, 1);
-            _exit(0);
+            EQUAL(1, FINDS(1, own, READ, at, copy, 8));
         }
         ENDS_WELL(child);
         /* Closed in the child alone. */
-        DONE(fd, READ, at, copy, 8);
-        FILLED(copy, 8 * PAGE, 1);
-        close(fd);
+        FINDS(1, fd, READ, at, copy, 8);
     }
 }
 
 TEST(generations, "G12: a child's child, each with devices of its own")
 {
     EACH_KIND(device) {
-        char *at = map(600 * PAGE, RW, PRIVATE, -1), *copy = buffer(600 * PAGE);
-        fill(at, 600 * PAGE, 1);
-        pid_t child = fork();
-        if (child == 0) {
+        char *at = filled(600 * PAGE, 1), *copy = buffer(600 * PAGE);
+        FORK(child) {
             /* Nobody has opened a device before. */
             int own = open_mirror(device);
             DONE(own, TO_DEVICE, at, copy, 300);
-            pid_t grandchild = fork();
-            if (grandchild == 0) {
+            FORK(grandchild) {
                 int mine = open_mirror(3 - device);
-                DONE(mine, READ, at, copy, 600);
-                FILLED(copy, 600 * PAGE, 1);
+                FINDS(1, mine, READ, at, copy, 600);
                 fill(at, 600 * PAGE, 2);
-                DONE(mine, TO_DEVICE, at, copy, 600);
-                FILLED(copy, 600 * PAGE, 2);
-                _exit(0);
+                FINDS(2, mine, TO_DEVICE, at, copy, 600);
             }
             ENDS_WELL(grandchild);
             FILLED(at, 600 * PAGE, 1);
-            DONE(own, TO_DEVICE, at, copy, 600);
-            FILLED(copy, 600 * PAGE, 1);
-            _exit(0);
+            FINDS(1, own, TO_DEVICE, at, copy, 600);
         }
         ENDS_WELL(child);
         FILLED(at, 600 * PAGE, 1);
@@ -166,20 +132,16 @@ TEST(devices_work_while_the_process_forks, "G12: they come to rest, and go on in
 {
     struct worker workers[3];
     pthread_t threads[3];
-    char *at = map(64 * PAGE, RW, PRIVATE, -1), *copy = buffer(64 * PAGE);
-    fill(at, 64 * PAGE, 7);
+    char *at = filled(64 * PAGE, 7), *copy = buffer(64 * PAGE);
     for (int i = 0; i < 3; i++) {
         workers[i] = (struct worker){open_mirror(i), map(128 * PAGE, RW, PRIVATE, -1), 0};
         HOLDS(pthread_create(&threads[i], NULL, work, &workers[i]) == 0);
     }
     for (int round = 0; round < 12; round++) {
-        pid_t child = fork();
-        if (child == 0) {
+        FORK(child) {
             int own = open_mirror(round % 4);
-            DONE(own, TO_DEVICE, at, copy, 64);
-            FILLED(copy, 64 * PAGE, 7);
+            FINDS(7, own, TO_DEVICE, at, copy, 64);
             fill(at, 64 * PAGE, 8);
-            _exit(0);
         }
         ENDS_WELL(child);
     }
@@ -196,8 +158,7 @@ TEST(programs_that_are_started, "a file that is inherited is nothing to the prog
     char command[128];
     snprintf(command, sizeof command, "test -e /proc/self/fd/%d && true", fd);
     EQUAL(0, system(command));
-    char *at = map(PAGE, RW, PRIVATE, -1), *copy = buffer(PAGE);
-    fill(at, PAGE, 1);
+    char *at = filled(PAGE, 1), *copy = buffer(PAGE);
     DONE(fd, TO_DEVICE, at, copy, 1);
     FILLED(at, PAGE, 1);
 }

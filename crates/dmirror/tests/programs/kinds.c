@@ -12,53 +12,58 @@ static int make_file(size_t bytes)
 
 #define SIZE (700 * PAGE)
 
+/* The program writes a file of that size, or finds in it what was written. */
+static void put(int file, char *copy, uint64_t mark)
+{
+    fill(copy, SIZE, mark);
+    EQUAL(SIZE, pwrite(file, copy, SIZE, 0));
+}
+
+static void has(int file, char *copy, uint64_t mark)
+{
+    memset(copy, 0, SIZE);
+    EQUAL(SIZE, pread(file, copy, SIZE, 0));
+    FILLED(copy, SIZE, mark);
+}
+
 /* Devices use shared memory where it is. */
 static void in_place(int device, char *at, size_t bytes, size_t unit)
 {
     int fd = open_mirror(device), other = open_mirror((device + 2) % 4);
     char *copy = buffer(bytes);
-    fill(copy, bytes, 1);
-    EQUAL(1, DONE(fd, WRITE, at, copy, bytes / PAGE));
+    EQUAL(1, WRITES(1, fd, at, copy, bytes / PAGE));
     FILLED(at, bytes, 1);
     EQUAL(0, DONE(fd, WRITE, at, copy, bytes / PAGE));
     fill(at, bytes, 2);
-    EQUAL(1, DONE(other, READ, at, copy, bytes / PAGE));
-    FILLED(copy, bytes, 2);
-    EQUAL(ENOENT, ask(fd, TO_DEVICE, at, copy, bytes / PAGE, NULL));
-    EQUAL(ENOENT, ask(fd, TO_DEVICE, at + 5 * PAGE, copy, 1, NULL));
-    struct command done;
-    EQUAL(0, ask(fd, TO_SYSTEM, at, copy, bytes / PAGE, &done));
-    EQUAL(0, done.cpages);
+    EQUAL(1, FINDS(2, other, READ, at, copy, bytes / PAGE));
+    REFUSED(ENOENT, fd, TO_DEVICE, at, copy, bytes / PAGE);
+    REFUSED(ENOENT, fd, TO_DEVICE, at + 5 * PAGE, copy, 1);
+    DONE_IN_PART(0, fd, TO_SYSTEM, at, copy, bytes / PAGE);
     HOLDS(ask(fd, EXCLUSIVE, at, copy, 1, NULL) != 0);
     ALL_SEEN_OF_ANY_SIZE(WRITABLE, fd, at, bytes / PAGE);
     FILLED(at, bytes, 2);
     /* Permissions hold, and change. */
     HOLDS(mprotect(at, unit, RO) == 0);
-    EQUAL(EPERM, ask(fd, WRITE, at, copy, bytes / PAGE, NULL));
+    REFUSED(EPERM, fd, WRITE, at, copy, bytes / PAGE);
     DONE(fd, READ, at, copy, bytes / PAGE);
     ALL_SEEN_OF_ANY_SIZE(READABLE, fd, at, unit / PAGE);
     HOLDS(mprotect(at, unit, NO_RW) == 0);
-    EQUAL(EFAULT, ask(fd, READ, at, copy, bytes / PAGE, NULL));
-    EQUAL(EINVAL, ask(fd, TO_DEVICE, at, copy, bytes / PAGE, NULL));
+    REFUSED(EFAULT, fd, READ, at, copy, bytes / PAGE);
+    REFUSED(EINVAL, fd, TO_DEVICE, at, copy, bytes / PAGE);
     HOLDS(mprotect(at, unit, RW) == 0);
-    DONE(fd, READ, at, copy, bytes / PAGE);
-    FILLED(copy, bytes, 2);
+    FINDS(2, fd, READ, at, copy, bytes / PAGE);
     /* A child and its devices see the same memory. */
-    pid_t child = fork();
-    if (child == 0) {
+    FORK(child) {
         int own = open_mirror(device);
         FILLED(at, bytes, 2);
-        fill(copy, bytes, 3);
-        EQUAL(1, DONE(own, WRITE, at, copy, bytes / PAGE));
-        _exit(0);
+        EQUAL(1, WRITES(3, own, at, copy, bytes / PAGE));
     }
     ENDS_WELL(child);
     FILLED(at, bytes, 3);
-    DONE(fd, READ, at, copy, bytes / PAGE);
-    FILLED(copy, bytes, 3);
+    FINDS(3, fd, READ, at, copy, bytes / PAGE);
     HOLDS(munmap(at, unit) == 0);
-    EQUAL(EFAULT, ask(fd, READ, at, copy, bytes / PAGE, NULL));
-    EQUAL(EINVAL, ask(fd, TO_DEVICE, at, copy, 1, NULL));
+    REFUSED(EFAULT, fd, READ, at, copy, bytes / PAGE);
+    REFUSED(EINVAL, fd, TO_DEVICE, at, copy, 1);
     ALL_SEEN(UNREADABLE, fd, at, unit / PAGE);
     close(fd);
     close(other);
@@ -81,75 +86,60 @@ TEST(memory_files, "G11: accessed in place, and stays")
 
 TEST(shared_files, "G11: accessed in place; the file has it")
 {
-    EACH_KIND(device) {
-        int file = make_file(SIZE), fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
+        int file = make_file(SIZE);
         char *at = map(SIZE, RW, MAP_SHARED, file), *copy = buffer(SIZE);
-        fill(copy, SIZE, 1);
-        EQUAL(SIZE, pwrite(file, copy, SIZE, 0));
+        put(file, copy, 1);
         memset(copy, 0, SIZE);
-        EQUAL(1, DONE(fd, READ, at, copy, SIZE / PAGE));
-        FILLED(copy, SIZE, 1);
-        fill(copy, SIZE, 2);
-        DONE(fd, WRITE, at, copy, SIZE / PAGE);
-        memset(copy, 0, SIZE);
-        EQUAL(SIZE, pread(file, copy, SIZE, 0));
-        FILLED(copy, SIZE, 2);
+        EQUAL(1, FINDS(1, fd, READ, at, copy, SIZE / PAGE));
+        WRITES(2, fd, at, copy, SIZE / PAGE);
+        has(file, copy, 2);
         in_place(device, at, SIZE, PAGE);
-        close(fd);
     }
 }
 
 TEST(files_that_are_only_read, "G4, G11")
 {
-    EACH_KIND(device) {
-        int file = make_file(SIZE), fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
+        int file = make_file(SIZE);
         char *copy = buffer(SIZE);
-        fill(copy, SIZE, 1);
-        EQUAL(SIZE, pwrite(file, copy, SIZE, 0));
+        put(file, copy, 1);
         for (int kind = 0; kind < 2; kind++) {
             char *at = map(SIZE, RO, kind ? MAP_PRIVATE : MAP_SHARED, file);
             memset(copy, 0, SIZE);
-            EQUAL(1, DONE(fd, READ, at, copy, SIZE / PAGE));
-            FILLED(copy, SIZE, 1);
-            EQUAL(EPERM, ask(fd, WRITE, at, copy, SIZE / PAGE, NULL));
+            EQUAL(1, FINDS(1, fd, READ, at, copy, SIZE / PAGE));
+            REFUSED(EPERM, fd, WRITE, at, copy, SIZE / PAGE);
             ALL_SEEN_OF_ANY_SIZE(READABLE, fd, at, SIZE / PAGE);
         }
-        close(fd);
     }
 }
 
 TEST(files_that_end_early, "EFAULT beyond the end of a file, and nothing worse")
 {
-    EACH_KIND(device) {
-        int file = make_file(8 * PAGE), fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
+        int file = make_file(8 * PAGE);
         char *at = map(8 * PAGE, RW, MAP_SHARED, file), *copy = buffer(8 * PAGE);
-        fill(copy, 8 * PAGE, 1);
-        DONE(fd, WRITE, at, copy, 8);
+        WRITES(1, fd, at, copy, 8);
         HOLDS(ftruncate(file, 4 * PAGE) == 0);
-        EQUAL(EFAULT, ask(fd, READ, at, copy, 8, NULL));
-        EQUAL(EFAULT, ask(fd, WRITE, at, copy, 8, NULL));
-        DONE(fd, READ, at, copy, 4);
-        FILLED(copy, 4 * PAGE, 1);
+        REFUSED(EFAULT, fd, READ, at, copy, 8);
+        REFUSED(EFAULT, fd, WRITE, at, copy, 8);
+        FINDS(1, fd, READ, at, copy, 4);
         HOLDS(ftruncate(file, 8 * PAGE) == 0);
         DONE(fd, READ, at, copy, 8);
         ALL_ZERO(copy + 4 * PAGE, 4 * PAGE);
-        close(fd);
     }
 }
 
 TEST(private_files, "G11: their copied pages migrate; the file is as it was")
 {
-    EACH_KIND(device) {
-        int file = make_file(SIZE), fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
+        int file = make_file(SIZE);
         char *at = map(SIZE, RW, MAP_PRIVATE, file), *copy = buffer(SIZE);
-        fill(copy, SIZE, 1);
-        EQUAL(SIZE, pwrite(file, copy, SIZE, 0));
+        put(file, copy, 1);
         /* A device reads what is in the file, and writes to copies. */
-        EQUAL(1, DONE(fd, READ, at, copy, SIZE / PAGE));
-        FILLED(copy, SIZE, 1);
+        EQUAL(1, FINDS(1, fd, READ, at, copy, SIZE / PAGE));
         fill(at, 100 * PAGE, 2);
-        fill(copy, 100 * PAGE, 3);
-        DONE(fd, WRITE, at + 100 * PAGE, copy, 100);
+        WRITES(3, fd, at + 100 * PAGE, copy, 100);
         ALL_SEEN_OF_ANY_SIZE(WRITABLE, fd, at, 200);
         /* What is copied by now migrates. */
         DONE(fd, TO_DEVICE, at, copy, 200);
@@ -159,24 +149,18 @@ TEST(private_files, "G11: their copied pages migrate; the file is as it was")
         FILLED(at, 100 * PAGE, 2);
         FILLED(at + 100 * PAGE, 100 * PAGE, 3);
         FILLED_FROM(at + 200 * PAGE, SIZE - 200 * PAGE, 1, 200 * PAGE);
-        EQUAL(SIZE, pread(file, copy, SIZE, 0));
-        FILLED(copy, SIZE, 1);
+        has(file, copy, 1);
         /* And goes on to be private. */
-        fill(copy, SIZE, 4);
-        EQUAL(SIZE, pwrite(file, copy, SIZE, 0));
+        put(file, copy, 4);
         FILLED(at, 100 * PAGE, 2);
-        pid_t child = fork();
-        if (child == 0) {
+        FORK(child) {
             FILLED(at, 100 * PAGE, 2);
             fill(at, SIZE, 5);
             int own = open_mirror(device);
-            DONE(own, TO_DEVICE, at, copy, SIZE / PAGE);
-            FILLED(copy, SIZE, 5);
-            _exit(0);
+            FINDS(5, own, TO_DEVICE, at, copy, SIZE / PAGE);
         }
         ENDS_WELL(child);
         FILLED(at, 100 * PAGE, 2);
-        close(fd);
     }
 }
 
@@ -188,29 +172,26 @@ TEST(huge_pages_of_the_pool, "G11: accessed in place; 4 in each byte of a snapsh
             skip("the pool of huge pages is empty");
         int fd = open_mirror(device);
         char *copy = buffer(2 * BLOCK);
-        fill(copy, 2 * BLOCK, 1);
-        EQUAL(1, DONE(fd, WRITE, at, copy, 1024));
+        EQUAL(1, WRITES(1, fd, at, copy, 1024));
         FILLED(at, 2 * BLOCK, 1);
         ALL_SEEN(WRITABLE | BY_2M, fd, at, 1024);
         HOLDS(mprotect(at, BLOCK, RO) == 0);
         ALL_SEEN(READABLE | BY_2M, fd, at, 512);
         ALL_SEEN(WRITABLE | BY_2M, fd, at + BLOCK, 512);
-        EQUAL(EPERM, ask(fd, WRITE, at, copy, 1024, NULL));
+        REFUSED(EPERM, fd, WRITE, at, copy, 1024);
         HOLDS(ask(fd, TO_DEVICE, at, copy, 1024, NULL) != 0);
         HOLDS(mprotect(at, BLOCK, RW) == 0);
         fill(at, 2 * BLOCK, 2);
-        DONE(fd, READ, at, copy, 1024);
-        FILLED(copy, 2 * BLOCK, 2);
+        FINDS(2, fd, READ, at, copy, 1024);
         HOLDS(munmap(at, 2 * BLOCK) == 0);
-        EQUAL(EFAULT, ask(fd, READ, at, copy, 1, NULL));
-        close(fd);
+        REFUSED(EFAULT, fd, READ, at, copy, 1);
     }
 }
 
 TEST(ranges_of_several_kinds, "G1, G11: in one request, whatever they are made of")
 {
-    EACH_KIND(device) {
-        int file = make_file(64 * PAGE), fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
+        int file = make_file(64 * PAGE);
         char *at = map(5 * 64 * PAGE, RW, PRIVATE, -1), *copy = buffer(5 * 64 * PAGE);
         size_t part = 64 * PAGE;
         HOLDS(mmap(at + part, part, RW, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == at + part);
@@ -222,12 +203,11 @@ TEST(ranges_of_several_kinds, "G1, G11: in one request, whatever they are made o
         memset(copy, 0, 5 * part);
         EQUAL(0, DONE(fd, READ, at, copy, 320));
         FILLED(copy, 5 * part, 1);
-        EQUAL(ENOENT, ask(fd, TO_DEVICE, at, copy, 320, NULL));
+        REFUSED(ENOENT, fd, TO_DEVICE, at, copy, 320);
         /* All that can have gone. */
         ALL_SEEN_OF_ANY_SIZE(seen_on(device), fd, at, 64);
         ALL_SEEN_OF_ANY_SIZE(seen_on(device), fd, at + 2 * part, 64);
         ALL_SEEN_OF_ANY_SIZE(seen_on(device), fd, at + 4 * part, 64);
         FILLED(at, 5 * part, 1);
-        close(fd);
     }
 }

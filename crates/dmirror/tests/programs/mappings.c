@@ -14,17 +14,15 @@ static char *blocks(int huge, size_t room)
 
 TEST(a_part_is_unmapped, "G5, H11: what is left of a block on a device is as it was")
 {
-    EACH_KIND(device)
     for (int huge = 0; huge < 2; huge++)
-        for (size_t part = 0; part < 3; part++) {
-            int fd = open_mirror(device);
+        for (size_t part = 0; part < 3; part++)
+        EACH_MIRROR(device, fd) {
             char *at = blocks(huge, 0), *copy = buffer(BLOCK);
-            DONE(fd, TO_DEVICE, at, copy, 512);
-            FILLED(copy, BLOCK, 1);
+            FINDS(1, fd, TO_DEVICE, at, copy, 512);
             size_t from = part * BLOCK / 4, to = from + BLOCK / 2;
             HOLDS(munmap(at + from, to - from) == 0);
             ALL_SEEN(UNREADABLE, fd, at + from, (to - from) / PAGE);
-            EQUAL(EFAULT, ask(fd, READ, at, copy, 512, NULL));
+            REFUSED(EFAULT, fd, READ, at, copy, 512);
             FILLED(at, from, 1);
             FILLED_FROM(at + to, BLOCK - to, 1, to);
             /* Something new in its place. */
@@ -33,24 +31,21 @@ TEST(a_part_is_unmapped, "G5, H11: what is left of a block on a device is as it 
             FILLED(copy, from, 1);
             ALL_ZERO(copy + from, to - from);
             FILLED_FROM(copy + to, BLOCK - to, 1, to);
-            close(fd);
         }
 }
 
 TEST(memory_that_moves, "G5: whole, in part, with and without leaving the old mapping, before and after it migrates")
 {
-    EACH_KIND(device)
     for (int way = 0; way < 8; way++)
-        for (size_t shift = 0; shift < 3; shift++) {
+        for (size_t shift = 0; shift < 3; shift++)
+        EACH_MIRROR(device, fd) {
             int huge = way & 1, stays = way >> 1 & 1, before = way >> 2;
             int flags = MREMAP_MAYMOVE | MREMAP_FIXED | (stays ? MREMAP_DONTUNMAP : 0);
-            int fd = open_mirror(device);
             /* Before there is room for it where memory is to move. */
             char *copy = buffer(BLOCK), *at = blocks(huge, 2), *to = at + BLOCK + shift * BLOCK / 4, *now = at;
             if (before)
                 HOLDS((now = mremap(at, BLOCK, BLOCK, flags, to)) == to);
-            DONE(fd, TO_DEVICE, now, copy, 512);
-            FILLED(copy, BLOCK, 1);
+            FINDS(1, fd, TO_DEVICE, now, copy, 512);
             if (!before)
                 HOLDS((now = mremap(at, BLOCK, BLOCK, flags, to)) == to);
             ALL_SEEN_OF_ANY_SIZE(seen_on(device), fd, now, 512);
@@ -63,49 +58,43 @@ TEST(memory_that_moves, "G5: whole, in part, with and without leaving the old ma
                 ALL_ZERO(at, BLOCK);
                 fill(at, BLOCK, 2);
             } else {
-                EQUAL(EFAULT, ask(fd, READ, at, copy, 512, NULL));
+                REFUSED(EFAULT, fd, READ, at, copy, 512);
                 ALL_SEEN(UNREADABLE, fd, at, 512);
             }
             FILLED(now, BLOCK, 1);
             HOLDS(munmap(now, BLOCK) == 0);
-            close(fd);
         }
 }
 
 TEST(a_part_moves, "G5: out of the middle of what is on a device")
 {
-    EACH_KIND(device)
-    for (int huge = 0; huge < 2; huge++) {
-        int fd = open_mirror(device);
+    for (int huge = 0; huge < 2; huge++)
+    EACH_MIRROR(device, fd) {
         char *copy = buffer(BLOCK), *at = blocks(huge, 1), *to = at + BLOCK + 3 * PAGE;
         DONE(fd, TO_DEVICE, at, copy, 512);
         HOLDS(mremap(at + 100 * PAGE, 50 * PAGE, 50 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to);
         FILLED_FROM(to, 50 * PAGE, 1, 100 * PAGE);
         FILLED(at, 100 * PAGE, 1);
         FILLED_FROM(at + 150 * PAGE, 362 * PAGE, 1, 150 * PAGE);
-        EQUAL(EFAULT, ask(fd, READ, at, copy, 512, NULL));
+        REFUSED(EFAULT, fd, READ, at, copy, 512);
         DONE(fd, READ, at + 150 * PAGE, copy, 362);
         FILLED_FROM(copy, 362 * PAGE, 1, 150 * PAGE);
-        close(fd);
     }
 }
 
 TEST(memory_of_several_mappings_moves, "G5: parts that devices have had to do with, and others: all of it, to a fixed place or any")
 {
-    EACH_KIND(device)
-    for (size_t first = 0; first < 48; first += 16) {
-        int fd = open_mirror(device);
-        char *copy = buffer(128 * PAGE), *to = map(64 * PAGE, RW, PRIVATE, -1), *at = map(64 * PAGE, RW, PRIVATE, -1);
-        fill(at, 64 * PAGE, 1);
+    for (size_t first = 0; first < 48; first += 16)
+    EACH_MIRROR(device, fd) {
+        char *copy = buffer(128 * PAGE), *to = map(64 * PAGE, RW, PRIVATE, -1), *at = filled(64 * PAGE, 1);
         fill(to, 64 * PAGE, 2);
         /* The library manages what it was asked about. */
         DONE(fd, TO_DEVICE, at + first * PAGE, copy, 8);
         DONE(fd, READ, at + (first + 12) * PAGE, copy, 2);
         HOLDS(mremap(at, 64 * PAGE, 64 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to);
-        EQUAL(EFAULT, ask(fd, READ, at, copy, 64, NULL));
+        REFUSED(EFAULT, fd, READ, at, copy, 64);
         ALL_SEEN(seen_on(device), fd, to + first * PAGE, 8);
-        DONE(fd, READ, to, copy, 64);
-        FILLED(copy, 64 * PAGE, 1);
+        FINDS(1, fd, READ, to, copy, 64);
         FILLED(to, 64 * PAGE, 1);
         /* Anywhere, and longer. */
         char *now = mremap(to, 64 * PAGE, 128 * PAGE, MREMAP_MAYMOVE);
@@ -115,38 +104,32 @@ TEST(memory_of_several_mappings_moves, "G5: parts that devices have had to do wi
         ALL_ZERO(copy + 64 * PAGE, 64 * PAGE);
         FILLED(now, 64 * PAGE, 1);
         HOLDS(munmap(now, 128 * PAGE) == 0);
-        close(fd);
     }
 }
 
 TEST(memory_grows_and_shrinks, "G5: in place, and elsewhere")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(64 * PAGE, RW, PRIVATE, -1), *copy = buffer(256 * PAGE);
-        fill(at, 64 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(64 * PAGE, 1), *copy = buffer(256 * PAGE);
         DONE(fd, TO_DEVICE, at, copy, 64);
         at = mremap(at, 64 * PAGE, 256 * PAGE, MREMAP_MAYMOVE);
         HOLDS(at != MAP_FAILED);
         DONE(fd, READ, at, copy, 256);
         FILLED(copy, 64 * PAGE, 1);
         ALL_ZERO(copy + 64 * PAGE, 192 * PAGE);
-        fill(copy, 256 * PAGE, 2);
-        DONE(fd, WRITE, at, copy, 256);
+        WRITES(2, fd, at, copy, 256);
         DONE(fd, TO_DEVICE, at, copy, 256);
         HOLDS(mremap(at, 256 * PAGE, 32 * PAGE, 0) == at);
         FILLED(at, 32 * PAGE, 2);
         ALL_SEEN(UNREADABLE, fd, at + 32 * PAGE, 1);
-        EQUAL(EFAULT, ask(fd, READ, at, copy, 33, NULL));
-        close(fd);
+        REFUSED(EFAULT, fd, READ, at, copy, 33);
     }
 }
 
 TEST(memory_is_given_up, "G5: discarded, on the host and on a device: zeros, for both")
 {
-    EACH_KIND(device)
-    for (int huge = 0; huge < 2; huge++) {
-        int fd = open_mirror(device);
+    for (int huge = 0; huge < 2; huge++)
+    EACH_MIRROR(device, fd) {
         char *at = blocks(huge, 0), *copy = buffer(BLOCK);
         DONE(fd, TO_DEVICE, at, copy, 512);
         HOLDS(madvise(at, 100 * PAGE, MADV_DONTNEED) == 0);
@@ -158,15 +141,13 @@ TEST(memory_is_given_up, "G5: discarded, on the host and on a device: zeros, for
         HOLDS(madvise(at, BLOCK, MADV_DONTNEED) == 0);
         DONE(fd, TO_DEVICE, at, copy, 512);
         ALL_ZERO(copy, BLOCK);
-        close(fd);
     }
 }
 
 TEST(memory_may_be_given_up, "G5: MADV_FREE after a migration; what was there or zeros, each page")
 {
-    EACH_KIND(device)
-    for (int huge = 0; huge < 2; huge++) {
-        int fd = open_mirror(device);
+    for (int huge = 0; huge < 2; huge++)
+    EACH_MIRROR(device, fd) {
         char *at = blocks(huge, 0), *copy = buffer(BLOCK);
         DONE(fd, TO_DEVICE, at, copy, 512);
         HOLDS(madvise(at, BLOCK, MADV_FREE) == 0);
@@ -177,51 +158,43 @@ TEST(memory_may_be_given_up, "G5: MADV_FREE after a migration; what was there or
                 EQUAL(zero ? 0 : word(1, page * PAGE / 8 + i), words[i]);
         }
         fill(at, BLOCK, 2);
-        DONE(fd, TO_DEVICE, at, copy, 512);
-        FILLED(copy, BLOCK, 2);
+        FINDS(2, fd, TO_DEVICE, at, copy, 512);
         FILLED(at, BLOCK, 2);
-        close(fd);
     }
 }
 
 TEST(something_else_is_mapped_there, "G5: at once, nothing of what was is seen any more")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map(64 * PAGE, RW, PRIVATE, -1), *copy = buffer(64 * PAGE);
         for (uint64_t round = 0; round < 50; round++) {
             fill(at, 64 * PAGE, round);
-            DONE(fd, round % 2 ? READ : TO_DEVICE, at, copy, 64);
-            FILLED(copy, 64 * PAGE, round);
+            FINDS(round, fd, round % 2 ? READ : TO_DEVICE, at, copy, 64);
             HOLDS(mmap(at + 16 * PAGE, 32 * PAGE, RW, PRIVATE | MAP_FIXED, -1, 0) == at + 16 * PAGE);
             EQUAL(1, DONE(fd, READ, at, copy, 64));
             FILLED(copy, 16 * PAGE, round);
             ALL_ZERO(copy + 16 * PAGE, 32 * PAGE);
             FILLED_FROM(copy + 48 * PAGE, 16 * PAGE, round, 48 * PAGE);
         }
-        close(fd);
     }
 }
 
 TEST(protection_changes, "G4, G5: what devices may do follows at once")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(64 * PAGE, RW, PRIVATE, -1), *copy = buffer(64 * PAGE);
-        fill(at, 64 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(64 * PAGE, 1), *copy = buffer(64 * PAGE);
         DONE(fd, WRITE, at, memcpy(copy, at, 64 * PAGE), 64);
         for (int round = 0; round < 50; round++) {
             if (round % 3 == 0)
                 DONE(fd, TO_DEVICE, at, copy, 64);
             HOLDS(mprotect(at + round * PAGE, PAGE, RO) == 0);
-            EQUAL(EPERM, ask(fd, WRITE, at, copy, 64, NULL));
+            REFUSED(EPERM, fd, WRITE, at, copy, 64);
             HOLDS(mprotect(at + round * PAGE, PAGE, NO_RW) == 0);
-            EQUAL(EFAULT, ask(fd, READ, at, copy, 64, NULL));
+            REFUSED(EFAULT, fd, READ, at, copy, 64);
             HOLDS(mprotect(at + round * PAGE, PAGE, RW) == 0);
             DONE(fd, WRITE, at, copy, 64);
             FILLED(at, 64 * PAGE, 1);
         }
-        close(fd);
     }
 }
 
@@ -241,12 +214,10 @@ static void *tear_down(void *of)
 
 TEST(teardown_races_reads, "G5: a read that succeeds has read what was there")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         int won = 0;
         for (unsigned round = 0; round < 60; round++) {
-            char *at = map(1024 * PAGE, RW, PRIVATE, -1), *copy = buffer(1024 * PAGE);
-            fill(at, 1024 * PAGE, round);
+            char *at = filled(1024 * PAGE, round), *copy = buffer(1024 * PAGE);
             if (round % 3 == 0)
                 DONE(fd, TO_DEVICE, at, copy, 1024);
             struct teardown teardown = {at, round * round * 300};
@@ -261,40 +232,35 @@ TEST(teardown_races_reads, "G5: a read that succeeds has read what was there")
                 won++;
             }
             pthread_join(thread, NULL);
-            EQUAL(EFAULT, ask(fd, READ, at, copy, 1024, NULL));
+            REFUSED(EFAULT, fd, READ, at, copy, 1024);
             FILLED(at, 512 * PAGE, round);
             HOLDS(munmap(at, 512 * PAGE) == 0);
             free(copy);
         }
         printf("# %d of 60 reads were faster\n", won);
-        close(fd);
     }
 }
 
 TEST(the_file_of_a_device_is_mapped, "its pages are there from the start, to be read")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map(4 * PAGE, RW, MAP_PRIVATE, fd), *copy = buffer(4 * PAGE);
         ALL_SEEN(READABLE, fd, at, 4);
         EQUAL(1, DONE(fd, READ, at, copy, 4));
         ALL_ZERO(copy, 4 * PAGE);
-        close(fd);
     }
 }
 
 TEST(memory_of_the_heap, "G1, G5, Z5: migrates, and can be freed wherever it is")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *copy = buffer(4 * BLOCK);
         for (uint64_t round = 0; round < 40; round++) {
             size_t bytes = (size_t[]){3 * PAGE, 40 * PAGE, BLOCK + PAGE, 3 * BLOCK}[round % 4];
             char *at = aligned_alloc(PAGE, bytes);
             HOLDS(at);
             fill(at, bytes, round);
-            DONE(fd, TO_DEVICE, at, copy, bytes / PAGE);
-            FILLED(copy, bytes, round);
+            FINDS(round, fd, TO_DEVICE, at, copy, bytes / PAGE);
             if (round % 3 == 0) {
                 at = realloc(at, 2 * bytes);
                 HOLDS(at);
@@ -308,6 +274,5 @@ TEST(memory_of_the_heap, "G1, G5, Z5: migrates, and can be freed wherever it is"
             FILLED(other, bytes, 1000 + round);
             free(other);
         }
-        close(fd);
     }
 }

@@ -3,32 +3,24 @@
 
 TEST(data_goes_to_a_device, "Z5, G2: and what the device has is told")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         for (size_t pages = 1; pages <= 4096; pages *= 8) {
-            char *at = map(pages * PAGE, RW, PRIVATE, -1), *copy = buffer(pages * PAGE);
-            fill(at, pages * PAGE, pages);
-            DONE(fd, TO_DEVICE, at, copy, pages);
-            FILLED(copy, pages * PAGE, pages);
+            char *at = filled(pages * PAGE, pages), *copy = buffer(pages * PAGE);
+            FINDS(pages, fd, TO_DEVICE, at, copy, pages);
             ALL_SEEN_OF_ANY_SIZE(seen_on(device), fd, at, pages);
             /* It is mapped on the device by now. */
-            EQUAL(0, DONE(fd, READ, at, copy, pages));
-            FILLED(copy, pages * PAGE, pages);
+            EQUAL(0, FINDS(pages, fd, READ, at, copy, pages));
             HOLDS(munmap(at, pages * PAGE) == 0);
         }
-        close(fd);
     }
 }
 
 TEST(home_by_the_cpus_faults, "Z8: page by page, all at once, and again")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(1024 * PAGE, RW, PRIVATE, -1), *copy = buffer(1024 * PAGE);
-        fill(at, 1024 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(1024 * PAGE, 1), *copy = buffer(1024 * PAGE);
         for (int round = 0; round < 10; round++) {
-            DONE(fd, TO_DEVICE, at, copy, 1024);
-            FILLED(copy, 1024 * PAGE, 1);
+            FINDS(1, fd, TO_DEVICE, at, copy, 1024);
             /* All of it, half of it, single pages. */
             if (round % 3 == 0)
                 FILLED(at, 1024 * PAGE, 1);
@@ -43,43 +35,33 @@ TEST(home_by_the_cpus_faults, "Z8: page by page, all at once, and again")
         for (uint64_t round = 2; round < 8; round++) {
             DONE(fd, TO_DEVICE, at, copy, 1024);
             fill(at, 1024 * PAGE, round);
-            DONE(fd, TO_DEVICE, at, copy, 1024);
-            FILLED(copy, 1024 * PAGE, round);
+            FINDS(round, fd, TO_DEVICE, at, copy, 1024);
         }
-        close(fd);
     }
 }
 
 TEST(home_by_request, "G8: exactly what is asked for, and how much that is")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        struct command done;
-        char *at = map(300 * PAGE, RW, PRIVATE, -1), *copy = buffer(300 * PAGE);
-        fill(at, 300 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(300 * PAGE, 1), *copy = buffer(300 * PAGE);
         /* Nothing is there. */
-        EQUAL(0, ask(fd, TO_SYSTEM, at, copy, 300, &done));
-        EQUAL(0, done.cpages);
+        DONE_IN_PART(0, fd, TO_SYSTEM, at, copy, 300);
         DONE(fd, TO_DEVICE, at, copy, 300);
         DONE(fd, TO_SYSTEM, at + 100 * PAGE, copy, 50);
         unsigned char *seen = snapshot(fd, at, 300);
         for (int page = 0; page < 300; page++)
             EQUAL(page / 50 == 2 ? WRITABLE : seen_on(device), seen[page]);
         /* The other half of what is asked for is home already. */
-        EQUAL(0, ask(fd, TO_SYSTEM, at + 125 * PAGE, copy, 50, &done));
-        EQUAL(25, done.cpages);
-        EQUAL(0, ask(fd, TO_SYSTEM, at, copy, 300, &done));
-        EQUAL(225, done.cpages);
+        DONE_IN_PART(25, fd, TO_SYSTEM, at + 125 * PAGE, copy, 50);
+        DONE_IN_PART(225, fd, TO_SYSTEM, at, copy, 300);
         ALL_SEEN(WRITABLE, fd, at, 300);
         FILLED(at, 300 * PAGE, 1);
-        close(fd);
     }
 }
 
 TEST(empty_memory_migrates, "G3: as zeros")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map(600 * PAGE, RW, PRIVATE, -1), *copy = buffer(600 * PAGE);
         fill(at + 100 * PAGE, 10 * PAGE, 5);
         DONE(fd, TO_DEVICE, at, copy, 600);
@@ -90,16 +72,13 @@ TEST(empty_memory_migrates, "G3: as zeros")
         ALL_ZERO(at, 100 * PAGE);
         FILLED(at + 100 * PAGE, 10 * PAGE, 5);
         fill(at, 600 * PAGE, 6);
-        DONE(fd, TO_DEVICE, at, copy, 600);
-        FILLED(copy, 600 * PAGE, 6);
-        close(fd);
+        FINDS(6, fd, TO_DEVICE, at, copy, 600);
     }
 }
 
 TEST(zeros_that_were_read_migrate, "G3: the page of zeros, by 4 KiB and by 2 MiB")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         for (int huge = 0; huge < 2; huge++) {
             char *at = map_blocks(2, RW, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE), *copy = buffer(2 * BLOCK);
             ALL_ZERO(at, BLOCK);
@@ -109,16 +88,14 @@ TEST(zeros_that_were_read_migrate, "G3: the page of zeros, by 4 KiB and by 2 MiB
             at[5]++;
             HOLDS(at[4] == 0 && at[5] == 1 && at[6] == 0);
         }
-        close(fd);
     }
 }
 
 TEST(mixed_memory_migrates, "H1: never touched, zeros, read-only, written, in one range")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map(6 * PAGE, NO_RW, PRIVATE, -1), *copy = buffer(6 * PAGE);
-        EQUAL(EINVAL, ask(fd, TO_DEVICE, at, copy, 6, NULL));
+        REFUSED(EINVAL, fd, TO_DEVICE, at, copy, 6);
         HOLDS(mprotect(at + PAGE, PAGE, RO) == 0);
         ALL_ZERO(at + PAGE, PAGE);
         HOLDS(mprotect(at + 2 * PAGE, 3 * PAGE, RW) == 0);
@@ -131,50 +108,41 @@ TEST(mixed_memory_migrates, "H1: never touched, zeros, read-only, written, in on
         FILLED(copy + 2 * PAGE, PAGE, 3);
         ALL_ZERO(copy + 3 * PAGE, PAGE);
         /* The last page of it can be read by nobody. */
-        EQUAL(EINVAL, ask(fd, TO_DEVICE, at + PAGE, copy, 5, NULL));
-        EQUAL(EINVAL, ask(fd, TO_DEVICE, at, copy, 2, NULL));
+        REFUSED(EINVAL, fd, TO_DEVICE, at + PAGE, copy, 5);
+        REFUSED(EINVAL, fd, TO_DEVICE, at, copy, 2);
         FILLED(at + 2 * PAGE, PAGE, 2);
         FILLED(at + 3 * PAGE, PAGE, 3);
         HOLDS(mprotect(at, 6 * PAGE, RW) == 0);
         DONE(fd, TO_DEVICE, at, copy, 6);
         FILLED(at + 2 * PAGE, PAGE, 2);
-        close(fd);
     }
 }
 
 TEST(read_only_memory_migrates, "Z7: and is read-only on the device")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
-        char *at = map(520 * PAGE, RW, PRIVATE, -1), *copy = buffer(520 * PAGE);
-        fill(at, 520 * PAGE, 1);
+    EACH_MIRROR(device, fd) {
+        char *at = filled(520 * PAGE, 1), *copy = buffer(520 * PAGE);
         HOLDS(mprotect(at, 520 * PAGE, RO) == 0);
-        DONE(fd, TO_DEVICE, at, copy, 520);
-        FILLED(copy, 520 * PAGE, 1);
-        EQUAL(EPERM, ask(fd, WRITE, at, copy, 520, NULL));
+        FINDS(1, fd, TO_DEVICE, at, copy, 520);
+        REFUSED(EPERM, fd, WRITE, at, copy, 520);
         FILLED(at, 260 * PAGE, 1);
         HOLDS(mprotect(at, 520 * PAGE, RW) == 0);
-        fill(copy, 520 * PAGE, 2);
-        DONE(fd, WRITE, at, copy, 520);
+        WRITES(2, fd, at, copy, 520);
         FILLED(at, 520 * PAGE, 2);
-        close(fd);
     }
 }
 
 TEST(huge_pages_stay_huge, "H2, H6: and come home whole, or in part")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map_blocks(3, RW, 0), *copy = buffer(3 * BLOCK);
         fill(at, 3 * BLOCK, 1);
         if (madvise(at, 3 * BLOCK, MADV_COLLAPSE) != 0)
             skip("there is no huge page to be had");
-        DONE(fd, TO_DEVICE, at, copy, 3 * 512);
-        FILLED(copy, 3 * BLOCK, 1);
+        FINDS(1, fd, TO_DEVICE, at, copy, 3 * 512);
         /* How large the entries are by which the CPU maps coherent memory is a matter of the kernel's settings. */
         if (is_coherent(device)) {
             FILLED(at, 3 * BLOCK, 1);
-            close(fd);
             continue;
         }
         ALL_SEEN(seen_on(device) | BY_2M, fd, at, 3 * 512);
@@ -186,16 +154,13 @@ TEST(huge_pages_stay_huge, "H2, H6: and come home whole, or in part")
         DONE(fd, TO_SYSTEM, at + BLOCK, copy, 512);
         ALL_SEEN(WRITABLE | BY_2M, fd, at + BLOCK, 512);
         FILLED(at, 3 * BLOCK, 1);
-        DONE(fd, TO_DEVICE, at, copy, 3 * 512);
-        FILLED(copy, 3 * BLOCK, 1);
-        close(fd);
+        FINDS(1, fd, TO_DEVICE, at, copy, 3 * 512);
     }
 }
 
 TEST(a_part_of_a_huge_page_migrates, "H6: the rest stays, and both can be used")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map_blocks(1, RW, MADV_HUGEPAGE), *copy = buffer(BLOCK);
         fill(at, BLOCK, 1);
         DONE(fd, TO_DEVICE, at + 100 * PAGE, copy, 50);
@@ -205,22 +170,18 @@ TEST(a_part_of_a_huge_page_migrates, "H6: the rest stays, and both can be used")
             EQUAL(page >= 100 && page < 150 ? seen_on(device) : WRITABLE, seen[page] & ~BY_2M);
         FILLED(at, BLOCK, 1);
         fill(at, BLOCK, 2);
-        DONE(fd, READ, at, copy, 512);
-        FILLED(copy, BLOCK, 2);
-        close(fd);
+        FINDS(2, fd, READ, at, copy, 512);
     }
 }
 
 TEST(huge_allocations_that_fail, "H2: small pages do, in either direction, without an error")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map_blocks(2, RW, MADV_HUGEPAGE), *copy = buffer(2 * BLOCK);
         fill(at, 2 * BLOCK, 1);
         bool huge = madvise(at, 2 * BLOCK, MADV_COLLAPSE) == 0;
         EQUAL(0, ask(fd, FLAGS, at, copy, FAIL_ALLOC, NULL));
-        DONE(fd, TO_DEVICE, at, copy, 1024);
-        FILLED(copy, 2 * BLOCK, 1);
+        FINDS(1, fd, TO_DEVICE, at, copy, 1024);
         /* One of the two. */
         ALL_SEEN(seen_on(device), fd, at, 512);
         if (huge && !is_coherent(device))
@@ -246,103 +207,77 @@ TEST(huge_allocations_that_fail, "H2: small pages do, in either direction, witho
         if (huge && !is_coherent(device))
             ALL_SEEN(seen_on(device) | BY_2M, fd, third, 512);
         FILLED(third, BLOCK, 3);
-        close(fd);
     }
 }
 
 TEST(from_one_device_to_the_other, "G6: by way of the host, as it is asked for")
 {
     for (int first = 0; first < 4; first++)
-        for (int second = 0; second < 4; second++) {
+        for (int second = 0; second < 4; second++)
+        OPENED(one, first) OPENED(two, second) {
             if (first == second)
                 continue;
-            int one = open_mirror(first), two = open_mirror(second);
-            char *at = map(96 * PAGE, RW, PRIVATE, -1), *copy = buffer(96 * PAGE);
-            fill(at, 96 * PAGE, 1);
+            char *at = filled(96 * PAGE, 1), *copy = buffer(96 * PAGE);
             DONE(one, TO_DEVICE, at, copy, 96);
             /* What another device has it keeps. */
-            EQUAL(ENOENT, ask(two, TO_DEVICE, at, copy, 96, NULL));
+            REFUSED(ENOENT, two, TO_DEVICE, at, copy, 96);
             ALL_SEEN(seen_on(first), one, at, 96);
-            struct command done;
-            EQUAL(0, ask(two, TO_SYSTEM, at, copy, 96, &done));
-            EQUAL(0, done.cpages);
+            DONE_IN_PART(0, two, TO_SYSTEM, at, copy, 96);
             ALL_SEEN(seen_on(first), one, at, 96);
             DONE(one, TO_SYSTEM, at, copy, 96);
-            DONE(two, TO_DEVICE, at, copy, 96);
-            FILLED(copy, 96 * PAGE, 1);
+            FINDS(1, two, TO_DEVICE, at, copy, 96);
             ALL_SEEN(seen_on(second), two, at, 96);
             /* The first one reads what the second has. */
-            EQUAL(1, DONE(one, READ, at, copy, 96));
-            FILLED(copy, 96 * PAGE, 1);
-            fill(copy, 96 * PAGE, 2);
-            DONE(one, WRITE, at, copy, 96);
+            EQUAL(1, FINDS(1, one, READ, at, copy, 96));
+            WRITES(2, one, at, copy, 96);
             memset(copy, 0, 96 * PAGE);
-            DONE(two, READ, at, copy, 96);
-            FILLED(copy, 96 * PAGE, 2);
+            FINDS(2, two, READ, at, copy, 96);
             FILLED(at, 96 * PAGE, 2);
             HOLDS(munmap(at, 96 * PAGE) == 0);
-            close(one);
-            close(two);
         }
 }
 
 TEST(pages_of_one_range_on_two_devices, "G6, ENOENT: the others have gone all the same")
 {
-    EACH_KIND(device) {
-        int one = open_mirror(device), two = open_mirror(device + 1);
-        char *at = map(9 * PAGE, RW, PRIVATE, -1), *copy = buffer(9 * PAGE);
-        fill(at, 9 * PAGE, 1);
+    EACH_PAIR(device, one, two) {
+        char *at = filled(9 * PAGE, 1), *copy = buffer(9 * PAGE);
         DONE(one, TO_DEVICE, at + 3 * PAGE, copy, 3);
-        EQUAL(ENOENT, ask(two, TO_DEVICE, at, copy, 9, NULL));
+        REFUSED(ENOENT, two, TO_DEVICE, at, copy, 9);
         ALL_SEEN(seen_on(device), two, at, 3);
         ALL_SEEN(is_coherent(device) ? COHERENT_ELSEWHERE | WRITABLE : NOTHING, two, at + 3 * PAGE, 3);
         ALL_SEEN(seen_on(device), one, at + 3 * PAGE, 3);
         FILLED(at, 9 * PAGE, 1);
-        close(one);
-        close(two);
     }
 }
 
 TEST(a_device_is_released, "Z3, G7: everything leaves its memory, and nothing another's")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device), other = open_mirror(device + 1);
-        char *at = map(5000 * PAGE, RW, PRIVATE, -1), *copy = buffer(5000 * PAGE);
-        fill(at, 5000 * PAGE, 1);
+    EACH_PAIR(device, fd, other) {
+        char *at = filled(5000 * PAGE, 1), *copy = buffer(5000 * PAGE);
         DONE(fd, TO_DEVICE, at, copy, 3000);
         DONE(other, TO_DEVICE, at + 3000 * PAGE, copy, 2000);
         EQUAL(0, ask(fd, RELEASE, at, copy, 1, NULL));
-        unsigned char *seen = snapshot(fd, at, 3000);
-        for (int page = 0; page < 3000; page++)
-            EQUAL(WRITABLE, seen[page] & ~BY_2M);
-        seen = snapshot(other, at + 3000 * PAGE, 2000);
-        for (int page = 0; page < 2000; page++)
-            EQUAL(seen_on(device + 1), seen[page] & ~BY_2M);
+        ALL_SEEN_OF_ANY_SIZE(WRITABLE, fd, at, 3000);
+        ALL_SEEN_OF_ANY_SIZE(seen_on(device + 1), other, at + 3000 * PAGE, 2000);
         FILLED(at, 5000 * PAGE, 1);
         /* It goes on to be used. */
-        DONE(fd, TO_DEVICE, at, copy, 3000);
-        FILLED(copy, 3000 * PAGE, 1);
+        FINDS(1, fd, TO_DEVICE, at, copy, 3000);
         FILLED(at, 5000 * PAGE, 1);
-        close(fd);
-        close(other);
     }
 }
 
 TEST(a_quarter_of_a_gigabyte, "G7: what fits on the device goes there")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         size_t bytes = 256 << 20;
         char *at = map(bytes, RW, PRIVATE, -1), *copy = buffer(bytes);
         HOLDS(madvise(at, bytes, MADV_HUGEPAGE) == 0);
         fill(at, bytes, 1);
-        DONE(fd, TO_DEVICE, at, copy, bytes / PAGE);
-        FILLED(copy, bytes, 1);
+        FINDS(1, fd, TO_DEVICE, at, copy, bytes / PAGE);
         DONE(fd, TO_SYSTEM, at, copy, bytes / PAGE);
         FILLED(at, bytes, 1);
         HOLDS(munmap(at, bytes) == 0);
         free(copy);
-        close(fd);
     }
 }
 
@@ -350,8 +285,7 @@ TEST(the_page_map_says_swapped, "Z7: of what is in private memory of a device")
 {
     int fd = open_mirror(0), map_fd = open("/proc/self/pagemap", O_RDONLY);
     HOLDS(map_fd >= 0);
-    char *at = map(8 * PAGE, RW, PRIVATE, -1), *copy = buffer(8 * PAGE);
-    fill(at, 8 * PAGE, 1);
+    char *at = filled(8 * PAGE, 1), *copy = buffer(8 * PAGE);
     DONE(fd, TO_DEVICE, at + 2 * PAGE, copy, 3);
     uint64_t entries[8];
     EQUAL(64, pread(map_fd, entries, 64, (uintptr_t)at / PAGE * 8));

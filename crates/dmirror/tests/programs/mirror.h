@@ -69,14 +69,26 @@ static inline int ask(int fd, enum request request, const void *at, void *ptr, u
 }
 
 /* Makes a request that succeeds with all pages; returns whether anything had to be faulted. */
-#define DONE(fd, request, at, ptr, pages)                                                                              \
+#define DONE(fd, request, at, ptr, pages) DONE_IN_PART(pages, fd, request, at, ptr, pages)
+
+/* Makes a request that succeeds with so many of the pages. */
+#define DONE_IN_PART(of_them, fd, request, at, ptr, pages)                                                             \
     ({                                                                                                                 \
         struct command done_;                                                                                          \
         EQUAL(0, ask(fd, request, at, ptr, pages, &done_));                                                            \
-        EQUAL(pages, done_.cpages);                                                                                    \
+        EQUAL(of_them, done_.cpages);                                                                                  \
         HOLDS(done_.faults <= 1);                                                                                      \
         done_.faults;                                                                                                  \
     })
+
+/* A request is refused, and the struct as it was. */
+#define REFUSED(code, fd, request, at, ptr, pages)                                                                     \
+    do {                                                                                                               \
+        struct command after_;                                                                                         \
+        EQUAL(code, ask(fd, request, at, ptr, pages, &after_));                                                        \
+        EQUAL(0x1234, after_.cpages);                                                                                  \
+        EQUAL(0x5678, after_.faults);                                                                                  \
+    } while (0)
 
 static inline void *map(size_t bytes, int protection, int flags, int fd)
 {
@@ -117,6 +129,14 @@ static inline void fill(void *at, size_t bytes, uint64_t mark)
         words[i] = word(mark, i);
 }
 
+/* New memory of the program's, filled. */
+static inline void *filled(size_t bytes, uint64_t mark)
+{
+    void *at = map(bytes, RW, PRIVATE, -1);
+    fill(at, bytes, mark);
+    return at;
+}
+
 /* Everything at `at` is as `fill` left it. */
 #define FILLED(at, bytes, mark) FILLED_FROM(at, bytes, mark, 0)
 
@@ -139,6 +159,21 @@ static inline void fill(void *at, size_t bytes, uint64_t mark)
             if (words_[i_] != 0)                                                                                       \
                 FAIL("word %zu of %s is %#llx, not zero", i_, #at, (unsigned long long)words_[i_]);                    \
     } while (0)
+
+/* A request succeeds with all pages, and what it copies to `ptr` is as `fill` left it. Returns what `DONE` does. */
+#define FINDS(mark, fd, request, at, ptr, pages)                                                                       \
+    ({                                                                                                                 \
+        uint64_t finds_ = DONE(fd, request, at, ptr, pages);                                                           \
+        FILLED(ptr, (pages) * PAGE, mark);                                                                             \
+        finds_;                                                                                                        \
+    })
+
+/* The device fills all pages, by way of `ptr`. Returns what `DONE` does. */
+#define WRITES(mark, fd, at, ptr, pages)                                                                               \
+    ({                                                                                                                 \
+        fill(ptr, (pages) * PAGE, mark);                                                                               \
+        DONE(fd, WRITE, at, ptr, pages);                                                                               \
+    })
 
 /* What a snapshot by this device says of each page. */
 static inline unsigned char *snapshot(int fd, const void *at, size_t pages)
@@ -172,5 +207,13 @@ static inline unsigned seen_on(int device)
 
 /* The same test for one device of each kind. */
 #define EACH_KIND(device) for (int device = 0; device < 4; device += 2)
+
+/* The same with a file that is open on the device, and closed afterwards. */
+#define EACH_MIRROR(device, fd) EACH_KIND(device) OPENED(fd, device)
+
+/* The same with a second device of the kind. */
+#define EACH_PAIR(device, fd, other) EACH_MIRROR(device, fd) OPENED(other, device + 1)
+
+#define OPENED(fd, device) for (int fd = open_mirror(device); fd >= 0; close(fd), fd = -1)
 
 #endif

@@ -3,8 +3,7 @@
 
 TEST(nothing_is_there, "0xff where nothing is mapped or can be read, 0 where nothing has been touched")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map(6 * PAGE, RW, PRIVATE, -1);
         HOLDS(munmap(at + 2 * PAGE, PAGE) == 0);
         HOLDS(mprotect(at + 4 * PAGE, PAGE, NO_RW) == 0);
@@ -18,14 +17,12 @@ TEST(nothing_is_there, "0xff where nothing is mapped or can be read, 0 where not
         seen = snapshot(fd, at, 6);
         EQUAL(NOTHING, seen[1]);
         ALL_SEEN(UNREADABLE, fd, (void *)(1ul << 46), 3);
-        close(fd);
     }
 }
 
 TEST(what_the_cpu_maps, "1 to be read, 2 to be written, 0x10 zeros (G3)")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map(64 * PAGE, RW, PRIVATE, -1);
         HOLDS(madvise(at, 64 * PAGE, MADV_NOHUGEPAGE) == 0);
         fill(at, 16 * PAGE, 1);
@@ -45,15 +42,13 @@ TEST(what_the_cpu_maps, "1 to be read, 2 to be written, 0x10 zeros (G3)")
         ALL_SEEN(ZEROS | READABLE, fd, at + 40 * PAGE, 8);
         DONE(fd, WRITE, at + 44 * PAGE, copy, 2);
         ALL_SEEN(WRITABLE, fd, at + 44 * PAGE, 2);
-        close(fd);
     }
 }
 
 TEST(what_is_on_devices, "0x20, 0x40, 0x50; 0 for private memory of another device (Z5, Z7)")
 {
     int fds[4];
-    char *at = map(64 * PAGE, RW, PRIVATE, -1), *copy = buffer(64 * PAGE);
-    fill(at, 64 * PAGE, 1);
+    char *at = filled(64 * PAGE, 1), *copy = buffer(64 * PAGE);
     for (int device = 0; device < 4; device++) {
         fds[device] = open_mirror(device);
         DONE(fds[device], TO_DEVICE, at + 16 * device * PAGE, copy, 8);
@@ -78,8 +73,7 @@ TEST(what_is_on_devices, "0x20, 0x40, 0x50; 0 for private memory of another devi
 
 TEST(large_entries, "4 where a block is mapped as one, with one permission")
 {
-    EACH_KIND(device) {
-        int fd = open_mirror(device);
+    EACH_MIRROR(device, fd) {
         char *at = map_blocks(2, RW, 0);
         fill(at, 2 * BLOCK, 1);
         if (madvise(at, 2 * BLOCK, MADV_COLLAPSE) != 0)
@@ -96,7 +90,6 @@ TEST(large_entries, "4 where a block is mapped as one, with one permission")
         ALL_SEEN(READABLE, fd, at + BLOCK, 1);
         ALL_SEEN(WRITABLE, fd, at + BLOCK + PAGE, 511);
         FILLED(at, 2 * BLOCK, 1);
-        close(fd);
     }
 }
 

@@ -84,6 +84,13 @@ static void (*tap_explain)(void);
                  (long long)tap_expected, (long long)tap_expected);                                                    \
     } while (0)
 
+/* Forks. The block that follows is all that the child does; it ends well if it comes to the end of that. */
+#define FORK(child)                                                                                                    \
+    pid_t child = fork();                                                                                              \
+    HOLDS(child >= 0);                                                                                                 \
+    if (child == 0)                                                                                                    \
+        for (;; _exit(0))
+
 /* Waits for a child that ends well. */
 #define ENDS_WELL(child)                                                                                               \
     do {                                                                                                               \
