@@ -17,7 +17,7 @@ impl Space {
     /// Says that the program is about to change what is mapped at these `len` bytes, or who may access it: by `munmap`,
     /// `mremap`, `mprotect`, `madvise`, or by mapping something else there. From when this returns until the result is dropped,
     /// no device accesses these pages (rule G5): their translations are taken away, and faults of devices wait. Drop it when the
-    /// call has returned, whether it succeeded or not; do nothing else in between, least of all wait for a device or adopt any of it.
+    /// call has returned, whether it succeeded or not; do nothing else in between, least of all wait for a device.
     ///
     /// What a space has not been told of it hears of from the kernel, a moment later: before the thread that made the change
     /// goes on no device uses the old memory any more, but another thread may have been given the addresses anew by then. And

@@ -63,7 +63,6 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn adopt(&self, range: VaRange) -> Result<(), AdoptError> {
         let mut at = range.start;
         while at < range.end {
-            self.await_announced(self.geometry.pages_inside(VaRange { start: at, ..range }));
             // News of an older mapping at the same place must not hit the new one.
             self.settle_changes();
             let Some(turn) = self.settled() else { continue };
@@ -109,7 +108,7 @@ impl<K: Kernel> Engine<K> {
         {
             let _work = self.contexts.take();
             let _changes = self.region_changes.lock();
-            let turn = self.settled().filter(|_| self.may_adopt(pages)).ok_or(AdoptError::Changed)?;
+            let turn = self.settled().ok_or(AdoptError::Changed)?;
             if (turn, Ok(Some(seen.1))) != (seen.0, self.kernel.mapping_at(range.start)) {
                 return Err(AdoptError::Changed);
             }
@@ -162,11 +161,10 @@ impl<K: Kernel> Engine<K> {
     fn make_sure(&self, pages: PageRange) {
         let mut at = pages.start;
         while at < pages.end {
-            self.await_announced(pages);
             self.settle_changes();
             let work = self.contexts.take();
             let changes = self.region_changes.lock();
-            let Some(turn) = self.settled().filter(|_| self.may_adopt(pages)) else { continue };
+            let Some(turn) = self.settled() else { continue };
             let Some(region) = self.regions.next(at).filter(|r| r.range.start < pages.end) else { return };
             let mut piece = region.range.intersect(PageRange { start: at, end: pages.end });
             at = piece.end;

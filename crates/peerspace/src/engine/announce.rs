@@ -176,11 +176,7 @@ impl<K: Kernel> Engine<K> {
             tries += 1;
             crate::sync::sleep(PAUSE * tries.min(50));
         }
-        {
-            // Whoever makes a region there now has not seen the note. From here on nothing there becomes one, and so no mapping is cut.
-            let _work = self.contexts.take();
-            drop(self.region_changes.lock());
-        }
+        // Of what becomes a region only now, faults have seen the note.
         for piece in ranges.iter().flat_map(|range| self.pieces(*range)) {
             match piece.attributes.has(Attributes::IN_PLACE) {
                 // Whoever looks from here on finds it announced, as if it were no region any more.
@@ -215,11 +211,6 @@ impl<K: Kernel> Engine<K> {
                 self.going.are_gone(*range, |part| self.announcements.concern(part));
             }
         }
-    }
-
-    /// Whether `pages` may become a region now. The caller holds `region_changes`.
-    pub(super) fn may_adopt(&self, pages: PageRange) -> bool {
-        !self.announcements.concern(pages)
     }
 
     /// Waits for announced changes of `pages` to be over. Not for threads that receive messages.

@@ -1,7 +1,6 @@
 //! What takes the place of devices' MMUs where the space has no devices: the build without the feature `devices` (rule Z10).
 
 use super::{Engine, Entry};
-use peerspace_core::addr::PageRange;
 use peerspace_core::plan::OnDevices;
 use peerspace_os::Kernel;
 
@@ -40,20 +39,13 @@ impl<K: Kernel> Engine<K> {
 
     pub(crate) fn recall_all(&self) {}
 
-    /// Nobody announces anything.
-    pub(super) fn may_adopt(&self, _: PageRange) -> bool {
-        true
-    }
-
-    pub(super) fn await_announced(&self, _: PageRange) {}
-
     /// There is nobody to halt.
     #[inline]
     pub(crate) fn halt_devices(&self) -> Option<core::convert::Infallible> {
         None
     }
 
-    pub(super) fn withdraw_gone(&self, _: PageRange) {}
+    pub(super) fn withdraw_gone(&self, _: peerspace_core::addr::PageRange) {}
 
-    pub(super) fn withdraw_in_place(&self, _: PageRange) {}
+    pub(super) fn withdraw_in_place(&self, _: peerspace_core::addr::PageRange) {}
 }

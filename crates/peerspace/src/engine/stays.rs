@@ -37,12 +37,11 @@ impl<K: Kernel> Engine<K> {
     pub(crate) fn adopt_in_place(&self, range: VaRange) -> Result<(), AdoptError> {
         let pages = self.geometry.pages_inside(range);
         loop {
-            self.await_announced(pages);
             // News of an older mapping at the same place must not hit the new one.
             self.settle_changes();
             let _work = self.contexts.take();
             let _changes = self.region_changes.lock();
-            if self.settled().is_none() || !self.may_adopt(pages) {
+            if self.settled().is_none() {
                 continue;
             }
             let new = self.cover(pages).map_err(AdoptError::Table)?;
