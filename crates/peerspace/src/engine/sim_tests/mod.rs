@@ -28,6 +28,8 @@ mod holds;
 #[cfg(not(shuttle))]
 mod native;
 #[cfg(not(shuttle))]
+mod ops;
+#[cfg(not(shuttle))]
 mod oracle;
 #[cfg(shuttle)]
 mod races;
