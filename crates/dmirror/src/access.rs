@@ -3,11 +3,12 @@
 //! An access begins with what is mapped. At the first page that is not, all of the rest is faulted, which is one round; then it
 //! goes on. Others may take translations away meanwhile, so there may be more rounds, but not for ever.
 
+use crate::changes;
 use crate::device::{Access, Mirror, PAGE, Tried};
 use crate::table::Slot;
 use crate::world::{Member, World};
-use peerspace::Residence;
 use peerspace::device::mmu::FaultError;
+use peerspace::{Error, Residence};
 use peerspace_core::addr::{Va, VaRange};
 use peerspace_os::linux::signal::without_signals;
 use peerspace_os::own::Buffer;
@@ -197,16 +198,9 @@ impl World {
     /// `errno` when it cannot be managed.
     pub(crate) fn adopt(&self, range: VaRange, errno: Errno) -> Result<(), Errno> {
         let mut tries = 0;
-        loop {
-            let adopt = |part: VaRange| match self.space.adopt(part.start.0 as *const u8, part.len() as usize) {
-                // For good: it goes with its mapping.
-                Ok(adopted) => {
-                    std::mem::forget(adopted);
-                    None
-                }
-                Err(e) => Some((part, e)),
-            };
-            let Some((part, e)) = self.unmanaged(range).into_iter().find_map(adopt) else { return Ok(()) };
+        while !self.unmanaged(range).is_empty() {
+            // What is adopted becomes a mapping of its own: not while a call moves it.
+            let Some((part, e)) = changes::alone(|| self.adopt_unmanaged(range)) else { return Ok(()) };
             // Another thread may have been faster, with all of it or a part, or news have been on the way.
             tries += 1;
             if tries == TRIES {
@@ -214,6 +208,16 @@ impl World {
             }
             self.space.settle();
         }
+        Ok(())
+    }
+
+    /// Has the space manage what of `range` it does not yet, for good: it goes with its mapping. What is refused, and why. The caller
+    /// is [alone](changes::alone).
+    pub(crate) fn adopt_unmanaged(&self, range: VaRange) -> Option<(VaRange, Error)> {
+        self.unmanaged(range).into_iter().find_map(|part| {
+            let adopted = self.space.adopt(part.start.0 as *const u8, part.len() as usize);
+            adopted.map(std::mem::forget).err().map(|e| (part, e))
+        })
     }
 
     /// The parts of `range` that the space does not manage.

@@ -146,7 +146,9 @@ fn replace(world: &World, run: VaRange, vma: &Vma, to: Node) -> Result<(), Errno
     }
     let replaced = (|| {
         fresh.copy(run)?;
-        world.adopt(fresh.range, Errno::NOMEM)?;
+        if let Some((part, e)) = world.adopt_unmanaged(fresh.range) {
+            return Err(world.refused(Errno::NOMEM, part, &e));
+        }
         let (from, to_start) = (fresh.range.start.0 as *const u8, run.start.0 as *const u8);
         // What does not go is in RAM, and as good.
         if let Err(e) = world.space.migrate(from, len, to) {
