@@ -110,6 +110,9 @@ impl Table {
     }
 
     fn leaf(&self, page: u64) -> Option<&Leaf> {
+        if page >= PAGES {
+            return None;
+        }
         let at = |level: u32| ((page >> (9 * level)) % FANOUT) as usize;
         self.0[at(3)].get()?[at(2)].get()?[at(1)].get().map(|leaf| &**leaf)
     }
@@ -123,7 +126,7 @@ impl Table {
         Entry(self.word(page).map_or(0, |word| word.load(Relaxed)))
     }
 
-    /// Enters a translation.
+    /// Enters a translation, of a page that can have one.
     pub(crate) fn set(&self, page: u64, entry: Entry) {
         let at = |level: u32| ((page >> (9 * level)) % FANOUT) as usize;
         let upper = self.0[at(3)].get_or_init(|| Box::new(directory()));

@@ -121,6 +121,25 @@ TEST(memory_that_may_not_be_written, "EPERM (G4), and nothing is")
     }
 }
 
+TEST(addresses_beyond_all_memory, "EFAULT, EINVAL: they are not those whose lower bits they share, that the device has")
+{
+    EACH_MIRROR(device, fd) {
+        char *at = filled(4 * PAGE, 1), *copy = buffer(4 * PAGE);
+        FINDS(1, fd, EXCLUSIVE, at, copy, 4);
+        for (int bit = 47; bit < 64; bit++) {
+            void *beyond = (void *)((uintptr_t)at | 1ul << bit);
+            REFUSED(EFAULT, fd, READ, beyond, copy, 4);
+            REFUSED(EFAULT, fd, WRITE, beyond, copy, 4);
+            REFUSED(EINVAL, fd, TO_DEVICE, beyond, copy, 4);
+            DONE(fd, CHECK_EXCLUSIVE, beyond, copy, 4);
+            EQUAL(0, *(uint32_t *)copy);
+            ALL_SEEN(UNREADABLE, fd, beyond, 4);
+        }
+        FINDS(1, fd, READ, at, copy, 4);
+        FILLED(at, 4 * PAGE, 1);
+    }
+}
+
 TEST(buffers_that_are_not_there, "EFAULT")
 {
     EACH_MIRROR(device, fd) {
