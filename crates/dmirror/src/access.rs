@@ -23,28 +23,35 @@ const TRIES: u32 = 8;
 /// Pages accessed at once: signals wait for them.
 const RUN: u64 = 64;
 
-/// Data on its way between a device and the program: whole pages.
-pub(crate) struct Bounce(Buffer);
+/// Bytes on their way between a device and the program.
+pub(crate) struct Bounce {
+    buffer: Buffer,
+    len: usize,
+}
 
 impl Bounce {
-    /// For so many bytes, whole pages.
+    /// For so many bytes: zeros.
     ///
     /// # Errors
-    /// When there is less memory than that.
+    /// ENOMEM when there is less memory than that.
     pub(crate) fn new(bytes: u64) -> Result<Bounce, Errno> {
-        if bytes > peerspace_os::linux::probe::ram_bytes() {
-            return Err(Errno::NOMEM);
-        }
-        Buffer::new(bytes as usize).map(Bounce).map_err(|_| Errno::NOMEM)
+        let len = possible(bytes)?;
+        Buffer::new(len).map(|buffer| Bounce { buffer, len }).map_err(|_| Errno::NOMEM)
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
-        &self.0
+        &self.buffer[..self.len]
     }
 
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.0
+        &mut self.buffer[..self.len]
     }
+}
+
+/// So many bytes, if there can be as many.
+fn possible(bytes: u64) -> Result<usize, Errno> {
+    let fits = bytes <= peerspace_os::linux::probe::ram_bytes();
+    usize::try_from(bytes).ok().filter(|_| fits).ok_or(Errno::NOMEM)
 }
 
 /// A device, a file that is open on it, and the pages that are asked about.
@@ -61,8 +68,20 @@ impl Work<'_> {
         &self.member.mirror
     }
 
-    fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         self.range.len() / PAGE
+    }
+
+    /// A byte for each page. On the heap, since a mapping of its own might take a place where the program has none, and be seen there.
+    ///
+    /// # Errors
+    /// ENOMEM when there is less memory than that.
+    pub(crate) fn byte_for_each(&self, byte: u8) -> Result<Vec<u8>, Errno> {
+        let pages = possible(self.pages())?;
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(pages).map_err(|_| Errno::NOMEM)?;
+        bytes.resize(pages, byte);
+        Ok(bytes)
     }
 
     fn va(&self, nth: u64) -> u64 {

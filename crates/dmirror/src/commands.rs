@@ -8,7 +8,7 @@ use crate::heap;
 use crate::replace;
 use crate::snapshot;
 use crate::table::FANOUT;
-use crate::user::{self, copy_in, copy_out};
+use crate::user::{self, copy_in, copy_out, hand_over};
 use peerspace::{DeviceId, Error, Node, PageView, Residence};
 use peerspace_core::addr::{Va, VaRange};
 use rustix::io::Errno;
@@ -64,14 +64,12 @@ impl Work<'_> {
     fn read(&self, command: &mut Command) -> Result<(), Errno> {
         let mut bounce = Bounce::new(self.range.len())?;
         command.faults = self.access(&mut bounce, false)?.into();
-        command.cpages = command.npages;
-        hand_over(&bounce.bytes()[..self.range.len() as usize], command)
+        hand_over(bounce.bytes(), command)
     }
 
     fn write(&self, command: &mut Command) -> Result<(), Errno> {
         let mut bounce = Bounce::new(self.range.len())?;
-        let bytes = self.range.len() as usize;
-        copy_in(command.ptr, &mut bounce.bytes_mut()[..bytes])?;
+        copy_in(command.ptr, bounce.bytes_mut())?;
         command.faults = self.access(&mut bounce, true)?.into();
         command.cpages = command.npages;
         Ok(())
@@ -115,11 +113,8 @@ impl Work<'_> {
                 self.send(part, Node::Device(self.member.id))?;
             }
             self.meet_own();
-            if self.missing().is_none() {
-                command.cpages = self.read_own(&mut bounce)?;
-                if command.cpages == command.npages {
-                    return hand_over(&bounce.bytes()[..self.range.len() as usize], command);
-                }
+            if self.missing().is_none() && self.read_own(&mut bounce)? == self.pages() {
+                return hand_over(bounce.bytes(), command);
             }
             // Memory that stays, and other devices', is not waited for.
             let for_good = |residence| {
@@ -193,9 +188,8 @@ impl Work<'_> {
                 self.mirror().make_exclusive(va);
                 self.mirror().meet(va, self.slot, true);
             }
-            command.cpages = self.read_own(&mut bounce)?;
-            if command.cpages == command.npages {
-                return hand_over(&bounce.bytes()[..self.range.len() as usize], command);
+            if self.read_own(&mut bounce)? == self.pages() {
+                return hand_over(bounce.bytes(), command);
             }
             // A fork takes it from the device as well.
             if begun.elapsed() > PATIENCE {
@@ -206,10 +200,12 @@ impl Work<'_> {
     }
 
     fn check_exclusive(&self, command: &mut Command) -> Result<(), Errno> {
+        let mut exclusive = self.byte_for_each(0)?;
         let pages = (self.range.start.0..self.range.end.0).step_by(PAGE as usize);
-        let bytes: Vec<u8> = pages.map(|va| self.mirror().is_exclusive(va).into()).collect();
-        command.cpages = command.npages;
-        hand_over(&bytes, command)
+        for (byte, va) in exclusive.iter_mut().zip(pages) {
+            *byte = self.mirror().is_exclusive(va).into();
+        }
+        hand_over(&exclusive, command)
     }
 
     fn release(&self) -> Result<(), Errno> {
@@ -259,10 +255,4 @@ fn device_of(residence: Residence) -> Option<DeviceId> {
         Residence::Device { id, .. } | Residence::Coherent(id) => Some(id),
         _ => None,
     }
-}
-
-/// Copies what the device has to the program.
-fn hand_over(bytes: &[u8], command: &Command) -> Result<(), Errno> {
-    // SAFETY: the buffer that the request names for it.
-    unsafe { copy_out(bytes, command.ptr) }
 }

@@ -3,17 +3,14 @@
 use crate::abi::{Command, snapshot as byte};
 use crate::access::Work;
 use crate::device::PAGE;
-use crate::user::copy_out;
+use crate::user::hand_over;
 use peerspace::{CpuMapping, PageView, Residence};
 use peerspace_os::linux::scan::Vma;
 use rustix::io::Errno;
 
 /// Puts a byte for each page of the range where the request says.
 pub(crate) fn take(work: &Work<'_>, command: &mut Command) -> Result<(), Errno> {
-    if work.range.len() / PAGE > peerspace_os::linux::probe::ram_bytes() {
-        return Err(Errno::NOMEM);
-    }
-    let mut bytes = vec![byte::ERROR; (work.range.len() / PAGE) as usize];
+    let mut bytes = work.byte_for_each(byte::ERROR)?;
     let mut at = work.range.start.0;
     while at < work.range.end.0 {
         let vma = work.world.mapping_from(at).filter(|vma| vma.range.start < work.range.end);
@@ -28,9 +25,7 @@ pub(crate) fn take(work: &Work<'_>, command: &mut Command) -> Result<(), Errno> 
         }
         at = end;
     }
-    command.cpages = command.npages;
-    // SAFETY: the buffer that the request names for it.
-    unsafe { copy_out(&bytes, command.ptr) }
+    hand_over(&bytes, command)
 }
 
 /// The byte of a page that can be read.

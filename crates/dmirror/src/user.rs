@@ -20,6 +20,13 @@ pub(crate) unsafe fn copy_out(from: &[u8], to: u64) -> Result<(), Errno> {
     all(to, from.len(), |at, done| unsafe { write_self(at, &from[done..]) })
 }
 
+/// A request is done with all of its pages, and `bytes` is what comes of it for the program.
+pub(crate) fn hand_over(bytes: &[u8], command: &mut Command) -> Result<(), Errno> {
+    command.cpages = command.npages;
+    // SAFETY: the buffer that the request names for it.
+    unsafe { copy_out(bytes, command.ptr) }
+}
+
 /// The argument of a request.
 pub(crate) fn command(at: u64) -> Result<Command, Errno> {
     let mut bytes = [0; Command::BYTES];

@@ -168,6 +168,11 @@ TEST(more_than_there_is, "ENOMEM, and EFAULT: no data that large can be")
 {
     int fd = open_mirror(0);
     char *at = map(PAGE, RW, PRIVATE, -1);
+    /* A byte for each page, too. */
+    static const enum request with_data[] = {READ, WRITE, EXCLUSIVE, SNAPSHOT, CHECK_EXCLUSIVE};
+    for (size_t i = 0; i < sizeof with_data / sizeof *with_data; i++)
+        REFUSED(ENOMEM, fd, with_data[i], at, at, 1ull << 50);
+    REFUSED(EINVAL, fd, TO_DEVICE, at, at, 1ull << 50);
     int why = ask(fd, READ, at, at, 1ull << 40, NULL);
     HOLDS(why == ENOMEM || why == EFAULT);
     why = ask(fd, WRITE, at, at, 1ull << 33, NULL);
