@@ -41,6 +41,14 @@ fn open_device(device: usize, flags: c_int) -> c_int {
     opened.unwrap_or_else(fail)
 }
 
+/// Opens what a path names: a device of ours, or by `real` something else.
+fn opening(path: *const c_char, flags: c_int, real: impl FnOnce() -> c_int) -> c_int {
+    match device_of(path) {
+        Some(device) => open_device(device, flags),
+        None => pagemap::opened(path, real()),
+    }
+}
+
 fn fail(errno: c_int) -> c_int {
     set_errno(errno);
     -1
@@ -70,68 +78,44 @@ fn request(fd: c_int, code: c_ulong, arg: *mut c_void) -> Option<c_int> {
 interpose! {
     // The last argument of these is there only with O_CREAT; it is passed on unread without.
     fn open(path: *const c_char, flags: c_int, mode: libc::mode_t) -> c_int, real => {
-        match device_of(path) {
-            Some(device) => open_device(device, flags),
-            // SAFETY: the caller's arguments, passed on; so for all below.
-            None => pagemap::opened(path, unsafe { real(path, flags, mode) }),
-        }
+        // SAFETY: the caller's arguments, passed on; so for all below.
+        opening(path, flags, || unsafe { real(path, flags, mode) })
     }
 
     fn open64(path: *const c_char, flags: c_int, mode: libc::mode_t) -> c_int, real => {
-        match device_of(path) {
-            Some(device) => open_device(device, flags),
-            // SAFETY: see above.
-            None => pagemap::opened(path, unsafe { real(path, flags, mode) }),
-        }
+        // SAFETY: see above.
+        opening(path, flags, || unsafe { real(path, flags, mode) })
     }
 
     fn __open_2(path: *const c_char, flags: c_int) -> c_int, real => {
-        match device_of(path) {
-            Some(device) => open_device(device, flags),
-            // SAFETY: see above.
-            None => pagemap::opened(path, unsafe { real(path, flags) }),
-        }
+        // SAFETY: see above.
+        opening(path, flags, || unsafe { real(path, flags) })
     }
 
     fn __open64_2(path: *const c_char, flags: c_int) -> c_int, real => {
-        match device_of(path) {
-            Some(device) => open_device(device, flags),
-            // SAFETY: see above.
-            None => pagemap::opened(path, unsafe { real(path, flags) }),
-        }
+        // SAFETY: see above.
+        opening(path, flags, || unsafe { real(path, flags) })
     }
 
     // An absolute path does not depend on the directory.
     fn openat(at: c_int, path: *const c_char, flags: c_int, mode: libc::mode_t) -> c_int, real => {
-        match device_of(path) {
-            Some(device) => open_device(device, flags),
-            // SAFETY: see above.
-            None => pagemap::opened(path, unsafe { real(at, path, flags, mode) }),
-        }
+        // SAFETY: see above.
+        opening(path, flags, || unsafe { real(at, path, flags, mode) })
     }
 
     fn openat64(at: c_int, path: *const c_char, flags: c_int, mode: libc::mode_t) -> c_int, real => {
-        match device_of(path) {
-            Some(device) => open_device(device, flags),
-            // SAFETY: see above.
-            None => pagemap::opened(path, unsafe { real(at, path, flags, mode) }),
-        }
+        // SAFETY: see above.
+        opening(path, flags, || unsafe { real(at, path, flags, mode) })
     }
 
     fn __openat_2(at: c_int, path: *const c_char, flags: c_int) -> c_int, real => {
-        match device_of(path) {
-            Some(device) => open_device(device, flags),
-            // SAFETY: see above.
-            None => pagemap::opened(path, unsafe { real(at, path, flags) }),
-        }
+        // SAFETY: see above.
+        opening(path, flags, || unsafe { real(at, path, flags) })
     }
 
     fn __openat64_2(at: c_int, path: *const c_char, flags: c_int) -> c_int, real => {
-        match device_of(path) {
-            Some(device) => open_device(device, flags),
-            // SAFETY: see above.
-            None => pagemap::opened(path, unsafe { real(at, path, flags) }),
-        }
+        // SAFETY: see above.
+        opening(path, flags, || unsafe { real(at, path, flags) })
     }
 
     // What the argument is depends on the request.
@@ -160,41 +144,23 @@ interpose! {
     }
 
     fn dup2(old: c_int, new: c_int) -> c_int, real => {
-        if own::is_ours(new) {
-            return fail(libc::EBADF);
-        }
         // SAFETY: see above.
-        let done = unsafe { real(old, new) };
-        replaced(old, new, done);
-        done
+        replacing(old, new, || unsafe { real(old, new) })
     }
 
     fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int, real => {
-        if own::is_ours(new) {
-            return fail(libc::EBADF);
-        }
         // SAFETY: see above.
-        let done = unsafe { real(old, new, flags) };
-        replaced(old, new, done);
-        done
+        replacing(old, new, || unsafe { real(old, new, flags) })
     }
 
     fn fcntl(fd: c_int, what: c_int, arg: *mut c_void) -> c_int, real => {
         // SAFETY: see above.
-        let done = unsafe { real(fd, what, arg) };
-        if matches!(what, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
-            files::duplicated(fd, done);
-        }
-        done
+        controlled(fd, what, unsafe { real(fd, what, arg) })
     }
 
     fn fcntl64(fd: c_int, what: c_int, arg: *mut c_void) -> c_int, real => {
         // SAFETY: see above.
-        let done = unsafe { real(fd, what, arg) };
-        if matches!(what, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
-            files::duplicated(fd, done);
-        }
-        done
+        controlled(fd, what, unsafe { real(fd, what, arg) })
     }
 
     fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int, real => {
@@ -212,10 +178,23 @@ interpose! {
     }
 }
 
-/// `new` has been made what `old` is, unless `done` says that it has not.
-fn replaced(old: c_int, new: c_int, done: c_int) {
+/// Makes `new` what `old` is by `real`.
+fn replacing(old: c_int, new: c_int, real: impl FnOnce() -> c_int) -> c_int {
+    if own::is_ours(new) {
+        return fail(libc::EBADF);
+    }
+    let done = real();
     if done >= 0 && old != new {
         files::closing(new);
         files::duplicated(old, new);
     }
+    done
+}
+
+/// `done` is what came of a request of `fcntl`.
+fn controlled(fd: c_int, what: c_int, done: c_int) -> c_int {
+    if matches!(what, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
+        files::duplicated(fd, done);
+    }
+    done
 }
