@@ -19,7 +19,7 @@ use super::uffd::{FAULT_WP, FAULT_WRITE, Mode, Partial, Uffd, event, feature};
 use super::watch::Watcher;
 use crate::error::OsError;
 use crate::kernel::{Capabilities, CpuPage, Done, Kernel, Mapped, Message, Protect, SharedMemory, Trouble, Wake};
-use peerspace_core::addr::{Access, Geometry, Pages, Va, VaRange};
+use peerspace_core::addr::{Access, Geometry, Va, VaRange};
 use peerspace_core::plan::CLUSTER;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -355,30 +355,7 @@ impl Kernel for Linux {
     }
 
     fn take_out_read_only(&self, to: Va, from: VaRange) -> Done {
-        let unsuitable = Done::stopped(Pages(0), Trouble::Unsuitable);
-        let Ok(Some(vma)) = self.maps.at(from.start) else { return unsuitable };
-        let plain = !vma.file && !vma.shared && vma.read && !vma.write && !vma.execute;
-        if !plain || vma.range.end < from.end || !self.capabilities.move_pages || !self.capabilities.write_protect {
-            return unsuitable;
-        }
-        // From here on whoever writes, because the permissions say so for a moment, waits until the page is gone, and is refused then.
-        if let Err(e) = self.uffd.write_protect(from.start.0, from.len(), true, false) {
-            return Done::stopped(Pages(0), trouble(e));
-        }
-        let permit = |flags| {
-            // SAFETY: the mapping is the program's, and the caller vouches that nobody else changes it meanwhile; nothing is
-            // taken from what may be done with it.
-            unsafe { rustix::mm::mprotect(from.start.0 as *mut _, from.len() as usize, flags) }
-        };
-        if let Err(e) = permit(MprotectFlags::READ | MprotectFlags::WRITE) {
-            return Done::stopped(Pages(0), trouble(e));
-        }
-        let done = self.take_out(to, from);
-        // It was so a moment ago; the kernel may have no memory for it now, and has when others give some back.
-        while permit(MprotectFlags::READ) == Err(Errno::NOMEM) {
-            std::thread::yield_now();
-        }
-        done
+        self.take_out_unprotected(to, from)
     }
 
     fn protect(&self, range: VaRange, protect: Protect, wake: Wake) -> Result<(), Trouble> {

@@ -16,6 +16,7 @@ mod pass;
 pub mod place;
 pub mod probe;
 pub mod raw_thread;
+mod read_only;
 pub mod remap;
 mod renew;
 pub mod scan;

@@ -82,7 +82,11 @@ pub unsafe fn call(
 pub unsafe fn move_to(from: VaRange, to: Va) -> (u64, Result<(), Errno>) {
     let request = Request { from, len: from.len(), to: Some(to), may_move: true, stays: false };
     let target = VaRange::new(to, from.len()).filter(|target| !target.overlaps(from));
-    let (Some(target), Ok(maps)) = (target, Maps::open()) else { return (0, Err(Errno::INVAL)) };
+    let Some(target) = target else { return (0, Err(Errno::INVAL)) };
+    let maps = match Maps::open() {
+        Ok(maps) => maps,
+        Err(e) => return (0, Err(e)),
+    };
     // What is there is gone with each piece, so there is no way back.
     request.forward(&maps, from, target)
 }
@@ -279,7 +283,7 @@ impl Request {
 
 /// Whether something is mapped at `va`, page-aligned, for certain: a look at the mappings takes no lock that keeps them from being split and
 /// joined meanwhile.
-fn is_mapped(va: Va) -> bool {
+pub(super) fn is_mapped(va: Va) -> bool {
     let mut resident = 0u8;
     // SAFETY: one page, and room for what is said of it.
     let said = unsafe { libc::mincore(pointer(va), rustix::param::page_size(), &raw mut resident) };
