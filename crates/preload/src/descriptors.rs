@@ -5,6 +5,7 @@
 use crate::by_signal;
 use peerspace_os::interpose;
 use peerspace_os::linux::files;
+use peerspace_os::linux::interpose::set_errno;
 use std::ffi::{c_int, c_uint};
 
 fn spare(fd: c_int) -> bool {
@@ -12,8 +13,7 @@ fn spare(fd: c_int) -> bool {
 }
 
 fn bad_descriptor() -> c_int {
-    // SAFETY: errno of the calling thread.
-    unsafe { *libc::__errno_location() = libc::EBADF };
+    set_errno(libc::EBADF);
     -1
 }
 

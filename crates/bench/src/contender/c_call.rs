@@ -19,7 +19,7 @@ use peerspace_capi::space::{
 use peerspace_capi::statistics::ps_device_statistics;
 use std::ffi::c_void;
 use std::hint::black_box;
-use std::ptr::null;
+use std::ptr::{null, null_mut};
 use std::time::Instant;
 
 /// Calls in a row, of one way: in so short a time little else happens.
@@ -69,7 +69,7 @@ impl InC {
             space: ps_space { id: 0 },
             region: ps_region { id: 0 },
             device: ps_device { id: 0 },
-            start: null::<u8>() as _,
+            start: null_mut(),
         };
         let (mut count, mut len) = (0, 0);
         // SAFETY: every pointer leads to a value of this function, and the specification ends with a 0.
@@ -138,7 +138,7 @@ impl Calls {
         for _ in 0..ROW {
             right += match self.call {
                 CCall::Lookup => {
-                    let (mut start, mut len) = (std::ptr::null_mut(), 0);
+                    let (mut start, mut len) = (null_mut(), 0);
                     // SAFETY: both lead to values of this function.
                     let status: ps_status = unsafe { memory(black_box(self.c.region), &mut start, &mut len) };
                     u64::from(status == ps_status::PS_OK && !start.is_null() && len == BYTES as usize)

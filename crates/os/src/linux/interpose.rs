@@ -67,7 +67,7 @@ pub fn missing<T: Failure>() -> T {
     T::FAILURE
 }
 
-/// Sets `errno` of the calling thread.
+/// Sets `errno` of the calling thread. It lies in libc's own static thread-local storage, not in any that is allocated.
 pub fn set_errno(code: i32) {
     // SAFETY: errno of the calling thread.
     unsafe { *libc::__errno_location() = code };

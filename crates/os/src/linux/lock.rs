@@ -6,6 +6,7 @@
 //! place, and a question can be asked without changing anything. A file can be kept by one for a process that has yet to
 //! open it ([`Reserved`]).
 
+use super::interpose::errno;
 use super::keeping_errno;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -39,8 +40,7 @@ fn command(file: BorrowedFd<'_>, command: i32, lock: &mut libc::flock) -> Result
         if unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut *lock) } == 0 {
             Ok(())
         } else {
-            // SAFETY: the address of this thread's errno, just set.
-            Err(Errno::from_raw_os_error(unsafe { *libc::__errno_location() }))
+            Err(Errno::from_raw_os_error(errno()))
         }
     })
 }

@@ -42,13 +42,8 @@ pub fn exit_now(status: i32) -> ! {
 
 /// Runs `f`, which may call libc, and leaves this thread's `errno` as it was: for what a fault handler calls.
 pub(crate) fn keeping_errno<T>(f: impl FnOnce() -> T) -> T {
-    // SAFETY: libc gives the address of this thread's errno, which is always valid. It lies in libc's own static
-    // thread-local storage, not in any that is allocated.
-    let errno = unsafe { libc::__errno_location() };
-    // SAFETY: as above.
-    let before = unsafe { *errno };
+    let before = interpose::errno();
     let out = f();
-    // SAFETY: as above; `f` ran in the same thread.
-    unsafe { *errno = before };
+    interpose::set_errno(before);
     out
 }

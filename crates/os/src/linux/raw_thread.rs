@@ -326,6 +326,7 @@ unsafe fn copy_dtv(dtv: usize, mine: usize, new: usize, span: usize, below: bool
 
 #[cfg(test)]
 mod tests {
+    use super::super::interpose::{errno, set_errno};
     use super::*;
     use std::sync::atomic::AtomicUsize;
 
@@ -336,19 +337,16 @@ mod tests {
         fn body(arg: usize) {
             // errno is this thread's own, and system calls work.
             let failed = rustix::fs::open("/nowhere", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty());
-            // SAFETY: as above.
-            unsafe { *libc::__errno_location() = 4711 };
+            set_errno(4711);
             assert!(failed.is_err() && super::super::signal::sigbus_is_blocked());
             SEEN.store(arg, Ordering::Release);
         }
-        // SAFETY: errno of this thread.
-        unsafe { *libc::__errno_location() = 17 };
+        set_errno(17);
         let thread = spawn(Files::Shared, body, 42).unwrap();
         thread.wait();
         assert_eq!(SEEN.load(Ordering::Acquire), 42);
         assert_eq!(thread.id(), 0);
-        // SAFETY: as above.
-        assert_eq!(unsafe { *libc::__errno_location() }, 17);
+        assert_eq!(errno(), 17);
     }
 
     #[test]
