@@ -63,10 +63,11 @@ impl Space {
     ///   what the program may at the time; what the program has protected since, the device is
     ///   [told](crate::device::mmu::FaultError).
     /// - *Everything else* stays where it is: shared memory, mappings of files, huge pages of the kernel's pool
-    ///   (`MAP_HUGETLB`), executable memory, the page in which an arena of the C library's heap begins. It takes up nothing of the budget and never moves. Devices with
-    ///   [`remote`](crate::device::mmu::MmuDescriptor::remote) access it in place, by the program's permissions; for others it is
-    ///   [no way](crate::device::mmu::FaultError::NoWay) to be had. It is not migrated, nobody has it
-    ///   [exclusively](crate::Space::exclusive), and hints say nothing to it. [`Adopted::in_place`] says what of a range it is.
+    ///   (`MAP_HUGETLB`), executable memory, the page in which an arena of the C library's heap begins. It takes up nothing of
+    ///   the budget and never moves. Devices with [`remote`](crate::device::mmu::MmuDescriptor::remote) access it in place, by
+    ///   the program's permissions; for others it is [no way](crate::device::mmu::FaultError::NoWay) to be had. It is not
+    ///   migrated, nobody has it [exclusively](crate::Space::exclusive), and hints say nothing to it. [`Adopted::in_place`]
+    ///   says what of a range it is.
     ///
     /// Of some mappings the kernel tells nothing when they are changed: shared ones of files that were opened to be read alone
     /// and, before Linux 6.7, any of regular files. A device that uses such memory after the program has unmapped it gets an

@@ -203,7 +203,7 @@ pub fn early_child_memory(touch: &mut dyn FnMut(VaRange)) {
 }
 
 /// Whether an arena of glibc's malloc lies at `va`, the start of a mapping: its page is touched in a forked child before
-/// anybody is called, so it is not to be managed. Where that cannot be found out, it is assumed.
+/// anybody is called, so it has to stay where it is. Where that cannot be found out, it is assumed.
 ///
 /// A heap is so aligned, and says at its start where its arena is: behind that, if it is the arena's first heap.
 pub fn is_arena_start(va: Va) -> bool {
