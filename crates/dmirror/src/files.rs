@@ -2,7 +2,8 @@
 //!
 //! To the kernel each is an anonymous memory file, which gives it a descriptor like any other: it can be duplicated, inherited,
 //! sent, and mapped. Which file a descriptor leads to is noted in a table, without locks, since descriptors are closed by
-//! handlers of signals, too; one that came about unseen is told by the number of its file.
+//! handlers of signals, too. One that came about unseen is told by the number of its file; so is one that was closed unseen, as
+//! `fclose` does it.
 
 use crate::table::Slot;
 use crate::world::{self, Member, World};
@@ -70,6 +71,11 @@ impl File {
         }
     }
 
+    /// What the kernel tells it by.
+    fn identity(&self) -> (u64, u64) {
+        (self.volume.load(Ordering::Relaxed), self.inode.load(Ordering::Relaxed))
+    }
+
     fn slot(&self) -> Slot {
         Slot(self.slot.load(Ordering::Relaxed))
     }
@@ -120,7 +126,7 @@ pub(crate) fn open(device: usize, close_on_exec: bool) -> Result<c_int, Errno> {
     OPEN.fetch_add(1, Ordering::Relaxed);
     // Release: pairs with the Acquire in `enter`.
     file.users.store(1, Ordering::Release);
-    place.store(number as u32 + 1, Ordering::Release);
+    leave(place.swap(number as u32 + 1, Ordering::AcqRel));
     Ok(memory.into_raw_fd())
 }
 
@@ -144,16 +150,31 @@ pub(crate) fn find(fd: c_int) -> Option<InUse> {
     }
     let file = FILES.get(number as usize - 1)?;
     let used = file.enter().then(|| InUse(file))?;
-    // It may have been closed, and be another's, since it was looked up.
-    (place.load(Ordering::Acquire) == number).then_some(used)
+    if place.load(Ordering::Acquire) != number {
+        // It has been closed, and may be another's, since it was looked up.
+        return None;
+    }
+    if identity(fd)? == file.identity() {
+        return Some(used);
+    }
+    // It was closed unseen, and is something else by now.
+    if place.compare_exchange(number, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+        leave(number);
+    }
+    adopt(fd, place)
+}
+
+/// What the kernel tells the file of a descriptor by.
+fn identity(fd: c_int) -> Option<(u64, u64)> {
+    // SAFETY: a number of the caller's; if it is no descriptor, the call says so.
+    let stat = fstat(unsafe { BorrowedFd::borrow_raw(fd) }).ok()?;
+    Some((stat.st_dev, stat.st_ino))
 }
 
 /// Notes a descriptor that came about unseen, if it leads to a file of ours.
 fn adopt(fd: c_int, place: &AtomicU32) -> Option<InUse> {
-    // SAFETY: a number of the caller's; if it is no descriptor, the call says so.
-    let stat = fstat(unsafe { BorrowedFd::borrow_raw(fd) }).ok()?;
-    let identity = |file: &File| (file.volume.load(Ordering::Relaxed), file.inode.load(Ordering::Relaxed));
-    let same = |file: &&File| identity(file) == (stat.st_dev, stat.st_ino);
+    let wanted = identity(fd)?;
+    let same = |file: &&File| file.identity() == wanted;
     let file = FILES.iter().filter(same).find(|file| file.enter())?;
     let used = InUse(file);
     // It may have become another's in between.
@@ -168,7 +189,7 @@ fn adopt(fd: c_int, place: &AtomicU32) -> Option<InUse> {
     Some(used)
 }
 
-/// A descriptor is about to be closed.
+/// A descriptor is about to be closed, or has just become something else that is not noted.
 pub(crate) fn closing(fd: c_int) {
     let Some(place) = noted(fd) else { return };
     let number = place.swap(0, Ordering::AcqRel);

@@ -26,6 +26,9 @@ pub(crate) fn opened(path: *const c_char, fd: c_int) -> c_int {
     // SAFETY: a path of the caller's, a string that ends with a null, since the kernel has taken it.
     if fd >= 0 && is_page_map(unsafe { CStr::from_ptr(path) }) {
         files::note_page_map(fd);
+    } else {
+        // What had this number may have been closed unseen.
+        files::closing(fd);
     }
     fd
 }

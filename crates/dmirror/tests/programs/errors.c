@@ -222,6 +222,27 @@ TEST(descriptors, "EBADF, ENOTTY, close and its kind")
     HOLDS(openat(AT_FDCWD, "/dev/hmm_dmirror2", O_RDWR) >= 0);
 }
 
+TEST(descriptors_closed_unseen, "ENOTTY for what has their numbers then; and files do not run out")
+{
+    char *at = filled(PAGE, 1), *copy = buffer(PAGE);
+    int kept = open_mirror(1), fd = -1, ends[2];
+    for (int i = 0; i < 2000; i++) {
+        fd = open_mirror(0);
+        if (i % 50 == 0)
+            FINDS(1, fd, READ, at, copy, 1);
+        FILE *stream = fdopen(fd, "r+");
+        HOLDS(stream && fclose(stream) == 0);
+    }
+    /* A call of the kernel's that nobody looks at, and one that is. */
+    HOLDS(pipe(ends) == 0 && ends[0] == fd);
+    REFUSED(ENOTTY, fd, READ, at, copy, 1);
+    fd = open_mirror(0);
+    HOLDS(fclose(fdopen(fd, "r+")) == 0);
+    EQUAL(fd, open("/dev/null", O_RDWR));
+    REFUSED(ENOTTY, fd, READ, at, copy, 1);
+    FINDS(1, kept, READ, at, copy, 1);
+}
+
 TEST(everything_is_closed, "the space's own descriptors are not the program's to close")
 {
     int fd = open_mirror(0);
