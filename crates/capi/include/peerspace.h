@@ -845,13 +845,17 @@ ps_status ps_region_migrate(struct ps_region region,
                             size_t *bytes);
 
 // Manages memory that the program already has, from now on: the whole pages of `len` bytes from `start` (rule G1). Nothing moves
-// before memory is scarce, every pointer stays good, and the program goes on to own the memory: it may unmap, move, discard,
-// protect and fork as it likes.
+// before memory is scarce or a device wants it, every pointer stays good, and the program goes on to own the memory: it may unmap,
+// move, discard, protect and fork as it likes.
+//
+// Private anonymous memory takes part in everything. All else (shared memory, mappings of files, huge pages of the kernel's pool,
+// executable memory, the page in which an arena of the C library's heap begins) stays where it is: devices with PS_MMU_REMOTE use
+// it in place, others cannot (rule G11).
 //
 // Not to be adopted: stacks, thread-local storage, and whatever devices and handlers of signals use.
 //
-// Errors: PS_ERR_RANGE for a range that is empty, wraps, is of another kind than can be managed, is managed already, or belongs
-// to this library. Nothing is changed then.
+// Errors: PS_ERR_RANGE for a range that is empty, wraps, is not wholly mapped, is managed already, belongs to this library, or is
+// a stack or memory of the kernel's own; PS_ERR_KERNEL. Nothing is changed then.
 //
 // Pointers: `adopted` is null or good.
 ps_status ps_adopt(struct ps_space space,
@@ -978,9 +982,10 @@ ps_status ps_prefetch_release(struct ps_prefetch prefetch);
 // Resolves a fault of the device: an access to `address` that found no translation, or none that permits it; `access` is an
 // enum ps_access. Afterwards the access can be repeated. May take as long as a device takes to give a page back.
 //
-// Errors: PS_ERR_RANGE where no memory of the space is, or the device cannot translate; PS_ERR_READ_ONLY; PS_ERR_PROTECTED;
-// PS_ERR_LOST; PS_ERR_NO_ROOM; PS_ERR_PINNED; PS_ERR_MIGRATE; PS_ERR_NO_HEADWAY; PS_ERR_DEVICE; PS_ERR_CUT. Nothing has changed
-// for the device then.
+// Errors: PS_ERR_RANGE where no memory of the space is, the device cannot translate, or the program's file has ended;
+// PS_ERR_MIGRATE for memory that stays where it is (rule G11), if the device is without PS_MMU_REMOTE or wants it alone;
+// PS_ERR_READ_ONLY; PS_ERR_PROTECTED; PS_ERR_LOST; PS_ERR_NO_ROOM; PS_ERR_PINNED; PS_ERR_NO_HEADWAY; PS_ERR_DEVICE; PS_ERR_CUT.
+// Nothing has changed for the device then.
 ps_status ps_port_fault(struct ps_port port,
                         uint64_t address,
                         uint32_t access);

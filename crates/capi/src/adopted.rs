@@ -20,13 +20,17 @@ pub struct ps_adopted {
 type Taken = Of<Adopted>;
 
 /// Manages memory that the program already has, from now on: the whole pages of `len` bytes from `start` (rule G1). Nothing moves
-/// before memory is scarce, every pointer stays good, and the program goes on to own the memory: it may unmap, move, discard,
-/// protect and fork as it likes.
+/// before memory is scarce or a device wants it, every pointer stays good, and the program goes on to own the memory: it may unmap,
+/// move, discard, protect and fork as it likes.
+///
+/// Private anonymous memory takes part in everything. All else (shared memory, mappings of files, huge pages of the kernel's pool,
+/// executable memory, the page in which an arena of the C library's heap begins) stays where it is: devices with PS_MMU_REMOTE use
+/// it in place, others cannot (rule G11).
 ///
 /// Not to be adopted: stacks, thread-local storage, and whatever devices and handlers of signals use.
 ///
-/// Errors: PS_ERR_RANGE for a range that is empty, wraps, is of another kind than can be managed, is managed already, or belongs
-/// to this library. Nothing is changed then.
+/// Errors: PS_ERR_RANGE for a range that is empty, wraps, is not wholly mapped, is managed already, belongs to this library, or is
+/// a stack or memory of the kernel's own; PS_ERR_KERNEL. Nothing is changed then.
 ///
 /// # Safety
 /// `adopted` is null or good.

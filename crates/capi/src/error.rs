@@ -145,10 +145,10 @@ impl From<SpecError> for Failure {
 impl From<FaultError> for Failure {
     fn from(e: FaultError) -> Failure {
         let status = match &e {
-            FaultError::NotManaged(_) | FaultError::OutOfReach(_) => PS_ERR_RANGE,
+            FaultError::NotManaged(_) | FaultError::OutOfReach(_) | FaultError::Unreachable(_) => PS_ERR_RANGE,
             FaultError::ReadOnly(_) => PS_ERR_READ_ONLY,
             FaultError::Protected(_) => PS_ERR_PROTECTED,
-            FaultError::InPlace(_) => PS_ERR_MIGRATE,
+            FaultError::InPlace(_) | FaultError::NoWay(_) | FaultError::Stays(_) => PS_ERR_MIGRATE,
             FaultError::Lost(..) => PS_ERR_LOST,
             FaultError::NoRoom(_) => PS_ERR_NO_ROOM,
             FaultError::Pinned(_) => PS_ERR_PINNED,

@@ -299,9 +299,10 @@ impl Mmu for CDevice {
 /// Resolves a fault of the device: an access to `address` that found no translation, or none that permits it; `access` is an
 /// enum ps_access. Afterwards the access can be repeated. May take as long as a device takes to give a page back.
 ///
-/// Errors: PS_ERR_RANGE where no memory of the space is, or the device cannot translate; PS_ERR_READ_ONLY; PS_ERR_PROTECTED;
-/// PS_ERR_LOST; PS_ERR_NO_ROOM; PS_ERR_PINNED; PS_ERR_MIGRATE; PS_ERR_NO_HEADWAY; PS_ERR_DEVICE; PS_ERR_CUT. Nothing has changed
-/// for the device then.
+/// Errors: PS_ERR_RANGE where no memory of the space is, the device cannot translate, or the program's file has ended;
+/// PS_ERR_MIGRATE for memory that stays where it is (rule G11), if the device is without PS_MMU_REMOTE or wants it alone;
+/// PS_ERR_READ_ONLY; PS_ERR_PROTECTED; PS_ERR_LOST; PS_ERR_NO_ROOM; PS_ERR_PINNED; PS_ERR_NO_HEADWAY; PS_ERR_DEVICE; PS_ERR_CUT.
+/// Nothing has changed for the device then.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_port_fault(port: ps_port, address: u64, access: u32) -> ps_status {
     call_from(Inside::Work, "ps_port_fault", || {

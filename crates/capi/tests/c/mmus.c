@@ -272,6 +272,34 @@ TEST(g10_a_device_that_can_accesses_the_host_in_place)
     teardown_peer(&self);
 }
 
+TEST(g11_memory_that_stays_is_used_in_place_or_the_device_is_told_why_not)
+{
+    struct chip *chips[] = {chip_with_mmu("far", MIB, PS_MODE_SHARE, PS_MMU_REMOTE),
+                            chip_with_mmu("near", MIB, PS_MODE_EXCLUSIVE, 0)};
+    ps_space space = space_of(HOST, "compressed:64M", 2, chips);
+    size_t page = chips[0]->page;
+    ps_adopted adopted;
+    uint64_t got;
+    int file = memfd_create("stays", 0);
+    ASSERT(file >= 0 && ftruncate(file, 4 * page) == 0);
+    unsigned char *own = mmap(NULL, 4 * page, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    ASSERT(own != MAP_FAILED);
+    fill(own, 4 * page, 22);
+    OK(ps_adopt(space, own, 4 * page, &adopted));
+    OK(chip_read(chips[0], own, &got));
+    EXPECT_EQ(got, word(22, 0));
+    OK(chip_write(chips[0], own + page, 5));
+    EXPECT_EQ(*(uint64_t *)(own + page), 5);
+    REFUSED(chip_read(chips[1], own, &got), PS_ERR_MIGRATE, "stays on the host");
+    REFUSED(ps_port_fault(chips[0]->port, (uint64_t)(uintptr_t)own, PS_ACCESS_ATOMIC), PS_ERR_MIGRATE, "have it alone");
+    ASSERT(ftruncate(file, 2 * page) == 0);
+    REFUSED(chip_read(chips[0], own + 3 * page, &got), PS_ERR_RANGE, "end of its file");
+    EXPECT_EQ(*(uint64_t *)own, word(22, 0));
+    OK(ps_adopted_release(adopted));
+    OK(ps_space_check(space));
+    OK(ps_space_release(space));
+}
+
 TEST_F(peer, g13_regions_are_where_the_device_has_nothing_else)
 {
     ps_region more;
