@@ -389,7 +389,8 @@ typedef struct ps_space_options {
     uint64_t pin_limit;
     // An enum ps_faults.
     uint32_t faults;
-    // How many threads serve faults when they are delivered to threads: one for each two processors otherwise.
+    // How many threads serve faults when they are delivered to threads: one for each two processors otherwise, from two
+    // to eight.
     uint32_t handlers;
     // The devices, in the order in which they are tried. At least one.
     const struct ps_device_choice *devices;

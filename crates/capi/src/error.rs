@@ -129,8 +129,21 @@ impl From<Error> for Failure {
             // What later versions add is said by its message.
             _ => PS_ERR_DEVICE,
         };
-        Failure::new(status, e.to_string())
+        Failure::new(status, in_c(e.to_string()))
     }
+}
+
+/// A message of the library, with what it names called as C has it.
+fn in_c(text: String) -> String {
+    const NAMES: [(&str, &str); 6] = [
+        ("Builder::pin_limit", "pin_limit of ps_space_options"),
+        ("Region::migrate_to", "ps_region_migrate"),
+        ("Space::create_persistent", "ps_persistent_create"),
+        ("Space::persistent_regions lists them", "ps_persistent_create makes one"),
+        ("Dax::persistent", "ps_device_attach_persistent"),
+        ("Device::shared", "shared"),
+    ];
+    NAMES.iter().fold(text, |text, (name, c)| if text.contains(name) { text.replace(name, c) } else { text })
 }
 
 impl From<SpecError> for Failure {
@@ -341,6 +354,9 @@ mod tests {
     fn every_status_has_a_meaning_of_its_own() {
         // SAFETY: what it returns is constant.
         let text = |n| unsafe { CStr::from_ptr(ps_strerror(n)) };
+        let all: std::collections::HashSet<_> = (0..=PS_ERR_INTERNAL as i32).map(text).collect();
+        assert_eq!(all.len(), MEANINGS.len());
+        assert!(!all.contains(c"unknown status"));
         assert_eq!(text(PS_ERR_INTERNAL as i32), c"the library itself has failed");
         assert_eq!(text(PS_ERR_LOST as i32), c"data is lost");
         for n in [-1, 24, i32::MIN, i32::MAX] {

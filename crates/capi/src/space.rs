@@ -63,7 +63,8 @@ pub struct ps_space_options {
     pub pin_limit: u64,
     /// An enum ps_faults.
     pub faults: u32,
-    /// How many threads serve faults when they are delivered to threads: one for each two processors otherwise.
+    /// How many threads serve faults when they are delivered to threads: one for each two processors otherwise, from two
+    /// to eight.
     pub handlers: u32,
     /// The devices, in the order in which they are tried. At least one.
     pub devices: *const ps_device_choice,

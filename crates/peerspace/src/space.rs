@@ -113,7 +113,7 @@ impl Builder {
     }
 
     /// How many threads serve faults when they are delivered to [threads](Faults::Threads). One for each two
-    /// processors otherwise, and at least two.
+    /// processors otherwise, from two to eight.
     pub fn handlers(self, n: usize) -> Builder {
         Builder { handlers: n, ..self }
     }

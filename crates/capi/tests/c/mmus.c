@@ -341,7 +341,8 @@ TEST_F(peer, g14_atomic_operations_of_both_lose_nothing)
     pthread_join(thread, NULL);
     EXPECT_EQ(*counter, 4000);
     REFUSED(ps_exclusive(self->space, counter, 8, PS_HOST), PS_ERR_ARGUMENT, "PS_HOST");
-    REFUSED(ps_exclusive(self->space, counter, 8, device_at(self->space, 0)), PS_ERR_DEVICE, "runs no code");
+    REFUSED(ps_exclusive(self->space, counter, 8, device_at(self->space, 0)),
+            PS_ERR_DEVICE, "runs no code: pages are sent there by ps_region_migrate");
 }
 
 TEST_F(peer, g8_a_prefetch_sends_memory_there_and_back)
@@ -381,7 +382,8 @@ TEST_F(peer, g8_hints_are_heard_and_taken_back)
             REFUSED(ps_region_advise(self->region, hint, self->device), PS_ERR_ARGUMENT, "about no device");
     }
     REFUSED(ps_region_advise(self->region, 10, PS_HOST), PS_ERR_ARGUMENT, "hint is 10");
-    REFUSED(ps_region_advise(self->region, PS_HINT_PREFER, device_at(self->space, 0)), PS_ERR_DEVICE, "runs no code");
+    REFUSED(ps_region_advise(self->region, PS_HINT_PREFER, device_at(self->space, 0)),
+            PS_ERR_DEVICE, "runs no code: pages are sent there by ps_region_migrate");
     /* Read-mostly: reads of the device leave the CPU its copy, where they took it away before. */
     fill(self->memory, BYTES, 12);
     OK(ps_region_advise(self->region, PS_HINT_READ_MOSTLY, PS_HOST));

@@ -107,6 +107,7 @@ TEST_F(tight, z8_h5_what_is_pinned_stays_in_ram)
     EXPECT_EQ(self->chip->loads, loads);
     /* Three quarters of the budget at most, unless it was said otherwise. */
     REFUSED(ps_pin_create(self->space, self->memory, 7 * MIB, PS_USE_READ, &other), PS_ERR_PINNED, "cannot be kept resident");
+    REFUSED(ps_pin_create(self->space, self->memory, 7 * MIB, PS_USE_READ, &other), PS_ERR_PINNED, "pin_limit of ps_space_options");
     OK(ps_pin_release(pin));
     REFUSED(ps_pin_release(pin), PS_ERR_HANDLE, "released");
     EXPECT_EQ(statistics_of(self->space).pinned_bytes, 0);
@@ -363,7 +364,8 @@ TEST(z5_what_is_on_persistent_memory_is_found_by_its_name)
         OK(ps_persistent_release(region));
         if (round == 1) {
             OK(ps_persistent_remove(device, "log"));
-            REFUSED(ps_persistent_open(device, "log", &none), PS_ERR_NAMED, "log");
+            REFUSED(ps_persistent_open(device, "log", &none), PS_ERR_NAMED, "\"log\"");
+            REFUSED(ps_persistent_open(device, "log", &none), PS_ERR_NAMED, "ps_persistent_create makes one");
         }
         OK(ps_space_release(space));
     }
