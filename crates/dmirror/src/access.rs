@@ -118,7 +118,7 @@ impl Work<'_> {
                 }
                 Tried::Missing => self.fault(done, write)?,
                 Tried::Stale => {
-                    self.world.take_in_hand(self.rest(done), write)?;
+                    self.world.take_in_hand(self.rest(done), write, Errno::FAULT)?;
                     let anew = self.mirror().fault_anew(self.va(done), self.slot, write);
                     anew.map_err(|e| self.refused(done, errno(&e), &e))?;
                 }
@@ -162,14 +162,14 @@ impl Work<'_> {
 
     /// Faults all pages from the one with number `first` on.
     fn fault(&self, first: u64, write: bool) -> Result<(), Errno> {
-        self.world.take_in_hand(self.rest(first), write)?;
+        self.world.take_in_hand(self.rest(first), write, Errno::FAULT)?;
         for nth in first..self.pages() {
             let fault = || self.mirror().fault(self.va(nth), self.slot, write);
             match fault() {
                 Ok(()) => {}
                 // The mapping has been exchanged for another meanwhile.
                 Err(FaultError::NotManaged(_)) => {
-                    self.world.take_in_hand(self.rest(nth), write)?;
+                    self.world.take_in_hand(self.rest(nth), write, Errno::FAULT)?;
                     fault().map_err(|e| self.refused(nth, errno(&e), &e))?;
                 }
                 Err(e) => return Err(self.refused(nth, errno(&e), &e)),
@@ -193,20 +193,20 @@ pub(crate) fn errno(e: &FaultError) -> Errno {
 }
 
 impl World {
-    /// Sees to it that the space manages all of `range`, which is to be accessed.
+    /// Sees to it that the space manages all of `range`, which is to be accessed, or to migrate.
     ///
     /// # Errors
-    /// EFAULT where nothing is mapped, or cannot be read, or not be managed; EPERM where it cannot be written and is to be.
-    pub(crate) fn take_in_hand(&self, range: VaRange, write: bool) -> Result<(), Errno> {
+    /// `errno` where nothing is mapped, or cannot be read, or not be managed; EPERM where it cannot be written and is to be.
+    pub(crate) fn take_in_hand(&self, range: VaRange, write: bool, errno: Errno) -> Result<(), Errno> {
         for piece in self.mappings(range) {
-            let (piece, vma) = piece.map_err(|_| Errno::FAULT)?;
+            let (piece, vma) = piece.map_err(|_| errno)?;
             if !vma.read {
-                return Err(Errno::FAULT);
+                return Err(errno);
             }
             if write && !vma.write {
                 return Err(Errno::PERM);
             }
-            self.adopt(piece, Errno::FAULT)?;
+            self.adopt(piece, errno)?;
         }
         Ok(())
     }

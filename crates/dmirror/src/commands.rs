@@ -75,23 +75,8 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Takes all of the range in hand for a migration.
-    ///
-    /// # Errors
-    /// EINVAL where there is no mapping, or none that can be read, or none that devices can have to do with.
-    fn take_for_migration(&self) -> Result<(), Errno> {
-        for piece in self.world.mappings(self.range) {
-            let (piece, vma) = piece.map_err(|_| Errno::INVAL)?;
-            if !vma.read {
-                return Err(Errno::INVAL);
-            }
-            self.world.adopt(piece, Errno::INVAL)?;
-        }
-        Ok(())
-    }
-
     fn migrate_to_device(&self, command: &mut Command) -> Result<(), Errno> {
-        self.take_for_migration()?;
+        self.world.take_in_hand(self.range, false, Errno::INVAL)?;
         let mut bounce = Bounce::new(self.range.len())?;
         self.refuse_block(Node::Device(self.member.id))?;
         if self.member.is_coherent {
@@ -156,7 +141,7 @@ impl Work<'_> {
     }
 
     fn migrate_to_system(&self, command: &mut Command) -> Result<(), Errno> {
-        self.take_for_migration()?;
+        self.world.take_in_hand(self.range, false, Errno::INVAL)?;
         self.refuse_block(Node::Host)?;
         for part in self.parts(|residence| self.is_here(residence)) {
             self.send(part, Node::Host)?;
@@ -178,7 +163,9 @@ impl Work<'_> {
 
     fn make_exclusive(&self, command: &mut Command) -> Result<(), Errno> {
         let mut bounce = Bounce::new(self.range.len())?;
-        self.world.take_in_hand(self.range, true).map_err(|e| if e == Errno::PERM { Errno::FAULT } else { e })?;
+        self.world
+            .take_in_hand(self.range, true, Errno::FAULT)
+            .map_err(|e| if e == Errno::PERM { Errno::FAULT } else { e })?;
         let (start, len) = (self.range.start.0 as *const u8, self.range.len() as usize);
         let begun = Instant::now();
         loop {
