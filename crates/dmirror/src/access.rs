@@ -199,12 +199,12 @@ impl World {
     /// `errno` where nothing is mapped, or cannot be read, or not be managed; EPERM where it cannot be written and is to be.
     pub(crate) fn take_in_hand(&self, range: VaRange, write: bool, errno: Errno) -> Result<(), Errno> {
         for piece in self.mappings(range) {
-            let (piece, vma) = piece.map_err(|_| errno)?;
+            let (piece, vma) = piece.map_err(|hole| self.refused(errno, hole, &"nothing is mapped from there on"))?;
             if !vma.read {
-                return Err(errno);
+                return Err(self.refused(errno, piece, &"the program may not read it"));
             }
             if write && !vma.write {
-                return Err(Errno::PERM);
+                return Err(self.refused(Errno::PERM, piece, &"the program may not write it"));
             }
             self.adopt(piece, errno)?;
         }

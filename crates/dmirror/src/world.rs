@@ -27,7 +27,6 @@ pub(crate) const DEVICES: usize = 4;
 pub(crate) const MEMORY: &str = "PEERSPACE_DMIRROR_MEMORY";
 /// The variable that says how much RAM managed memory may take up.
 pub(crate) const HOST: &str = "PEERSPACE_DMIRROR_HOST";
-
 /// The variable that has the reason of each refusal said on standard error.
 pub(crate) const EXPLAIN: &str = "PEERSPACE_DMIRROR_EXPLAIN";
 
@@ -165,17 +164,18 @@ impl World {
         self.maps.at_or_after(Va(va)).ok().flatten()
     }
 
-    /// The pieces of mappings that make up `range`, in order, as they are asked for; then where there is none, as an error.
-    pub(crate) fn mappings(&self, range: VaRange) -> impl Iterator<Item = Result<(VaRange, Vma), Va>> + '_ {
+    /// The pieces of mappings that make up `range`, in order, as they are asked for; then, as an error, from where on
+    /// there is none.
+    pub(crate) fn mappings(&self, range: VaRange) -> impl Iterator<Item = Result<(VaRange, Vma), VaRange>> + '_ {
         let mut at = range.start;
         std::iter::from_fn(move || {
             if at >= range.end {
                 return None;
             }
             let Some(vma) = self.mapping_from(at.0).filter(|vma| vma.range.contains(at)) else {
-                let hole = at;
+                let rest = VaRange { start: at, ..range };
                 at = range.end;
-                return Some(Err(hole));
+                return Some(Err(rest));
             };
             let piece = VaRange { start: at, end: vma.range.end.min(range.end) };
             at = piece.end;

@@ -16,10 +16,24 @@ fn access() {
     common::run("access", &[], LIMIT);
 }
 
-/// What is refused, with which errno, and that nothing has changed then.
+/// What is refused, with which errno, and that nothing has changed then. Why is said, if that is wanted.
 #[test]
 fn errors() {
-    common::run("errors", &[], LIMIT);
+    let explained = common::run("errors", &[], LIMIT);
+    for (why, errno) in [
+        ("nothing is mapped from there on", "Bad address"),
+        ("nothing is mapped from there on", "Invalid argument"),
+        ("the program may not read it", "Bad address"),
+        ("the program may not write it", "Operation not permitted"),
+        ("the stack of the calling thread", "Bad address"),
+    ] {
+        let said = explained
+            .lines()
+            .any(|line| line.starts_with("peerspace: 0x") && line.contains(&format!("{why}: {errno}")));
+        assert!(said, "{why}: {errno}\n{explained}");
+    }
+    let silent = common::run("errors", &[("PEERSPACE_DMIRROR_EXPLAIN", "")], LIMIT);
+    assert_eq!(silent, "");
 }
 
 /// Rules Z3, Z5, Z7, Z8, G6, G8, H2, H6: migration.

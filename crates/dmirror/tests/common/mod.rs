@@ -49,8 +49,8 @@ fn compile(name: &str) -> PathBuf {
 }
 
 /// Runs a program with the library preloaded. It says by its status whether all is well; what it says otherwise is shown if
-/// not.
-pub(crate) fn run(name: &str, surroundings: &[(&str, &str)], limit: Duration) {
+/// not. Returns what stands on its standard error: what the library explains.
+pub(crate) fn run(name: &str, surroundings: &[(&str, &str)], limit: Duration) -> String {
     let mut command = Command::new(compile(name));
     command.env("LD_PRELOAD", library()).env("PEERSPACE_DMIRROR_EXPLAIN", "1").envs(surroundings.iter().copied());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
@@ -81,4 +81,5 @@ pub(crate) fn run(name: &str, surroundings: &[(&str, &str)], limit: Duration) {
     assert!(well, "{name} after {:?}: {status:?}\n{stdout}\n{stderr}", begun.elapsed());
     assert!(stdout.contains("\nok 1 "), "{name} has tested nothing:\n{stdout}");
     print!("{stdout}");
+    stderr
 }
