@@ -139,7 +139,7 @@ fn g11_the_first_page_of_an_arena() {
         let space = build(faults, 64, &[&gpu]);
         in_an_arena(0, &|page| {
             let adopted = space.adopt(page as *const u8, 4096).unwrap();
-            assert_eq!(adopted.in_place(), [page..page + 4096]);
+            assert_eq!(adopted.in_place(), std::slice::from_ref(&(page..page + 4096)));
             // SAFETY: the C library writes to the first word of the page when the arena begins, and nobody after that.
             let (word, job) = unsafe {
                 let word = (page as *const u64).read_volatile();
