@@ -289,8 +289,8 @@ typedef struct ps_mmu_ops {
     int (*map)(void *context, const struct ps_mapping *batch, size_t count);
     // Takes away the translations of the addresses from `start` to `end`, exclusively: whole pages, some of which may have none. A
     // block of which a part is meant goes as a whole. A device without `halt` is also asked for all its addresses at once: it had
-    // best look through its translations then, and not through the addresses. Where that is not done on return, sets `*fence` to a number, not 0,
-    // of which `is_done` is asked. Returns 0, or an errno when it cannot: the device is quarantined. Needed.
+    // best look through its translations then, and not through the addresses. Where that is not done on return, sets `*fence` to a
+    // number, not 0, of which `is_done` is asked. Returns 0, or an errno when it cannot: the device is quarantined. Needed.
     int (*unmap)(void *context, uint64_t start, uint64_t end, uint64_t *fence);
     // Sets `*done` to whether the request with this fence is done. Returns 0, or an errno when it will never be. Needed where
     // `unmap` sets fences.

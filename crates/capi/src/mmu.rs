@@ -112,8 +112,8 @@ pub struct ps_mmu_ops {
     pub map: Option<unsafe extern "C" fn(context: *mut c_void, batch: *const ps_mapping, count: usize) -> c_int>,
     /// Takes away the translations of the addresses from `start` to `end`, exclusively: whole pages, some of which may have none. A
     /// block of which a part is meant goes as a whole. A device without `halt` is also asked for all its addresses at once: it had
-    /// best look through its translations then, and not through the addresses. Where that is not done on return, sets `*fence` to a number, not 0,
-    /// of which `is_done` is asked. Returns 0, or an errno when it cannot: the device is quarantined. Needed.
+    /// best look through its translations then, and not through the addresses. Where that is not done on return, sets `*fence` to a
+    /// number, not 0, of which `is_done` is asked. Returns 0, or an errno when it cannot: the device is quarantined. Needed.
     pub unmap: Option<unsafe extern "C" fn(context: *mut c_void, start: u64, end: u64, fence: *mut u64) -> c_int>,
     /// Sets `*done` to whether the request with this fence is done. Returns 0, or an errno when it will never be. Needed where
     /// `unmap` sets fences.
@@ -181,6 +181,17 @@ impl CDevice {
     fn translations(&self) -> Option<(&ps_mmu_ops, *mut c_void)> {
         self.parts().mmu.as_ref().map(|mmu| (&mmu.0, self.parts().ops.context))
     }
+
+    /// One of its functions, if it has that, and what is passed to it.
+    fn function<F>(&self, of: impl FnOnce(&ps_mmu_ops) -> Option<F>) -> Option<(F, *mut c_void)> {
+        let (ops, context) = self.translations()?;
+        Some((of(ops)?, context))
+    }
+}
+
+/// What a fence that a function has set, or not, says.
+fn progress(fence: u64) -> Progress {
+    if fence == 0 { Progress::Done } else { Progress::Pending(fence) }
 }
 
 impl Mmu for CDevice {
@@ -203,20 +214,17 @@ impl Mmu for CDevice {
     }
 
     fn attached(&self, port: Port) {
-        let Some((ops, context)) = self.translations() else { return };
         // Without a handle its faults fail.
         let id = table::open(port).unwrap_or(0);
         self.parts().port.store(id, Ordering::Relaxed);
-        if let Some(attached) = ops.attached {
+        if let Some((attached, context)) = self.function(|ops| ops.attached) {
             // SAFETY: a function of the device.
             inside(Inside::Device, || unsafe { attached(context, ps_port { id }) });
         }
     }
 
     fn map(&self, batch: &[Mapping]) -> Result<(), DeviceError> {
-        let Some((map, context)) = self.translations().and_then(|(ops, c)| Some((ops.map?, c))) else {
-            return Err(DeviceError::Unsupported);
-        };
+        let (map, context) = self.function(|ops| ops.map).ok_or(DeviceError::Unsupported)?;
         for part in batch.chunks(PART) {
             let mut asked = [ps_mapping { address: 0, bytes: 0, page: 0, target: 0, writable: 0 }; PART];
             for (to, from) in asked.iter_mut().zip(part) {
@@ -235,45 +243,39 @@ impl Mmu for CDevice {
     }
 
     fn unmap(&self, addresses: Range<u64>) -> Result<Progress, DeviceError> {
-        let Some((unmap, context)) = self.translations().and_then(|(ops, c)| Some((ops.unmap?, c))) else {
-            return Err(DeviceError::Unsupported);
-        };
+        let (unmap, context) = self.function(|ops| ops.unmap).ok_or(DeviceError::Unsupported)?;
         let mut fence = 0;
         // SAFETY: a function of the device.
         answer(inside(Inside::Device, || unsafe { unmap(context, addresses.start, addresses.end, &mut fence) }))?;
-        Ok(if fence == 0 { Progress::Done } else { Progress::Pending(fence) })
+        Ok(progress(fence))
     }
 
     fn halt(&self) -> Result<Progress, DeviceError> {
-        let Some((halt, context)) = self.translations().and_then(|(ops, c)| Some((ops.halt?, c))) else {
-            return Err(DeviceError::Unsupported);
-        };
+        let (halt, context) = self.function(|ops| ops.halt).ok_or(DeviceError::Unsupported)?;
         let mut fence = 0;
         // SAFETY: a function of the device.
         let said = answer(inside(Inside::Device, || unsafe { halt(context, &mut fence) }));
         // One that has the function, and cannot, is not to be taken for one that has it not.
         said.map_err(|e| if e == DeviceError::Unsupported { DeviceError::Io(libc::EOPNOTSUPP) } else { e })?;
-        Ok(if fence == 0 { Progress::Done } else { Progress::Pending(fence) })
+        Ok(progress(fence))
     }
 
     fn go_on(&self) {
-        if let Some((go_on, context)) = self.translations().and_then(|(ops, c)| Some((ops.go_on?, c))) {
+        if let Some((go_on, context)) = self.function(|ops| ops.go_on) {
             // SAFETY: a function of the device.
             inside(Inside::Device, || unsafe { go_on(context) });
         }
     }
 
     fn is_done(&self, fence: u64) -> Result<bool, DeviceError> {
-        let Some((is_done, context)) = self.translations().and_then(|(ops, c)| Some((ops.is_done?, c))) else {
-            return Err(DeviceError::Unsupported);
-        };
+        let (is_done, context) = self.function(|ops| ops.is_done).ok_or(DeviceError::Unsupported)?;
         let mut done = 0;
         // SAFETY: a function of the device.
         answer(inside(Inside::Device, || unsafe { is_done(context, fence, &mut done) })).map(|()| done != 0)
     }
 
     fn reserve(&self, addresses: Range<u64>) -> bool {
-        let Some((reserve, context)) = self.translations().and_then(|(ops, c)| Some((ops.reserve?, c))) else {
+        let Some((reserve, context)) = self.function(|ops| ops.reserve) else {
             return true;
         };
         // SAFETY: a function of the device.
@@ -281,14 +283,14 @@ impl Mmu for CDevice {
     }
 
     fn release(&self, addresses: Range<u64>) {
-        if let Some((release, context)) = self.translations().and_then(|(ops, c)| Some((ops.release?, c))) {
+        if let Some((release, context)) = self.function(|ops| ops.release) {
             // SAFETY: a function of the device.
             inside(Inside::Device, || unsafe { release(context, addresses.start, addresses.end) });
         }
     }
 
     fn take_accessed(&self, addresses: Range<u64>) -> bool {
-        let Some((take, context)) = self.translations().and_then(|(ops, c)| Some((ops.take_accessed?, c))) else {
+        let Some((take, context)) = self.function(|ops| ops.take_accessed) else {
             return false;
         };
         // SAFETY: a function of the device.
