@@ -1,7 +1,7 @@
 //! A device that runs code, in under seventy lines, and an MMU for it: its code uses the program's own pointers.
 //!
 //! ```text
-//! cargo run --release --example accelerator
+//! cargo run --release -p peerspace --example accelerator
 //! ```
 //!
 //! What an author of such a device has to know, beside what `device.rs` says of all devices:

@@ -1,7 +1,7 @@
 //! A breadth-first search by two accelerators at once, over a graph that the CPU has built with ordinary vectors and pointers.
 //!
 //! ```text
-//! cargo run --release --example bfs [-- --vertices N]
+//! cargo run --release -p peerspace --example bfs [-- --vertices N]
 //! ```
 //!
 //! The program's allocator is a managed heap, so every vector of some size can be used by the devices as it is: nothing is

@@ -2,7 +2,7 @@
 //! cannot fault, and with faults, hints and prefetches on one that can.
 //!
 //! ```text
-//! cargo run --release --example hash_join [-- --rows N]
+//! cargo run --release -p peerspace --example hash_join [-- --rows N]
 //! ```
 //!
 //! Each of N rows is looked up in a table of a quarter as many. For that the device makes a hash table of the smaller one, which

@@ -1,7 +1,7 @@
 //! A vector four times as large as the RAM it is given, used like any other.
 //!
 //! ```text
-//! cargo run --release --example hello
+//! cargo run --release -p peerspace --example hello
 //! ```
 
 use allocator_api2::vec::Vec;

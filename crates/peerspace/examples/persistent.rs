@@ -1,7 +1,7 @@
 //! A region that outlives the process: run it again and again, and it goes on counting.
 //!
 //! ```console
-//! $ cargo run --example persistent -- /tmp/counter
+//! $ cargo run -p peerspace --example persistent -- /tmp/counter
 //! ```
 
 use peerspace::Space;
