@@ -18,6 +18,11 @@ functions() {
         END { print sum + 0 }'
 }
 
+# The modules that only device memory needs; those that have a stand-in without it are not among them, but for `tiers`.
+library_modules='announce|attach|device|launch|migrate|peers|persistent|placement|ports|spec|view'
+engine_modules='announce|copy|detach|device_fault|device_step|empty|launch|make_room|migrate|named|place|placing|prefetch|send|stays_fault|tiers?|to_device|watch'
+core_modules='altmap|bitmap|buddy|devmap|inverted|pagemap|shootdown|vmemmap|wars'
+
 printf '%-24s %12s %12s %12s %12s\n' devices 'file, bytes' 'code, bytes' 'fault path' 'device layer'
 for features in "" devices soft compressed dax file "soft compressed dax file"; do
     cargo build --quiet --release -p peerspace-preload --no-default-features --features "$features" --target-dir "$target"
@@ -25,7 +30,7 @@ for features in "" devices soft compressed dax file "soft compressed dax file"; 
     strip -o "$target/stripped.so" "$library"
     code=$(size -A "$library" | awk '$1 == ".text" { print $2 }')
     path=$(functions 'peerspace::engine::(fault|pages|block)::')
-    devices=$(functions 'peerspace::(device|spec|engine::(tiers?|detach|migrate|named))::|peerspace_core::(altmap|bitmap|buddy|devmap|pagemap|vmemmap)::')
+    devices=$(functions "peerspace::($library_modules|engine::($engine_modules))::|peerspace_core::($core_modules)::")
     case $features in
         "") name="no device memory" ;;
         devices) name=none ;;
