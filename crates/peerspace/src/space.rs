@@ -150,15 +150,14 @@ impl Builder {
             Faults::Threads => open(Delivery::Messages)?,
             Faults::Auto => open(Delivery::Messages).or_else(|_| open(Delivery::Signal))?,
         };
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let policy = self.policy.unwrap_or_else(|| allocator_api2::unsize_box!(OwnBox::new_in(S3Fifo::new(), Own)));
         let ram = geometry.pages_in(peerspace_os::linux::probe::ram_bytes());
-        let config = Config { limit, ram, devices: self.devices, policy, contexts: (2 * cpus + 6).min(128) };
+        let config = Config { limit, ram, devices: self.devices, policy, contexts: usual_contexts() };
         let engine = Engine::new(kernel, config)?;
         if let Some(bytes) = self.pin_limit {
             engine.budget.set_most_pinned(geometry.pages_in(bytes));
         }
-        let handlers = if self.handlers == 0 { (cpus / 2).clamp(2, 8) } else { self.handlers };
+        let handlers = if self.handlers == 0 { usual_handlers() } else { self.handlers };
         Space::start(Shared::new(engine), handlers)
     }
 }
@@ -189,6 +188,20 @@ struct Service {
     hired: Arc<Hired>,
     /// The process that started `threads`: in a forked one they do not exist.
     pid: Pid,
+}
+
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// How many threads serve faults where nobody has said it.
+pub(crate) fn usual_handlers() -> usize {
+    (processors() / 2).clamp(2, 8)
+}
+
+/// How many threads may be in an engine's hands at once; more wait.
+pub(crate) fn usual_contexts() -> usize {
+    (2 * processors() + 6).min(128)
 }
 
 /// A loop that a thread of a space runs, and the thread's name.

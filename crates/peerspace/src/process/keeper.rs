@@ -23,7 +23,7 @@ use crate::engine::serve::Helper;
 use crate::engine::tiers::OpenDevice;
 use crate::engine::{self, Config, Engine, MIN_LIMIT};
 use crate::report::Statistics;
-use crate::space::Real;
+use crate::space::{Real, usual_contexts, usual_handlers};
 #[cfg(feature = "devices")]
 use crate::spec::own;
 use peerspace_core::addr::{Access, Geometry, PageRange, Va, VaRange};
@@ -436,9 +436,8 @@ impl Process {
         let delivery = if self.options.by_signal { Delivery::Signal } else { Delivery::Messages };
         let kernel = Linux::open(Setup { delivery, blocks, slots, without: 0 })?;
         let policy: Box<dyn Policy<Arena>> = allocator_api2::unsize_box!(Box::new_in(S3Fifo::new(), Own));
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let ram = self.geometry.pages_in(peerspace_os::linux::probe::ram_bytes());
-        let config = Config { limit, ram, devices, policy, contexts: (2 * cpus + 6).min(128) };
+        let config = Config { limit, ram, devices, policy, contexts: usual_contexts() };
         Engine::new(kernel, config).map(Shared::new).map_err(|e| OsError::plain(format!("set up tables: {e:?}")))
     }
 
@@ -556,7 +555,6 @@ impl Process {
 
 /// Starts the threads that serve `engine`, from the keeper's thread and with its descriptors.
 pub(super) fn start_services(engine: &Shared<Real>) {
-    let handlers = std::thread::available_parallelism().map_or(2, |n| (n.get() / 2).clamp(2, 8));
     let mut loops: [Option<fn(usize)>; 16] = [None; 16];
     // Nothing is hired: who is there from the start takes nothing from the program's heap.
     loops[0] = Some(|_| process().engine.get().expect("armed").serve_reclaim(|_| {}));
@@ -567,7 +565,7 @@ pub(super) fn start_services(engine: &Shared<Real>) {
     match engine.kernel.delivery() {
         Delivery::Signal => loops[3] = Some(|_| process().engine.get().expect("armed").serve_changes()),
         Delivery::Messages => {
-            for l in &mut loops[3..3 + handlers] {
+            for l in &mut loops[3..3 + usual_handlers()] {
                 *l = Some(|_| process().engine.get().expect("armed").serve_messages());
             }
         }
