@@ -24,10 +24,10 @@ impl Space {
     /// of `mprotect` the kernel says nothing: what devices have mapped they go on to access as before. A library that stands
     /// between a program and the C library's calls announces each of them.
     ///
-    /// Pages that no space manages may be among them. Nothing is allocated. The data is not touched: what is on a device stays there, and goes when
-    /// the kernel says that it has been unmapped or discarded. What is in place of a device goes home before the call. Where no device runs code, and nothing was
-    /// [promised](Space::promise_announcements), this does nothing. At most 128 calls
-    /// can be under way at once; more wait.
+    /// Pages that no space manages may be among them. Nothing is allocated. The data is not touched: what is on a device stays
+    /// there, and goes when the kernel says that it has been unmapped or discarded. What is in place of a device goes home before
+    /// the call. Where no device runs code, and nothing was [promised](Space::promise_announcements), this does nothing. At most
+    /// 128 calls can be under way at once; more wait.
     pub fn announce(&self, start: *const u8, len: usize) -> Announced {
         self.announce_all(&[(start, len)])
     }

@@ -74,7 +74,8 @@ impl Space {
     /// *out* to blocks (of 2 MiB, with pages of 4 KiB), as far as they are managed (rule G8). Prefetches are worked off in the
     /// order in which they are asked for.
     ///
-    /// Devices that would get copies ([`Hint::ReadMostly`](crate::Hint::ReadMostly), [`Mode::Replicate`](crate::device::mmu::Mode::Replicate)) do; otherwise the pages move.
+    /// Devices that would get copies ([`Hint::ReadMostly`](crate::Hint::ReadMostly),
+    /// [`Mode::Replicate`](crate::device::mmu::Mode::Replicate)) do; otherwise the pages move.
     ///
     /// # Errors
     /// [`Error::NoSuchDevice`]; [`Error::Device`] for one that runs no code (see [`Region::migrate_to`]).
