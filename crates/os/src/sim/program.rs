@@ -137,10 +137,10 @@ impl Sim {
     pub fn remap(&self, range: VaRange, to: Option<Va>) -> Option<Va> {
         let from = pages_of(self.geometry, range);
         // The kernel looks before it unmaps anything.
-        let registered = match self.step().pieces(from)[..] {
-            [(piece, kind)] if piece == from => kind.registered,
-            _ => return None,
-        };
+        let is_one = |pieces: &[(PageRange, Kind)]| matches!(pieces, [(piece, _)] if *piece == from);
+        if !is_one(&self.step().pieces(from)) {
+            return None;
+        }
         let to = match to {
             Some(to) => {
                 self.munmap(VaRange::new(to, range.len())?);
@@ -151,12 +151,18 @@ impl Sim {
                 free.start
             }
         };
-        {
+        let registered = {
             let mut m = self.step();
+            let pieces = m.pieces(from);
+            if !is_one(&pieces) {
+                return None;
+            }
+            let registered = pieces[0].1.registered;
             // Two changes: it is moved, and unmapped where it was.
             m.changing += 2 * registered as u32;
             m.relocate(from, self.geometry.vpn(to));
-        }
+            registered
+        };
         if registered {
             self.tell_all(&[Message::Move { from: range.start, to, len: range.len() }, Message::Unmap(range)]);
         }

@@ -142,8 +142,12 @@ impl<K: Kernel> Engine<K> {
         Ok(())
     }
 
-    fn as_arrived(attributes: Attributes) -> Attributes {
-        attributes.without(Attributes::KEPT.with(Attributes::ARRIVING))
+    /// What is certain to be what it was taken for may leave.
+    pub(super) fn as_arrived(attributes: Attributes) -> Attributes {
+        match attributes.has(Attributes::ARRIVING) {
+            true => attributes.without(Attributes::KEPT.with(Attributes::ARRIVING)),
+            false => attributes,
+        }
     }
 
     /// Has the kernel tell of `range`. True if all of that is one mapping, and was from when it was registered on; else part of

@@ -375,7 +375,8 @@ impl<K: Kernel> Engine<K> {
                 let _changes = self.region_changes.lock();
                 let new = self.cover(target)?;
                 self.each_entry(piece, counters, |entry| self.relocate_entry(entry, shift, counters));
-                self.insert_region(target, attributes, new)
+                // The kernel has told of it: so all of it was registered.
+                self.insert_region(target, Self::as_arrived(attributes), new)
             });
             if let Err(e) = moved {
                 self.lost_from_sight(piece, target, &e, counters);

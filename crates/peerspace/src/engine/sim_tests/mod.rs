@@ -7,6 +7,8 @@
 //! `oracle` tries random sequences of everything a program and the engine can do, one at a time, and `device_ops` adds what
 //! devices do; `races` and `device_races` have several threads do it at once, in the interleavings that a model checker chooses.
 
+#[cfg(shuttle)]
+mod adoption;
 #[cfg(not(shuttle))]
 mod areas;
 mod chip;

@@ -4,14 +4,13 @@
 //! Each test also counts that what it is about has come to pass: a race that never happens proves nothing.
 
 use super::{ABLE, Came, PAGE, Rig, Shelf};
-use crate::engine::adopt::AdoptError;
 use peerspace_core::addr::{Access, PageRange, Pages, Va, VaRange};
 use peerspace_core::entry::State;
 use peerspace_core::regions::Attributes;
 use peerspace_os::inject::Call;
 use peerspace_os::own::{Box as OwnBox, Buffer, Own};
-use peerspace_os::sim::{Keep, Trap};
-use peerspace_os::{Capabilities, Kernel, Trouble};
+use peerspace_os::sim::Trap;
+use peerspace_os::{Capabilities, Kernel};
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner, thread};
 use std::sync::Arc;
@@ -29,7 +28,7 @@ pub(super) fn explore(schedules: usize, run: fn()) {
     Runner::new(PctScheduler::new(3, schedules), config).run(run);
 }
 
-fn page(range: VaRange, n: usize) -> Va {
+pub(super) fn page(range: VaRange, n: usize) -> Va {
     Va(range.start.0 + (n * PAGE) as u64)
 }
 
@@ -341,68 +340,6 @@ fn changes_of_mappings_race_with_faults_and_reclaim() {
         assert_eq!(word(&rig, page(plain, 2)), Ok(5));
         drop(shelf);
     });
-}
-
-/// G1, G5: a program unmaps and maps anew what is being adopted. The kernel tells nothing of what is not registered yet; a region
-/// is nothing but what is, and its pages may leave.
-fn adoption_races_with_changes(maps_anew: bool, adopted: &AtomicU64, refused: &AtomicU64) {
-    let (rig, _shelf) = rig(ABLE);
-    let receiver = Receiver::start(&rig);
-    let plain = rig.sim().map_plain(8 * PAGE as u64);
-    (0..8).for_each(|n| put(&rig, page(plain, n), 100 + n as u64));
-    let rest = VaRange { start: page(plain, 4), end: plain.end };
-    let changer = {
-        let rig = rig.clone();
-        thread::spawn(move || {
-            rig.sim().munmap(rest);
-            if maps_anew {
-                (0..2).for_each(|_| thread::yield_now());
-                rig.sim().map_kept_at(rest, Keep::Private);
-                (4..8).for_each(|n| put(&rig, page(plain, n), 200 + n as u64));
-            }
-        })
-    };
-    match rig.engine.adopt(plain) {
-        Ok(()) => adopted.fetch_add(1, Relaxed),
-        Err(why) => {
-            assert!(!maps_anew || matches!(why, AdoptError::Kernel(Trouble::Absent)), "{why:?}");
-            refused.fetch_add(1, Relaxed)
-        }
-    };
-    changer.join().unwrap();
-    rig.engine.settle_changes();
-    rig.reclaim(40);
-    let regions: Vec<_> = rig.engine.regions.iter().collect();
-    assert!(regions.iter().all(|r| !r.attributes.has(Attributes::KEPT)), "{regions:?} never leave");
-    for n in 0..8 {
-        let want = match (n, maps_anew) {
-            (4.., true) => Ok(200 + n as u64),
-            (4.., false) => Err(Came::Refused),
-            _ => Ok(100 + n as u64),
-        };
-        assert_eq!(word(&rig, page(plain, n)), want, "page {n}");
-    }
-    rig.sim().munmap(plain);
-    rig.engine.settle_changes();
-    assert_eq!(rig.engine.regions.iter().next(), None, "nobody has said that it is gone");
-    rig.sim().map_kept_at(plain, Keep::Private);
-    (0..8).for_each(|n| assert_eq!(word(&rig, page(plain, n)), Ok(0), "page {n} of something else"));
-    receiver.end();
-    rig.engine.check();
-}
-
-#[test]
-fn what_is_unmapped_while_it_is_adopted_is_no_region() {
-    static DONE: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
-    explore(300, || adoption_races_with_changes(false, &DONE[0], &DONE[1]));
-    assert!(DONE.iter().all(|done| done.load(Relaxed) > 0), "{DONE:?}");
-}
-
-#[test]
-fn what_takes_the_place_of_what_is_being_adopted_is_managed_or_not() {
-    static DONE: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
-    explore(300, || adoption_races_with_changes(true, &DONE[0], &DONE[1]));
-    assert!(DONE[0].load(Relaxed) > 0, "{DONE:?}");
 }
 
 /// Faults that come by message: whoever waits is woken, also when the fault meets a change and is put aside.
