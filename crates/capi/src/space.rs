@@ -6,9 +6,9 @@ use crate::error::{Failure, Inside, call, call_from, ps_status};
 use crate::statistics::{ps_device_statistics, ps_statistics};
 use crate::table;
 use peerspace::{DeviceId, DeviceSpec, Faults, Space};
-use peerspace_os::own::Shared;
+use peerspace_os::own::{Own, Shared, Vec as OwnVec};
 use std::ffi::c_char;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 /// A space: one address space for the CPU and its devices.
 #[repr(C)]
@@ -78,10 +78,13 @@ pub struct ps_space_options {
 // SAFETY: repr(C), begins with its size; 8 + 8 + 8 + 4 + 4 + 8 + 8 + 8 bytes without padding, of numbers and pointers.
 unsafe impl Versioned for ps_space_options {}
 
+/// In memory of our own: who works on it may wait for nothing that waits for a fork.
+type Devices = OwnVec<(DeviceId, u64)>;
+
 /// A space, and the handles of its devices.
 pub(crate) struct SpaceEntry {
     pub(crate) space: Space,
-    devices: Mutex<Vec<(DeviceId, u64)>>,
+    devices: Mutex<Devices>,
 }
 
 /// A device, and its space. Whoever releases a space releases those of its devices as well, so this does not keep it.
@@ -93,14 +96,16 @@ pub(crate) struct DeviceEntry {
 }
 
 impl SpaceEntry {
-    fn devices(&self) -> MutexGuard<'_, Vec<(DeviceId, u64)>> {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Works on the list of devices, which nobody does while the process forks: in the child it would stay locked.
+    fn with_devices<T>(&self, work: impl FnOnce(&mut Devices) -> T) -> T {
+        let _no_fork = table::no_fork();
+        work(&mut self.devices.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Gives a device of the space, which has the handle `space`, a handle.
     fn add_device(this: &Shared<SpaceEntry>, id: DeviceId, space: u64) -> Result<u64, Failure> {
         let handle = table::open(DeviceEntry { id, of: this.clone(), space })?;
-        this.devices().push((id, handle));
+        this.with_devices(|devices| devices.push((id, handle)));
         Ok(handle)
     }
 }
@@ -184,7 +189,7 @@ pub unsafe extern "C" fn ps_space_create(options: *const ps_space_options, space
         }
         let made = builder.build()?;
         let ids = made.devices();
-        let entry = Shared::new(SpaceEntry { space: made, devices: Mutex::default() });
+        let entry = Shared::new(SpaceEntry { space: made, devices: Mutex::new(OwnVec::new_in(Own)) });
         let handle = table::open(entry.clone())?;
         let added = ids.into_iter().try_for_each(|id| SpaceEntry::add_device(&entry, id, handle).map(drop));
         if let Err(e) = added {
@@ -201,7 +206,7 @@ pub unsafe extern "C" fn ps_space_create(options: *const ps_space_options, space
 fn release(handle: u64) -> Result<(), Failure> {
     let entry = table::close::<Shared<SpaceEntry>>(handle, "space")?;
     // Not locked: calls on devices are waited for, and one that detaches its device wants the list.
-    let devices = std::mem::take(&mut *entry.devices());
+    let devices = entry.with_devices(|devices| std::mem::replace(devices, OwnVec::new_in(Own)));
     for (_, device) in devices {
         // Detached by another thread in this moment.
         let _ = table::close::<DeviceEntry>(device, "device");
@@ -281,9 +286,10 @@ pub unsafe extern "C" fn ps_space_devices(
         // SAFETY: as above.
         let to = unsafe { args::room(devices, room, "devices") }?;
         let entry = table::find::<Shared<SpaceEntry>>(space.id, "space")?;
-        let known = entry.devices();
+        let order = entry.space.devices();
+        let known = entry.with_devices(|known| known.clone());
         let mut n = 0;
-        for id in entry.space.devices() {
+        for id in order {
             let Some((_, handle)) = known.iter().find(|(of, _)| *of == id) else { continue };
             if let Some(to) = to.get_mut(n) {
                 to.write(ps_device { id: *handle });
@@ -409,7 +415,7 @@ pub extern "C" fn ps_device_detach(device: ps_device) -> ps_status {
     call("ps_device_detach", || {
         with_device(device, |entry, id| {
             entry.space.detach(id)?;
-            entry.devices().retain(|(of, _)| *of != id);
+            entry.with_devices(|devices| devices.retain(|(of, _)| *of != id));
             Ok(())
         })?;
         // The space may have been released meanwhile, and its devices' handles with it.

@@ -131,6 +131,8 @@ const _: () = is_send_and_sync::<Object>();
 
 static TABLE: [AtomicPtr<Slot>; CHUNKS] = [const { AtomicPtr::new(null_mut()) }; CHUNKS];
 static FREE: Mutex<Free> = Mutex::new(Free { slots: Vec::new_in(Own), made: 0 });
+/// Held while the process forks, and by whoever works on what would stay locked in the child.
+static STILL: Mutex<()> = Mutex::new(());
 
 thread_local! {
     /// A slot that this thread has closed, for the next one that it opens.
@@ -207,23 +209,28 @@ impl Free {
     }
 }
 
+/// The process does not fork as long as the result lives. Not for long, and not twice in one thread.
+pub(crate) fn no_fork() -> impl Drop {
+    STILL.lock()
+}
+
 /// In a forked child no call is under way: those who made them do not exist.
 struct Forks;
 
 impl ForkHandler for Forks {
     fn before(&self) {
-        // Nobody else is just changing it while the process is copied.
-        forget(FREE.lock());
+        // Nobody else is just changing anything while the process is copied.
+        forget((STILL.lock(), FREE.lock()));
     }
 
     fn parent(&self) {
         // SAFETY: locked by `before`, in this thread.
-        unsafe { FREE.force_unlock() };
+        unsafe { (FREE.force_unlock(), STILL.force_unlock()) };
     }
 
     fn child(&self) {
         // SAFETY: the copy of what `before` locked, in the copy of its thread.
-        unsafe { FREE.force_unlock() };
+        unsafe { (FREE.force_unlock(), STILL.force_unlock()) };
         let made = FREE.lock().made;
         for slot in (0..made).filter_map(slot) {
             slot.state.fetch_and(!CALLS, Ordering::Relaxed);

@@ -271,18 +271,35 @@ static void *touches(void *of)
     return NULL;
 }
 
+static _Atomic int enough;
+
+/* Asks all the time what devices there are. */
+static void *asks(void *of)
+{
+    struct fixture_tight *self = of;
+    size_t count = 0;
+    while (!enough)
+        OK(ps_space_devices(self->space, NULL, 0, &count));
+    return NULL;
+}
+
 TEST_F(tight, g12_a_fork_amid_other_threads_leaves_no_call_under_way)
 {
-    pthread_t threads[2];
+    pthread_t threads[2], asking;
+    size_t devices;
     int status;
+    enough = 0;
+    ASSERT_EQ(pthread_create(&asking, NULL, asks, self), 0);
     fill(self->memory, BYTES, 22);
     for (int i = 0; i < 2; i++)
         ASSERT_EQ(pthread_create(&threads[i], NULL, touches, self), 0);
-    for (int round = 0; round < 5; round++) {
+    for (int round = 0; round < 40; round++) {
         pid_t child = fork();
         ASSERT_GE(child, 0);
         if (child == 0) {
             /* Would wait for calls that other threads had under way. */
+            alarm(20);
+            OK(ps_space_devices(self->space, NULL, 0, &devices));
             OK(ps_region_release(self->region));
             OK(ps_space_release(self->space));
             _exit(failures);
@@ -290,6 +307,8 @@ TEST_F(tight, g12_a_fork_amid_other_threads_leaves_no_call_under_way)
         ASSERT_EQ(waitpid(child, &status, 0), child);
         EXPECT_EQ(status, 0);
     }
+    enough = 1;
+    pthread_join(asking, NULL);
     for (int i = 0; i < 2; i++)
         pthread_join(threads[i], NULL);
 }
