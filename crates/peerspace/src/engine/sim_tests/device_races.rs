@@ -189,6 +189,23 @@ fn g10_accesses_in_place_are_over_before_a_page_moves() {
     assert!(REMOTE.load(Relaxed) > 0, "nothing was accessed in place");
 }
 
+/// G8: two faults of a device in a page that the CPU has move it once, and not home in between.
+#[test]
+fn g8_whoever_is_late_finds_the_page_on_the_device() {
+    explore(150, || {
+        let (rig, _fleet, chips) = rig_with(ABLE, [Model::new(4, Mode::Exclusive)]);
+        let region = rig.region(1);
+        put(&rig, Va(page_at(region, 0)), 7);
+        let lanes = [0, 1].map(|_| {
+            let (rig, chip) = (rig.clone(), chips[0].clone());
+            thread::spawn(move || assert_eq!(chip.get(&rig, page_at(region, 0)), Ok(7)))
+        });
+        lanes.into_iter().for_each(|lane| lane.join().unwrap());
+        assert_eq!(rig.engine.sums().pages_in, 0, "it has been home");
+        gone(&rig, region, &chips);
+    });
+}
+
 /// G7: a device with room for one page evicts, by its own faults and by somebody else's wish, what the CPU asks for.
 #[test]
 fn g7_evictions_from_a_device_race_with_faults() {
