@@ -7,7 +7,7 @@ use crate::error::Trouble;
 use crate::spec::{LinkSpeed, Metric, Sample, Spec, Work};
 use crate::workload::{self, PAGE_BYTES};
 use peerspace::device::soft::Accelerator;
-use peerspace::{Hint, Node, Region, Space};
+use peerspace::{Hint, Node, Prefetch, Region, Space};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
@@ -76,30 +76,35 @@ impl Stream {
     /// Works on `blocks`, sending for `ahead` of them ahead. The result: how long it took.
     fn pass(&self, blocks: std::ops::Range<usize>, ahead: Option<usize>) -> Result<Duration, Trouble> {
         let begin = Instant::now();
-        work_on(&self.region, &self.accelerator, blocks, self.words, ahead.map(|blocks| (self.far, blocks)))?;
-        Ok(begin.elapsed())
+        let ahead = ahead.map(|blocks| (self.far, blocks));
+        let sent = work_on(&self.region, &self.accelerator, blocks, self.words, ahead)?;
+        let took = begin.elapsed();
+        // One that is late would send again what is brought home next.
+        sent.iter().try_for_each(|sent| sent.wait().map(drop)).map_err(Trouble::failed("prefetch"))?;
+        Ok(took)
     }
 }
 
 /// Has an accelerator work on blocks of `region`, a kernel for each, and look at `words` words of each page; `ahead` says where
-/// to send them, and how many of them before they are needed.
+/// to send them, and how many of them before they are needed. What was sent for is returned: it may be under way yet where the work
+/// was faster.
 pub(super) fn work_on(
     region: &Region,
     on: &Accelerator,
     blocks: std::ops::Range<usize>,
     words: usize,
     ahead: Option<(Node, usize)>,
-) -> Result<(), Trouble> {
+) -> Result<Vec<Prefetch>, Trouble> {
     let base = region.as_ptr() as u64;
-    let mut sent = blocks.start;
+    let (mut next, mut sent) = (blocks.start, Vec::new());
     let mut jobs = VecDeque::with_capacity(QUEUED);
     for block in blocks.clone() {
         if let Some((far, ahead)) = ahead {
-            while sent < blocks.end.min(block + ahead) {
-                let part = sent * BLOCK..(sent + 1) * BLOCK;
+            while next < blocks.end.min(block + ahead) {
+                let part = next * BLOCK..(next + 1) * BLOCK;
                 // It goes on by itself. Whoever finds it not there yet waits for it.
-                drop(region.prefetch(part, far).map_err(Trouble::failed("prefetch"))?);
-                sent += 1;
+                sent.push(region.prefetch(part, far).map_err(Trouble::failed("prefetch"))?);
+                next += 1;
             }
         }
         let first = block * (BLOCK / PAGE_BYTES);
@@ -112,7 +117,8 @@ pub(super) fn work_on(
             ended(job)?;
         }
     }
-    jobs.into_iter().try_for_each(ended)
+    jobs.into_iter().try_for_each(ended)?;
+    Ok(sent)
 }
 
 impl Contender for Stream {

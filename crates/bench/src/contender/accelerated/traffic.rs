@@ -108,7 +108,8 @@ impl Traffic {
 
     fn stream(&mut self, region: &Region) -> Result<Outcome, Trouble> {
         let ahead = self.hints.then_some((Node::Device(self.ids[0]), AHEAD));
-        work_on(region, &self.accelerators[0], 0..region.len() / BLOCK, PAGE_WORDS - 1, ahead)?;
+        let sent = work_on(region, &self.accelerators[0], 0..region.len() / BLOCK, PAGE_WORDS - 1, ahead)?;
+        sent.iter().try_for_each(|sent| sent.wait().map(drop)).map_err(Trouble::failed("prefetch"))?;
         let verified = (region.len() / PAGE_BYTES * (PAGE_WORDS - 1)) as u64;
         Ok(Outcome { verified, bytes: Some((Metric::ByAsked, region.len() as u64)) })
     }
