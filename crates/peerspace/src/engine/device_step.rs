@@ -195,11 +195,13 @@ impl<K: Kernel> Engine<K> {
                     let rest = if entry.is_whole() { entry.range() } else { how.within(near) };
                     drop(entry);
                     let went = self.walk(rest, work, |rest, work| self.set_some_aside(rest, work));
+                    if went > 0 {
+                        return Next::Again;
+                    }
                     // Somebody else may have been faster, and have it on a device by now: to bring it home would be to move it twice.
-                    let mapped =
-                        |entry: &Entry<'_, K>| matches!(entry.state(), State::Host { .. } | State::Shared { .. });
+                    let mapped = |state| matches!(state, State::Host { .. } | State::Shared { .. });
                     return match self.table.lock(vpn) {
-                        Ok(entry) if went == 0 && mapped(&entry) => self.pause_or_home(va),
+                        Ok(entry) if mapped(entry.state()) => self.pause_or_home(va),
                         _ => Next::Again,
                     };
                 }
