@@ -108,19 +108,14 @@ impl<K: Kernel> Engine<K> {
         {
             let _work = self.contexts.take();
             let _changes = self.region_changes.lock();
-            let turn = self.settled().ok_or(AdoptError::Changed)?;
-            if (turn, Ok(Some(seen.1))) != (seen.0, self.kernel.mapping_at(range.start)) {
-                return Err(AdoptError::Changed);
-            }
+            let is_as_seen = || self.kernel.mapping_at(range.start) == Ok(Some(seen.1));
+            let turn = self.settled().filter(|turn| *turn == seen.0 && is_as_seen()).ok_or(AdoptError::Changed)?;
             // The region first: from the moment of registration on, faults in it come. Until that moment no page may
             // leave, since the kernel would put zeros in its place.
             let arriving = Attributes::ADOPTED.with(Attributes::KEPT).with(Attributes::ARRIVING);
             self.insert_fresh_region(pages, arriving).map_err(AdoptError::Table)?;
             // Once more, as late as can be: of memory that is not registered no change is told.
-            let registered = match self.kernel.mapping_at(range.start) == Ok(Some(seen.1)) {
-                true => self.register_all(range, turn),
-                false => Err(Trouble::Absent),
-            };
+            let registered = if is_as_seen() { self.register_all(range, turn) } else { Err(Trouble::Absent) };
             match registered {
                 Ok(true) => {
                     // Without room for that, the region stays as it is: right, if of little use.
@@ -131,10 +126,7 @@ impl<K: Kernel> Engine<K> {
                 Err(why) => {
                     let _ = self.regions.remove(pages, |_| {});
                     self.table.uncover(self.lonely_blocks(pages));
-                    return Err(match self.kernel.mapping_at(range.start) == Ok(Some(seen.1)) {
-                        true => AdoptError::Kernel(why),
-                        false => AdoptError::Changed,
-                    });
+                    return Err(if is_as_seen() { AdoptError::Kernel(why) } else { AdoptError::Changed });
                 }
             }
         }

@@ -5,7 +5,8 @@
 //! [`Shelf`] is a device that minds the contract it is used by, and fails as it is told to; a [`chip`] is one that runs code.
 //!
 //! `oracle` tries random sequences of everything a program and the engine can do, one at a time, and `device_ops` adds what
-//! devices do; `races` and `device_races` have several threads do it at once, in the interleavings that a model checker chooses.
+//! devices do; `races`, `adoption` and `device_races` have several threads do it at once, in the interleavings that a model
+//! checker chooses.
 
 #[cfg(shuttle)]
 mod adoption;
