@@ -316,8 +316,9 @@ typedef struct ps_mmu_ops {
 //
 // Functions are called by faulting threads and by those of the space, concurrently; no two at a time are about the same page.
 // They run with pages locked, and where faults are delivered by signal also inside of the handler of SIGBUS. So they must not
-// touch memory that a space manages, nor wait for a lock that somebody holds who does, nor allocate from a heap that is managed,
-// nor call this library (PS_ERR_REENTRANT), nor end by longjmp or a C++ exception.
+// touch memory that a space manages, nor wait for a lock that somebody holds who does (or whose handler of a signal does: block
+// signals while it is held), nor allocate from a heap that is managed, nor call this library (PS_ERR_REENTRANT), nor end by
+// longjmp or a C++ exception.
 //
 // Nothing is believed where it can be checked: a result that was not set counts as a failure; a load that fails is tried once
 // more, and if it fails again its page is lost (rule Z9), alone; a page that could not be stored stays in RAM or goes elsewhere.

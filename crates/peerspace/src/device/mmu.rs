@@ -20,6 +20,8 @@
 //!   holds is lost (rule Z9).
 //! - [`Mmu`] functions return soon and never call the port: they are called with pages locked. They may wait for accesses under
 //!   way, those by [`Port::read`] and [`Port::write`] included, which wait for nothing; not for a [`Port::fault`].
+//! - A lock that they take is held elsewhere only with signals blocked: a handler of the program's that touches managed memory
+//!   has them called, and would wait for the thread that it has interrupted.
 //! - Nothing is accessed by the address of memory that lies on the host but through the port ([`Port::read`],
 //!   [`Port::write`]): so it can be cut off.
 //!

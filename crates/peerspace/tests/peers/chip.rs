@@ -1,7 +1,7 @@
 //! A device that runs code, as small as can be: a table of translations under a lock, and accesses that the test makes itself.
 //!
-//! An access holds the lock, so an `unmap` that has returned is over. It minds the contract: what is mapped, and with which
-//! permission, and it can be told to break it.
+//! An access holds the lock, so an `unmap` that has returned is over; without signals, whose handlers may bring about an
+//! `unmap` themselves. It minds the contract: what is mapped, and with which permission, and it can be told to break it.
 #![allow(dead_code)] // each test uses its part
 
 use peerspace::device::mmu::{DeviceAccess, FaultError, Mapping, Mmu, MmuDescriptor, Mode, Port, Progress, Target};
@@ -87,6 +87,29 @@ impl Trouble {
     fn fails_first(&self, page: u64) -> bool {
         let mut before = self.failed_before.lock().unwrap();
         self.every_other_load.load(SeqCst) && (before.insert(page) || !before.remove(&page))
+    }
+}
+
+/// Keeps the signals of programs, by which tests bother devices, from this thread.
+struct Quiet(libc::sigset_t);
+
+impl Quiet {
+    fn new() -> Quiet {
+        // SAFETY: zeroed sets are valid, and empty.
+        unsafe {
+            let (mut users, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigaddset(&mut users, libc::SIGUSR1);
+            libc::sigaddset(&mut users, libc::SIGUSR2);
+            assert_eq!(libc::pthread_sigmask(libc::SIG_BLOCK, &users, &mut before), 0);
+            Quiet(before)
+        }
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        // SAFETY: a set that the call has filled in.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
     }
 }
 
@@ -189,6 +212,7 @@ impl Chip {
         assert!(va % PAGE + len as u64 <= PAGE);
         loop {
             {
+                let quiet = Quiet::new();
                 let table = self.0.table.lock().unwrap();
                 match table.get(&(va / PAGE * PAGE)).copied() {
                     Some((Target::Own(page), writable)) if writable || how == DeviceAccess::Read => {
@@ -203,7 +227,7 @@ impl Chip {
                     Some((Target::Host, writable))
                         if how == DeviceAccess::Read || writable && how == DeviceAccess::Write =>
                     {
-                        let table = self.0.trouble.minds_host.load(SeqCst).then_some(table);
+                        let table = self.0.trouble.minds_host.load(SeqCst).then_some((table, quiet));
                         let mut buffer = vec![0; len];
                         let done = match how {
                             DeviceAccess::Read => self.port().read(va, &mut buffer).map(|()| bytes(&mut buffer)),
