@@ -339,8 +339,8 @@ impl<K: Kernel> Kernel for Inject<K> {
         self.inner().waits_for_faults()
     }
 
-    fn let_pass(&self, range: VaRange, over: &dyn Fn() -> bool) {
-        self.inner().let_pass(range, over);
+    fn let_pass(&self, range: VaRange, write: bool, over: &dyn Fn() -> bool) {
+        self.inner().let_pass(range, write, over);
     }
 
     fn wake(&self, range: VaRange) -> Result<(), Trouble> {

@@ -464,7 +464,11 @@ pub trait Kernel: Send + Sync + 'static {
         false
     }
 
-    /// Ends such a wait somewhere in `range`, where the table says that pages are mapped: one has moved away, or was given up.
-    /// The system call finds zeros there or, where nothing is mapped, an error. `over` says whether it has ended.
-    fn let_pass(&self, _range: VaRange, _over: &dyn Fn() -> bool) {}
+    /// Ends such a wait somewhere in `range`, where the table says that pages are mapped: one has moved away, or was given up, or
+    /// is write-protected for no reason. The system call finds zeros there or, where nothing is mapped, an error. `over` says
+    /// whether it has ended. `write`: it writes, and the table says that the program may without a fault.
+    ///
+    /// The caller sees to it that, while the call is under way and until this has returned, nobody changes what the table says of
+    /// these pages.
+    fn let_pass(&self, _range: VaRange, _write: bool, _over: &dyn Fn() -> bool) {}
 }

@@ -370,8 +370,8 @@ impl Kernel for Linux {
         self.delivery() == Delivery::Messages
     }
 
-    fn let_pass(&self, range: VaRange, over: &dyn Fn() -> bool) {
-        self.let_waiter_pass(range, over);
+    fn let_pass(&self, range: VaRange, write: bool, over: &dyn Fn() -> bool) {
+        self.let_waiter_pass(range, write, over);
     }
 
     fn wake(&self, range: VaRange) -> Result<(), Trouble> {

@@ -3,7 +3,7 @@
 //! Where faults reach us by message, the kernel's own accesses wait for them like everybody else's. An access that waits for a
 //! page that the program has just moved away may be what keeps us from receiving the news of that, before which the kernel
 //! refuses to put anything there. It lets a page be unregistered at any time, though: what waits then finds zeros, as in any
-//! anonymous memory, and goes on.
+//! anonymous memory, and goes on; and protection by a userfaultfd goes with it, if that is what a write waits for.
 
 use super::kernel::Linux;
 use crate::kernel::Kernel;
@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_millis(20);
 
 impl Linux {
     /// See [`Kernel::let_pass`].
-    pub(super) fn let_waiter_pass(&self, range: VaRange, over: &dyn Fn() -> bool) {
+    pub(super) fn let_waiter_pass(&self, range: VaRange, write: bool, over: &dyn Fn() -> bool) {
         if !self.waits_for_faults() {
             return;
         }
@@ -34,8 +34,13 @@ impl Linux {
         }
         let page = self.geometry().page_bytes() as u64;
         for at in (range.start.0..range.end.0).step_by(page as usize) {
-            // What is there is not waited for, and stays as it is. It waits again, so it is still our memory.
-            if over() || self.pagemap.is_present(Va(at)) != Ok(false) || self.uffd.unregister(at, page).is_err() {
+            // What is there is not waited for but to be written, and stays as it is.
+            let is_awaited = match self.pagemap.is_present(Va(at)) {
+                Ok(true) => write && self.pagemap.is_protected(Va(at)) == Ok(true),
+                present => present.is_ok(),
+            };
+            // It waits again, so it is still our memory.
+            if over() || !is_awaited || self.uffd.unregister(at, page).is_err() {
                 continue;
             }
             is_over(PATIENCE);
@@ -58,24 +63,68 @@ mod tests {
 
     const PAGE: usize = 4096;
 
+    /// Where there are three new pages, full of sevens.
+    fn three_pages() -> u64 {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping, where the kernel has room, and the bytes of it.
+        unsafe {
+            let at = libc::mmap(std::ptr::null_mut(), 3 * PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            assert_ne!(at, libc::MAP_FAILED);
+            std::ptr::write_bytes(at.cast::<u8>(), 7, 3 * PAGE);
+            at as u64
+        }
+    }
+
+    /// G5: a system call that writes where somebody has left protection behind goes on although nobody resolves its fault; one that
+    /// reads does not change protection, on which others rely.
+    #[test]
+    fn a_write_does_not_wait_for_protection_that_was_left_behind() {
+        let Ok(k) = Linux::open(Setup { delivery: Delivery::Messages, blocks: 1, slots: 64, without: 0 }) else {
+            return eprintln!("skipped: this process may not have faults by message");
+        };
+        if !k.capabilities().write_protect {
+            return eprintln!("skipped: this kernel protects nothing");
+        }
+        let at = three_pages();
+        let page = |n: u64| VaRange { start: Va(at + n * 4096), end: Va(at + (n + 1) * 4096) };
+        let all = VaRange { start: page(0).start, end: page(2).end };
+        k.adopt(all).unwrap();
+        k.protect(all, Protect::Yes, Wake::No).unwrap();
+        let protected = || [0, 1, 2].map(|n| k.pagemap.is_protected(page(n).start).unwrap());
+        assert_eq!(protected(), [true; 3]);
+        // A call that reads and takes long is not waiting.
+        k.let_pass(page(1), false, &|| false);
+        assert_eq!(protected(), [true; 3]);
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let (k, over) = (&k, &over);
+            let writer = scope.spawn(move || {
+                let written = k.write_mapped(page(1).start, &[9; 8]);
+                over.store(true, SeqCst);
+                written
+            });
+            while !over.load(SeqCst) {
+                k.let_pass(page(1), true, &|| over.load(SeqCst));
+            }
+            assert!(writer.join().unwrap());
+        });
+        assert_eq!(protected(), [true, false, true]);
+        // SAFETY: the test's own memory.
+        let bytes = unsafe { std::slice::from_raw_parts(at as *const u8, 3 * PAGE) };
+        assert!(bytes.iter().enumerate().all(|(i, byte)| *byte == if i / 8 == PAGE / 8 { 9 } else { 7 }));
+        // It is watched as before.
+        k.protect(page(1), Protect::Yes, Wake::No).unwrap();
+        assert_eq!(protected(), [true; 3]);
+        k.disown(all).unwrap();
+    }
+
     /// G5: a system call in memory that was moved away ends before anybody has received the news.
     #[test]
     fn a_call_does_not_wait_for_what_has_moved_away() {
         let Ok(k) = Linux::open(Setup { delivery: Delivery::Messages, blocks: 1, slots: 64, without: 0 }) else {
             return eprintln!("skipped: this process may not have faults by message");
         };
-        let map = || {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            // SAFETY: a new mapping, where the kernel has room.
-            let at = unsafe {
-                libc::mmap(std::ptr::null_mut(), 3 * PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
-            };
-            assert_ne!(at, libc::MAP_FAILED);
-            at as u64
-        };
-        let (from, to) = (map(), map());
-        // SAFETY: the test's own memory.
-        unsafe { std::ptr::write_bytes(from as *mut u8, 7, 3 * PAGE) };
+        let (from, to) = (three_pages(), three_pages());
         k.adopt(VaRange { start: Va(from), end: Va(from + 3 * PAGE as u64) }).unwrap();
         let (moved, over) = (AtomicBool::new(false), AtomicBool::new(false));
         std::thread::scope(|scope| {
@@ -96,7 +145,7 @@ mod tests {
                 (read, bytes)
             });
             while !over.load(SeqCst) {
-                k.let_pass(page, &|| over.load(SeqCst));
+                k.let_pass(page, false, &|| over.load(SeqCst));
             }
             assert_eq!(reader.join().unwrap(), (Ok(8), [0; 8]));
             assert!(!moved.load(SeqCst), "the news was not received yet");

@@ -129,6 +129,15 @@ impl Pagemap {
         Ok(self.word(va)? & (PM_PRESENT | PM_SWAP) != 0)
     }
 
+    /// Whether the page at `va` is populated and write-protected by a userfaultfd.
+    ///
+    /// # Errors
+    /// When the page map cannot be read.
+    pub fn is_protected(&self, va: Va) -> Result<bool, Errno> {
+        let word = self.word(va)?;
+        Ok(word & (PM_PRESENT | PM_SWAP) != 0 && word & PM_PROTECTED != 0)
+    }
+
     /// Calls `run` with each run of populated pages in `range`.
     ///
     /// # Errors

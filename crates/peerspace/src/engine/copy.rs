@@ -135,7 +135,7 @@ impl<K: Kernel> Engine<K> {
                 At::Mapped => self.gate.enter(work.context()).is_some_and(|_section| {
                     let bytes = &mut through.bytes[..n as usize];
                     let range = VaRange { start: from, end: Va(from.0 + n) };
-                    self.access_mapped(work.context(), range, || self.kernel.read_mapped(from, bytes))
+                    self.access_mapped(work.context(), (range, false), || self.kernel.read_mapped(from, bytes))
                 }),
                 At::Zeros => {
                     through.bytes[..n as usize].fill(0);

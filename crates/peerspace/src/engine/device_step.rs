@@ -277,9 +277,10 @@ impl<K: Kernel> Engine<K> {
         }
         let Some(_section) = self.gate.enter(work.context()) else { return Err(Next::Changing) };
         match self.kernel.protect(self.addresses(entry.range()), Protect::No, Wake::Yes) {
+            Ok(()) => Ok(()),
             Err(Trouble::Changing) => Err(Next::Changing),
-            // Where the kernel refuses it has moved away: the access finds that out.
-            _ => Ok(()),
+            // It has moved away, and the news is on the way; or a page of it is [let pass](super::watch) just now.
+            Err(_) => Err(Next::Pause),
         }
     }
 

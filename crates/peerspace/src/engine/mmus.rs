@@ -404,7 +404,11 @@ impl<K: Kernel> Engine<K> {
         };
         // Even so, memory that the program owns may just have been unmapped.
         let range = VaRange { start: va, end: Va(va.0 + len as u64) };
-        if allowed && self.access_mapped(context, range, access) { Ok(()) } else { Err(FaultError::NotMapped(va.0)) }
+        if allowed && self.access_mapped(context, (range, write), access) {
+            Ok(())
+        } else {
+            Err(FaultError::NotMapped(va.0))
+        }
     }
 
     fn is_for_reading(&self, vpn: Vpn) -> bool {

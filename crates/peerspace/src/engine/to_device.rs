@@ -185,7 +185,7 @@ impl<K: Kernel> Engine<K> {
             {
                 let _section = self.gate.enter(context).ok_or(Stay::Changing)?;
                 let part = VaRange { start: at, end: Va(at.0 + len) };
-                if !self.access_mapped(context, part, || self.kernel.read_mapped(at, bytes)) {
+                if !self.access_mapped(context, (part, false), || self.kernel.read_mapped(at, bytes)) {
                     return Err(Stay::Changing);
                 }
             }

@@ -12,12 +12,14 @@
 //! ```
 //!
 //! With a fence between the two steps on either side, what the watcher has interfered with is never taken for the program's.
+//! Where it lets a call pass, the page is out of everybody's hands for a moment: the call is not over for the others before the
+//! watcher has put the page back.
 
 use super::Engine;
 use super::context::Context;
 use super::serve::{Helper, await_bell};
 use peerspace_core::addr::{Va, VaRange};
-use peerspace_core::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use peerspace_core::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use peerspace_os::Kernel;
 use peerspace_os::own::{Own, Vec};
 use std::time::Duration;
@@ -34,7 +36,8 @@ pub(crate) struct UnderWay {
     turn: AtomicU32,
     start: AtomicU64,
     end: AtomicU64,
-    /// The last that was let pass.
+    write: AtomicBool,
+    /// The last that was let pass; one more when that is done with.
     passed: AtomicU32,
 }
 
@@ -44,46 +47,63 @@ impl UnderWay {
             turn: AtomicU32::new(0),
             start: AtomicU64::new(0),
             end: AtomicU64::new(0),
+            write: AtomicBool::new(false),
             passed: AtomicU32::new(0),
         }
     }
 
-    fn begin(&self, range: VaRange) -> u32 {
+    fn begin(&self, range: VaRange, write: bool) -> u32 {
         self.start.store(range.start.0, Ordering::Relaxed);
         self.end.store(range.end.0, Ordering::Relaxed);
+        self.write.store(write, Ordering::Relaxed);
         // Release: whoever sees that there is one sees where.
         self.turn.fetch_add(1, Ordering::Release).wrapping_add(1)
     }
 
-    /// Whether nobody interfered.
+    /// Whether nobody interfered. Nobody does so any more.
     fn end(&self, turn: u32) -> bool {
-        self.turn.store(turn.wrapping_add(1), Ordering::Release);
+        let over = turn.wrapping_add(1);
+        self.turn.store(over, Ordering::Release);
         fence(Ordering::SeqCst);
-        self.passed.load(Ordering::Relaxed) != turn
+        // Acquire: the page is registered again.
+        while self.passed.load(Ordering::Acquire) == turn {
+            crate::sync::yield_now();
+        }
+        self.passed.load(Ordering::Relaxed) != over
     }
 
     fn is_over(&self, turn: u32) -> bool {
         self.turn.load(Ordering::Acquire) != turn
     }
 
-    /// Where the call is, if it is still the one of `turn`: it counts as failed from here on.
-    fn fails(&self, turn: u32) -> Option<VaRange> {
+    /// Has the call of `turn` pass by `pass`, to which it says where it is and whether it writes, unless it is over: it counts as
+    /// failed, and ends when `pass` has.
+    fn have_pass(&self, turn: u32, pass: impl FnOnce(VaRange, bool)) {
         let range =
             VaRange { start: Va(self.start.load(Ordering::Relaxed)), end: Va(self.end.load(Ordering::Relaxed)) };
+        let write = self.write.load(Ordering::Relaxed);
         self.passed.store(turn, Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        (!self.is_over(turn)).then_some(range)
+        if !self.is_over(turn) {
+            pass(range, write);
+        }
+        self.passed.store(turn.wrapping_add(1), Ordering::Release);
     }
 }
 
 impl<K: Kernel> Engine<K> {
     /// Makes a system call that accesses `range`, where the program has its memory; false if it could not. The caller is in a
     /// [section](super::gate) with `context`.
-    pub(super) fn access_mapped(&self, context: &Context, range: VaRange, access: impl FnOnce() -> bool) -> bool {
+    pub(super) fn access_mapped(
+        &self,
+        context: &Context,
+        (range, write): (VaRange, bool),
+        access: impl FnOnce() -> bool,
+    ) -> bool {
         if !self.kernel.waits_for_faults() {
             return access();
         }
-        let turn = context.under_way.begin(range);
+        let turn = context.under_way.begin(range, write);
         // Either whoever is about to sleep sees this call, or this finds him asleep.
         fence(Ordering::SeqCst);
         self.service.watch(&self.kernel.park());
@@ -119,12 +139,11 @@ impl<K: Kernel> Engine<K> {
             let call = &slot.as_ref().under_way;
             let now = call.turn.load(Ordering::Acquire);
             let under_way = now % 2 == 1;
-            if under_way
-                && now == *seen
-                && let Some(range) = call.fails(now)
-            {
-                let pages = self.addresses(self.geometry.pages_out(range));
-                self.kernel.let_pass(pages, &|| call.is_over(now));
+            if under_way && now == *seen {
+                call.have_pass(now, |range, write| {
+                    let pages = self.addresses(self.geometry.pages_out(range));
+                    self.kernel.let_pass(pages, write, &|| call.is_over(now));
+                });
             }
             any |= under_way || now != *seen;
             *seen = now;
@@ -141,13 +160,52 @@ mod tests {
     fn a_call_that_was_let_pass_has_failed_and_no_other() {
         let call = UnderWay::new();
         let range = |start| VaRange { start: Va(start), end: Va(start + 8) };
-        let first = call.begin(range(16));
+        let first = call.begin(range(16), true);
         assert!(!call.is_over(first) && call.end(first) && call.is_over(first));
-        let second = call.begin(range(32));
-        assert_eq!(call.fails(first), None, "that one is over");
-        assert_eq!(call.fails(second), Some(range(32)));
+        let second = call.begin(range(32), false);
+        let mut seen = None;
+        call.have_pass(first, |range, write| seen = Some((range, write)));
+        assert_eq!(seen, None, "that one is over");
+        call.have_pass(second, |range, write| seen = Some((range, write)));
+        assert_eq!(seen, Some((range(32), false)));
         assert!(!call.end(second));
-        let third = call.begin(range(48));
+        let third = call.begin(range(48), true);
         assert!(call.end(third));
+    }
+}
+
+#[cfg(all(test, shuttle))]
+mod sim_tests {
+    use super::*;
+    use std::sync::Arc;
+
+    /// G5: a page that is out of everybody's hands for a call is back when the call is over for others, which may use it at once;
+    /// and a call that did not fail was let alone.
+    #[test]
+    fn a_call_is_not_over_before_its_page_is_back() {
+        shuttle::check_random(
+            || {
+                let call = Arc::new(UnderWay::new());
+                let (out, touched) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+                let turn = call.begin(VaRange { start: Va(16), end: Va(24) }, true);
+                let watcher = {
+                    let (call, out, touched) = (call.clone(), out.clone(), touched.clone());
+                    shuttle::thread::spawn(move || {
+                        call.have_pass(turn, |_, _| {
+                            out.store(true, Ordering::SeqCst);
+                            touched.store(true, Ordering::SeqCst);
+                            crate::sync::yield_now();
+                            out.store(false, Ordering::SeqCst);
+                        });
+                    })
+                };
+                let well = call.end(turn);
+                assert!(!out.load(Ordering::SeqCst), "it is out");
+                assert!(!well || !touched.load(Ordering::SeqCst), "it was interfered with");
+                watcher.join().unwrap();
+                assert!(!well || !touched.load(Ordering::SeqCst), "it is interfered with");
+            },
+            2000,
+        );
     }
 }

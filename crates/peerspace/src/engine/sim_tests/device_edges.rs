@@ -79,6 +79,18 @@ fn g10_a_device_writes_where_protection_was_left_behind() {
     a.put(&rig, first, 2).unwrap();
     a.put(&rig, second, 3).unwrap();
     assert_eq!([first, second].map(|va| get(&rig, va)), [Ok(2), Ok(3)]);
+    // What the kernel does not do at once it is asked for again before the device goes on: its write would wait.
+    let faults = || rig.engine.tiers.by_mmu(a.mmu()).unwrap().mmu_statistics().unwrap().faults;
+    let before = faults();
+    for trouble in [Trouble::Interrupted, Trouble::NoMemory] {
+        rig.engine.recall_pages(rig.engine.geometry.pages_out(region));
+        rig.engine.kernel.protect(region, Protect::Yes, Wake::No).unwrap();
+        rig.engine.kernel.plan(Planned { call: Call::Protect, after: 0, times: 2, trouble, pages: Pages(0) });
+        a.put(&rig, first, 4).unwrap();
+        a.put(&rig, second, 5).unwrap();
+        assert_eq!([first, second].map(|va| get(&rig, va)), [Ok(4), Ok(5)]);
+    }
+    assert_eq!(faults() - before, 4, "one for each write");
     fleet.check();
 }
 
