@@ -256,7 +256,6 @@ fn hire<K: Kernel>(engine: &Shared<Engine<K>>, helper: Helper, hired: Option<&Hi
         Helper::Collapse => "peerspace-collapse",
         #[cfg(feature = "devices")]
         Helper::Send => "peerspace-send",
-        #[cfg(feature = "devices")]
         Helper::Watch => "peerspace-watch",
     };
     let of_thread = engine.clone();

@@ -6,7 +6,7 @@
 //! the program uses it, it comes back at once and is tracked from then on; if not, it leaves. So adopting costs
 //! nothing until memory is scarce.
 
-use super::context::Working;
+use super::context::{Context, Working};
 use super::fault::Hold;
 use super::stats::{count, count_n};
 use super::{AddError, Engine, Entry};
@@ -457,7 +457,7 @@ impl<K: Kernel> Engine<K> {
         })?;
         let done = match self.gate.enter(work.context()) {
             Some(_section) if self.may_take(block) => {
-                self.take_native_out(self.blocks.range(frame).start, self.addresses(block))
+                self.take_native_out(self.blocks.range(frame).start, self.addresses(block), work.context())
             }
             Some(_) => Done::stopped(Pages(0), Trouble::Absent),
             None => Done::stopped(Pages(0), Trouble::Changing),
@@ -508,7 +508,7 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Moves native pages to staging, in a section; makes them this process's own first where that is needed.
-    fn take_native_out(&self, to: Va, mut from: VaRange) -> Done {
+    fn take_native_out(&self, to: Va, mut from: VaRange, context: &Context) -> Done {
         let first = loop {
             match self.take_out_of(to, from) {
                 // They may belong to different mappings, whose pages cannot go together.
@@ -526,7 +526,7 @@ impl<K: Kernel> Engine<K> {
         }
         let done = self.geometry.bytes(first.pages);
         let rest = VaRange { start: Va(from.start.0 + done), ..from };
-        if self.kernel.unshare(rest).is_err() {
+        if !self.unshare(rest, context) {
             return first;
         }
         let second = self.take_out_of(Va(to.0 + done), rest);
@@ -572,7 +572,7 @@ impl<K: Kernel> Engine<K> {
                 Some(_section) => {
                     let pages = PageRange::new(run.start, Pages(n as u64));
                     if self.may_take(pages) {
-                        self.take_native_out(self.ring.range(slots).start, self.addresses(pages))
+                        self.take_native_out(self.ring.range(slots).start, self.addresses(pages), work.context())
                     } else {
                         Done::stopped(Pages(0), Trouble::Absent)
                     }

@@ -21,7 +21,6 @@ pub(crate) struct Context {
     pub(crate) section: AtomicU32,
     /// Odd while its holder accesses memory of the host for a device: see [`mmus`](crate::engine::mmus).
     pub(crate) remote: AtomicU32,
-    #[cfg(feature = "devices")]
     pub(crate) under_way: super::watch::UnderWay,
     pub(crate) counters: Counters,
     pub(crate) latency: Histogram,
@@ -66,7 +65,6 @@ impl Contexts {
             all.push(Slot(Padded(Context {
                 section: AtomicU32::new(0),
                 remote: AtomicU32::new(0),
-                #[cfg(feature = "devices")]
                 under_way: super::watch::UnderWay::new(),
                 counters: Counters::default(),
                 latency: Histogram::default(),

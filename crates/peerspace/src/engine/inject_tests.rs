@@ -16,7 +16,7 @@ use peerspace_os::linux::signal::{Registration, register};
 use peerspace_os::linux::uffd::feature;
 use peerspace_os::linux::{Delivery, Linux, Setup};
 use peerspace_os::own::{Box as OwnBox, Own, Shared, Vec as OwnVec};
-use peerspace_os::{Trouble, Wake};
+use peerspace_os::{Kernel, Trouble, Wake};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::Arc;
@@ -439,6 +439,30 @@ fn a_lost_page_is_buried_alone() {
     rig.engine.check();
     rig.drop_region(memory);
     assert_eq!(rig.engine.check().device_pages, 0);
+}
+
+/// G12: getting pages of its own does not wait for one that has gone: whoever receives its fault waits for the section.
+#[test]
+fn g12_a_page_that_has_gone_is_not_waited_for_in_a_section() {
+    let rig = Rig::new(Delivery::Messages, 0, soft());
+    let mut memory = rig.region(4 << 20);
+    memory.bytes_mut()[..4 * PAGE].fill(7);
+    rig.evict_all();
+    let start = memory.range().start;
+    let gone = VaRange { start: Va(start.0 + PAGE as u64), end: Va(start.0 + 3 * PAGE as u64) };
+    assert_eq!(rig.engine.kernel.inner().is_present(gone.start), Ok(false));
+    {
+        let work = rig.engine.contexts.take();
+        let section = rig.engine.gate.enter(work.context()).expect("nothing changes");
+        assert!(!rig.engine.unshare(gone, work.context()), "it was let pass");
+        drop(section);
+    }
+    // The others are as they were; of these there are zeros now that nobody knows of.
+    assert_eq!([0, 3].map(|page| memory.bytes()[page * PAGE]), [7, 7]);
+    rig.engine.kernel.inner().discard(gone).unwrap();
+    assert_eq!([1, 2].map(|page| memory.bytes()[page * PAGE]), [0, 0]);
+    rig.engine.check();
+    rig.drop_region(memory);
 }
 
 /// A fault that comes late finds a region that is being made, or has been given up, but is mapped and registered: it must

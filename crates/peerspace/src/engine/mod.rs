@@ -37,7 +37,7 @@
 //! 0. the [turn], by who puts memory of devices in place or takes it away, forks, or detaches,
 //! 1. a [context](context) and the [budget] (neither is a lock on data),
 //! 2. table entries, ascending; reclaim, which comes from the frame to the entry, only ever tries,
-//! 3. a [section](gate) (short, nothing waits in it),
+//! 3. a [section](gate) (short; nothing waits in it but [calls that are watched](watch)),
 //! 4. the policy's lock, a tier's allocator, the books of staging: leaves, held for instructions.
 //!
 //! Device transfers happen with entries locked and no section. A thread that must wait for the gate, or wants
@@ -116,7 +116,6 @@ pub(crate) mod tiers;
 #[cfg(feature = "devices")]
 pub(crate) mod to_device;
 pub(crate) mod turn;
-#[cfg(feature = "devices")]
 mod watch;
 
 use crate::sync::Mutex;

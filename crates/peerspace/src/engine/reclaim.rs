@@ -15,7 +15,7 @@
 //! background reclaimer therefore measures what a small page costs it, and leaves small pages to the faulting
 //! threads where they do it more cheaply ([`Pace`]).
 
-use super::context::Working;
+use super::context::{Context, Working};
 use super::evict::Drained;
 use super::fault::{Hold, Patience};
 use super::stats::{count, count_n};
@@ -457,7 +457,7 @@ impl<K: Kernel> Engine<K> {
             self.make_dirty(entry, *frame);
         }
         let rest = self.addresses(PageRange { start: start + went, end: start + n as u64 });
-        if !self.make_own(rest) {
+        if !self.make_own(rest, work.context()) {
             return (n, first);
         }
         let second = self.take_out_of(Va(to.0 + went * page), rest);
@@ -483,10 +483,15 @@ impl<K: Kernel> Engine<K> {
     }
 
     /// Gives the process pages of its own in `range`, where it shares them with a forked one. Called in a section and
-    /// with the entries locked: the pages are there and cannot be discarded meanwhile, so nothing has to be waited
-    /// for. The entries are [dirty](Engine::make_dirty).
-    fn make_own(&self, range: VaRange) -> bool {
-        self.kernel.protect(range, Protect::No, Wake::Yes).is_ok() && self.kernel.unshare(range).is_ok()
+    /// with the entries locked, which are [dirty](Engine::make_dirty).
+    fn make_own(&self, range: VaRange, context: &Context) -> bool {
+        self.kernel.protect(range, Protect::No, Wake::Yes).is_ok() && self.unshare(range, context)
+    }
+
+    /// The same for pages that are not protected. They are there and cannot be discarded meanwhile; but the program may move them
+    /// away, and the kernel drop what was given up, unheard. The kernel would wait for them to come back.
+    pub(super) fn unshare(&self, range: VaRange, context: &Context) -> bool {
+        self.access_mapped(context, (range, true), || self.kernel.unshare(range).is_ok())
     }
 
     /// Takes note that a mapped page (or block) is not write-protected any more, and so may differ from its backing.
@@ -525,7 +530,7 @@ impl<K: Kernel> Engine<K> {
             Some(_section) => match self.take_out_of(to, from) {
                 Done { pages: Pages(0), trouble: Some(Trouble::Busy) } => {
                     self.make_dirty(&mut entry, frame);
-                    if self.make_own(from) {
+                    if self.make_own(from, work.context()) {
                         self.take_out_of(to, from)
                     } else {
                         Done::stopped(Pages(0), Trouble::Busy)

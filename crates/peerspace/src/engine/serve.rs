@@ -51,8 +51,7 @@ pub(crate) enum Helper {
     /// Sends what is prefetched.
     #[cfg(feature = "devices")]
     Send,
-    /// Looks after accesses of devices.
-    #[cfg(feature = "devices")]
+    /// Looks after calls that may wait for a fault.
     Watch,
 }
 
@@ -62,7 +61,6 @@ impl Helper {
         Helper::Collapse,
         #[cfg(feature = "devices")]
         Helper::Send,
-        #[cfg(feature = "devices")]
         Helper::Watch,
     ];
 
@@ -86,7 +84,6 @@ pub(crate) struct Service {
     reclaim: AtomicU64,
     ahead: AtomicU64,
     collapse: AtomicU64,
-    #[cfg(feature = "devices")]
     watch: AtomicU64,
     /// The helpers that have threads.
     played: AtomicU64,
@@ -110,7 +107,6 @@ impl Service {
             reclaim: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             collapse: AtomicU64::new(0),
-            #[cfg(feature = "devices")]
             watch: AtomicU64::new(0),
             played: AtomicU64::new(0),
             blocks_wanted: AtomicBool::new(false),
@@ -125,12 +121,10 @@ impl Service {
     /// Ends the loops, once they look.
     pub(crate) fn stop(&self, park: &impl Park) {
         self.stop.store(true, Ordering::SeqCst);
-        for word in [&self.reclaim, &self.ahead, &self.collapse] {
+        for word in [&self.reclaim, &self.ahead, &self.collapse, &self.watch] {
             word.store(1, Ordering::Release);
             park.wake(word);
         }
-        #[cfg(feature = "devices")]
-        self.watch(park);
     }
 
     /// In a forked child, whose threads are yet to be started: nobody reads, nobody sleeps, nothing is wanted.
@@ -140,7 +134,6 @@ impl Service {
         self.reclaim.store(0, Ordering::Relaxed);
         self.ahead.store(0, Ordering::Relaxed);
         self.collapse.store(0, Ordering::Relaxed);
-        #[cfg(feature = "devices")]
         self.watch.store(0, Ordering::Relaxed);
         self.played.store(0, Ordering::Relaxed);
         self.requests.lock().clear();
@@ -175,8 +168,7 @@ impl Service {
         self.ring_for(Helper::Collapse, &self.collapse, park);
     }
 
-    /// Has accesses of devices looked after: one is under way.
-    #[cfg(feature = "devices")]
+    /// Has calls looked after: one is under way.
     pub(super) fn watch(&self, park: &impl Park) {
         self.ring_for(Helper::Watch, &self.watch, park);
     }
@@ -271,7 +263,6 @@ impl<K: Kernel> Engine<K> {
             Helper::Collapse => &self.service.collapse,
             #[cfg(feature = "devices")]
             Helper::Send => self.prefetches.bell(),
-            #[cfg(feature = "devices")]
             Helper::Watch => &self.service.watch,
         }
     }
@@ -292,7 +283,6 @@ impl<K: Kernel> Engine<K> {
             Helper::Collapse => self.serve_collapse(),
             #[cfg(feature = "devices")]
             Helper::Send => self.serve_prefetch(),
-            #[cfg(feature = "devices")]
             Helper::Watch => self.serve_watch(),
         }
     }
@@ -305,7 +295,9 @@ impl<K: Kernel> Engine<K> {
             await_bell(&self.service.reclaim, &park);
             // Whoever stops all this says so, and rings every bell then.
             let needed = |helper: &Helper| !self.service.stopped() && self.service.play(*helper);
-            self.missed().filter(needed).for_each(&mut hire);
+            // What follows may make such calls itself.
+            let watch = self.kernel.waits_for_faults().then_some(Helper::Watch);
+            self.missed().chain(watch).filter(needed).for_each(&mut hire);
             self.bury_lost();
             self.take_failed_from_place();
             let mut work = self.contexts.take();

@@ -1,7 +1,8 @@
-//! System calls of ours, for devices, that wait for a fault where the program has its memory (rule G5).
+//! System calls of ours that wait for a fault where the program has its memory (rule G5).
 //!
 //! What devices read and write on the host is read and written by system calls, where the table says that there is memory, so
-//! that memory which is gone after all is an error. Where faults reach us by message it is none: the call waits. Memory that the
+//! that memory which is gone after all is an error; and by a system call a process gets pages of its own where it shares them with
+//! one that it has forked. Where faults reach us by message, memory that is gone is no error: the call waits. Memory that the
 //! program moves away and leaves mapped (`MREMAP_DONTUNMAP`), or allows the kernel to free (`MADV_FREE`), is gone before anybody
 //! has heard of it; whoever is to hear of it waits for such calls to be over, or for a device that waits for its own; and so does
 //! whoever wants the page. So somebody who waits for nothing looks after calls that take long, and lets them pass: they find zeros,
@@ -92,8 +93,8 @@ impl UnderWay {
 }
 
 impl<K: Kernel> Engine<K> {
-    /// Makes a system call that accesses `range`, where the program has its memory; false if it could not. The caller is in a
-    /// [section](super::gate) with `context`.
+    /// Makes a system call that accesses `range`, where the program has its memory; false if it could not. If it writes, the table
+    /// says that the program may. The caller is in a [section](super::gate) with `context`.
     pub(super) fn access_mapped(
         &self,
         context: &Context,
