@@ -15,13 +15,13 @@ use peerspace_core::addr::{Access, Geometry, Va};
 use peerspace_core::reclaim::{Policy, S3Fifo};
 use peerspace_core::regions::Attributes;
 use peerspace_os::linux::signal::{FaultHandler, Registration, register, with_sigbus};
+use peerspace_os::linux::thread::Thread;
 use peerspace_os::linux::{Delivery, Linux, Setup, fork, thread};
 use peerspace_os::own::{Box as OwnBox, Own, Shared, Vec as OwnVec};
 use peerspace_os::{Kernel, Wake};
 use rustix::process::{Pid, getpid};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 
 /// The engine over a real kernel.
 pub(crate) type Real = Engine<Linux>;
@@ -184,7 +184,7 @@ struct Service {
     ports: Arc<crate::ports::Ports>,
     _forks: Option<fork::Registration<Forks>>,
     registration: Option<Registration<Real>>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<Thread>,
     hired: Arc<Hired>,
     /// The process that started `threads`: in a forked one they do not exist.
     pid: Pid,
@@ -221,7 +221,7 @@ fn receiving<K: Kernel>(delivery: Delivery, handlers: usize) -> OwnVec<Loop<K>> 
 fn start_each<K: Kernel>(
     engine: &Shared<Engine<K>>,
     loops: impl IntoIterator<Item = Loop<K>>,
-) -> std::io::Result<Vec<JoinHandle<()>>> {
+) -> std::io::Result<Vec<Thread>> {
     let start = |(name, run): Loop<K>| {
         let engine = engine.clone();
         thread::spawn(name, move || run(&engine))
@@ -236,7 +236,7 @@ pub(crate) fn start_threads<K: Kernel>(
     delivery: Delivery,
     handlers: usize,
     hired: Option<Arc<Hired>>,
-) -> std::io::Result<Vec<JoinHandle<()>>> {
+) -> std::io::Result<Vec<Thread>> {
     let mut threads = start_each(engine, receiving(delivery, handlers))?;
     let of_thread = engine.clone();
     threads.push(thread::spawn("peerspace-reclaim", move || {
@@ -246,7 +246,7 @@ pub(crate) fn start_threads<K: Kernel>(
 }
 
 /// The threads that were started after the others.
-pub(crate) type Hired = Mutex<Vec<JoinHandle<()>>>;
+pub(crate) type Hired = Mutex<Vec<Thread>>;
 
 fn hire<K: Kernel>(engine: &Shared<Engine<K>>, helper: Helper, hired: Option<&Hired>) {
     let name = match helper {
@@ -377,9 +377,12 @@ impl Drop for Service {
         #[cfg(feature = "devices")]
         self.ports.cut_all();
         self.engine.stop();
+        let mut hired = self.hired.lock().unwrap_or_else(PoisonError::into_inner);
         if self.pid != getpid() {
-            return self.threads.drain(..).for_each(std::mem::forget);
+            return self.threads.drain(..).chain(hired.drain(..)).for_each(std::mem::forget);
         }
+        // They may still hire.
+        drop(hired);
         // A thread that panicked has said so. When the reclaimer has ended, nobody is hired any more.
         for thread in self.threads.drain(..) {
             let _ = thread.join();

@@ -13,6 +13,7 @@ use peerspace_os::inject::{Call, Inject, Planned};
 use peerspace_os::linux::map::Arena;
 use peerspace_os::linux::memory::Memory;
 use peerspace_os::linux::signal::{Registration, register};
+use peerspace_os::linux::thread::Thread;
 use peerspace_os::linux::uffd::feature;
 use peerspace_os::linux::{Delivery, Linux, Setup};
 use peerspace_os::own::{Box as OwnBox, Own, Shared, Vec as OwnVec};
@@ -21,7 +22,6 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 type Tried = Engine<Inject<Linux>>;
@@ -33,7 +33,7 @@ const LIMIT: Pages = Pages(1024);
 struct Rig {
     engine: Shared<Tried>,
     registration: Option<Registration<Tried>>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<Thread>,
     hired: Arc<Hired>,
 }
 
