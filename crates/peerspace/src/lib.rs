@@ -132,6 +132,7 @@ pub(crate) mod sync;
 pub(crate) mod tell;
 #[cfg(feature = "devices")]
 mod view;
+mod waited;
 
 pub use adopt::{Adopted, Resident, Use};
 #[cfg(feature = "devices")]

@@ -14,12 +14,13 @@ use super::{
     Store, Usage, mmu,
 };
 use crate::spec::{OpenDevice, own};
+use crate::waited::{MOMENT, Waited};
 use peerspace_os::linux::futex::{Mutex, wait_word, wake_word};
 use peerspace_os::linux::thread;
 use peerspace_os::own::{Buffer, Shared};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Calls that are under way at once.
 const COURIERS: usize = 4;
@@ -128,7 +129,7 @@ impl Office {
         fill: impl FnOnce(&mut [u8]),
         take: impl FnOnce(&[u8]),
     ) -> Result<bool, DeviceError> {
-        let begin = Instant::now();
+        let mut waited = Waited::new();
         let claim =
             |desk: &&Desk| desk.state.compare_exchange(IDLE, CLAIMED, Ordering::Acquire, Ordering::Relaxed).is_ok();
         let desk = loop {
@@ -138,7 +139,7 @@ impl Office {
             if let Some(desk) = self.desks.iter().find(claim) {
                 break desk;
             }
-            if begin.elapsed() > self.limit {
+            if waited.so_far() > self.limit {
                 return Err(self.give_up());
             }
             std::thread::yield_now();
@@ -153,11 +154,11 @@ impl Office {
             match desk.state.load(Ordering::Acquire) {
                 ANSWERED => break,
                 state => {
-                    let left = self.limit.checked_sub(begin.elapsed());
+                    let left = self.limit.checked_sub(waited.so_far());
                     let given_up =
                         || desk.state.compare_exchange(SENT, ENDED, Ordering::AcqRel, Ordering::Relaxed).is_ok();
                     match left {
-                        Some(left) => wait_word(&desk.state, state, Some(left)),
+                        Some(left) => wait_word(&desk.state, state, Some(left.min(MOMENT))),
                         None if given_up() => return Err(self.give_up()),
                         None => {}
                     }

@@ -19,6 +19,7 @@ use super::place::Bring;
 use super::tier::{Closed, Tier};
 use crate::device::mmu::DeviceAccess;
 use crate::device::port::FaultError;
+use crate::waited::Waited;
 use peerspace_core::addr::{Access, Order, PageRange, Pages, Va, Vpn};
 use peerspace_core::coherence::Wish;
 use peerspace_core::entry::State;
@@ -28,7 +29,7 @@ use peerspace_core::sharers::MmuId;
 use peerspace_core::stream::Direction;
 use peerspace_core::sync::Ordering::Relaxed;
 use peerspace_os::{Kernel, Wake};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a fault goes on trying where the kernel or other threads are in the way.
 pub(super) const PATIENCE: Duration =
@@ -125,7 +126,7 @@ impl<K: Kernel> Engine<K> {
         (how, most): (Bring, Pages),
     ) -> Result<Pages, FaultError> {
         let va = self.geometry.va(vpn);
-        let mut started: Option<Instant> = None;
+        let mut started: Option<Waited> = None;
         let mut tries = 0;
         let (mut stays, mut waited, mut peace) = (false, false, !matches!(how, Bring::AsChosen));
         loop {
@@ -150,7 +151,7 @@ impl<K: Kernel> Engine<K> {
                     peace = true;
                     continue;
                 }
-                Next::Pinned if started.get_or_insert_with(Instant::now).elapsed() >= PINNED => {
+                Next::Pinned if started.get_or_insert_with(Waited::new).so_far() >= PINNED => {
                     return Err(FaultError::Pinned(va.0));
                 }
                 Next::Pause | Next::Pinned => {
@@ -213,7 +214,7 @@ impl<K: Kernel> Engine<K> {
             }
             tries += 1;
             if tries > AT_ONCE
-                && started.get_or_insert_with(Instant::now).elapsed() > how.patience().unwrap_or(PATIENCE)
+                && started.get_or_insert_with(Waited::new).so_far() > how.patience().unwrap_or(PATIENCE)
             {
                 return Err(FaultError::NoHeadway(va.0));
             }

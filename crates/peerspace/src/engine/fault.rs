@@ -16,6 +16,7 @@
 use super::context::Working;
 use super::stats::count;
 use super::{Engine, Entry};
+use crate::waited::Waited;
 use peerspace_core::addr::{Access, Order, PageRange, Pages, Va, Vpn};
 use peerspace_core::entry::State;
 use peerspace_core::memmap::{Backing, Frame};
@@ -148,7 +149,7 @@ impl<K: Kernel> Engine<K> {
         let mut work = self.contexts.take();
         let mut ration = Ration::default();
         let mut attempts = 0;
-        let mut refused: Option<Instant> = None;
+        let mut refused: Option<Waited> = None;
         let result = loop {
             match self.attempt(&mut fault, &mut work, &mut ration) {
                 Ok(outcome) => break Ok(outcome),
@@ -173,7 +174,7 @@ impl<K: Kernel> Engine<K> {
                     work = self.contexts.take();
                     continue;
                 }
-                Err(Hold::Refused) if refused.get_or_insert_with(Instant::now).elapsed() >= REFUSED => {
+                Err(Hold::Refused) if refused.get_or_insert_with(Waited::new).so_far() >= REFUSED => {
                     self.tell_refused(va);
                     break Ok(Outcome::Refused);
                 }

@@ -27,6 +27,7 @@ use super::tier::{Tier, unwinding};
 use super::{Engine, Entry};
 use crate::device::mmu::{Mapping, Mmu, MmuDescriptor, Mode, Progress, Target};
 use crate::device::port::FaultError;
+use crate::waited::Waited;
 use peerspace_core::addr::{Access, BLOCK_PAGES, DevicePfn, Order, PageRange, Va, VaRange, Vpn};
 use peerspace_core::coherence;
 use peerspace_core::entry::State;
@@ -37,7 +38,6 @@ use peerspace_core::stream::Streams;
 use peerspace_core::sync::{AtomicU64, Ordering, Ordering::Relaxed, fence};
 use peerspace_core::words::Words;
 use peerspace_os::Kernel;
-use std::time::Instant;
 
 /// Pages with which a device may be in trouble at once, and still be found out.
 const SLOTS: usize = 16;
@@ -204,11 +204,11 @@ impl<W: Words> Tier<W> {
     }
 
     fn await_fence(&self, mmu: &dyn Mmu, pending: u64, deadline: std::time::Duration) -> Result<(), String> {
-        let begin = Instant::now();
+        let mut waited = Waited::new();
         loop {
             match unwinding(|| mmu.is_done(pending)) {
                 Some(Ok(true)) => return Ok(()),
-                Some(Ok(false)) if begin.elapsed() < deadline => crate::sync::yield_now(),
+                Some(Ok(false)) if waited.so_far() < deadline => crate::sync::yield_now(),
                 Some(Ok(false)) => return Err(format!("it was given {deadline:?}")),
                 Some(Err(e)) => return Err(e.to_string()),
                 None => return Err("its own code panicked".into()),

@@ -14,12 +14,12 @@ use super::device_step::FRUITLESS;
 use super::tier::{Closed, Tier};
 use crate::device::mmu::{DeviceAccess, Mapping, Target};
 use crate::device::port::FaultError;
+use crate::waited::Waited;
 use peerspace_core::addr::{Access, BLOCK_PAGES, PageRange, Pages, Vpn};
 use peerspace_core::regions::Attributes;
 use peerspace_core::sharers::MmuId;
 use peerspace_core::sync::{Ordering, Ordering::Relaxed, fence};
 use peerspace_os::Kernel;
-use std::time::Instant;
 
 /// What comes after an attempt.
 enum Next {
@@ -51,9 +51,9 @@ impl<K: Kernel> Engine<K> {
         most: Pages,
     ) -> Option<Result<Pages, FaultError>> {
         let va = self.geometry.va(vpn);
-        let mut started = Instant::now();
+        let mut waited = Waited::new();
         let mut reached = false;
-        while started.elapsed() < PATIENCE {
+        while waited.so_far() < PATIENCE {
             let next = {
                 let work = self.contexts.take();
                 // Not while it is being taken away: what it was given now would be left over.
@@ -71,7 +71,7 @@ impl<K: Kernel> Engine<K> {
                 // However long the program takes.
                 Next::Announced => {
                     self.await_announced(PageRange::new(vpn, Pages(1)));
-                    started = Instant::now();
+                    waited = Waited::new();
                 }
                 Next::Unmapped if self.forget_unmapped(vpn) => return Some(Err(FaultError::NotManaged(va.0))),
                 Next::Unmapped => crate::sync::yield_now(),

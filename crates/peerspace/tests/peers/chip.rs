@@ -26,6 +26,8 @@ pub(crate) struct Trouble {
     pub(crate) forget_map: AtomicBool,
     /// Nothing is ever unmapped, and no answer comes.
     pub(crate) never_unmap: AtomicBool,
+    /// What is being unmapped is not done yet.
+    pub(crate) never_done: AtomicBool,
     /// It says that it cannot unmap.
     pub(crate) refuse_unmap: AtomicBool,
     /// Stores fail; one in so many, 0 for none.
@@ -454,7 +456,7 @@ impl Mmu for Chip {
         let mut doing = self.0.doing.lock().unwrap();
         let Some((addresses, left)) = doing.get_mut(&fence) else { return Ok(false) };
         *left = left.saturating_sub(1);
-        if *left > 0 || self.0.trouble.never_unmap.load(SeqCst) {
+        if *left > 0 || self.0.trouble.never_unmap.load(SeqCst) || self.0.trouble.never_done.load(SeqCst) {
             return Ok(false);
         }
         self.forget(addresses.clone());
