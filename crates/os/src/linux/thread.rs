@@ -42,6 +42,19 @@ pub fn is_unmanaged() -> bool {
     UNMANAGED.with(|n| n.get() > 0)
 }
 
+/// Starts a thread of Rust's named `name` that runs `f`, code of the program's: it finds its name, and has a stack for signals.
+///
+/// # Errors
+/// When the system has no thread to give.
+pub fn spawn_for_program(name: &str, f: impl FnOnce() + Send + 'static) -> io::Result<std::thread::JoinHandle<()>> {
+    let run = move || {
+        UNMANAGED.with(|n| n.set(n.get() + 1));
+        f();
+    };
+    // The mask is inherited.
+    unmanaged(|| without_signals(|| std::thread::Builder::new().name(name.into()).spawn(run)))
+}
+
 /// A thread of our own that was started. One that is not [joined](Thread::join) goes on by itself.
 #[derive(Debug)]
 pub struct Thread {

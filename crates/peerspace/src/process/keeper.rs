@@ -556,11 +556,17 @@ impl Process {
 /// Starts the threads that serve `engine`, from the keeper's thread and with its descriptors.
 pub(super) fn start_services(engine: &Shared<Real>) {
     let mut loops: [Option<fn(usize)>; 16] = [None; 16];
-    loops[0] = Some(|_| process().engine.get().expect("armed").serve_reclaim(hire));
+    // Nothing is hired: who is there from the start takes nothing from the program's memory.
+    loops[0] = Some(|_| process().engine.get().expect("armed").serve_reclaim(|_| {}));
+    loops[1] = Some(|_| process().engine.get().expect("armed").serve(Helper::Ahead));
+    if engine.has_huge() {
+        loops[2] = Some(|_| process().engine.get().expect("armed").serve(Helper::Collapse));
+    }
     match engine.kernel.delivery() {
-        Delivery::Signal => loops[1] = Some(|_| process().engine.get().expect("armed").serve_changes()),
+        Delivery::Signal => loops[3] = Some(|_| process().engine.get().expect("armed").serve_changes()),
         Delivery::Messages => {
-            for l in &mut loops[1..=usual_handlers()] {
+            loops[3] = Some(|_| process().engine.get().expect("armed").serve(Helper::Watch));
+            for l in &mut loops[4..4 + usual_handlers()] {
                 *l = Some(|_| process().engine.get().expect("armed").serve_messages());
             }
         }
@@ -571,25 +577,6 @@ pub(super) fn start_services(engine: &Shared<Real>) {
             crate::tell::warning(format_args!("cannot start a thread: {e}"));
             peerspace_os::linux::exit_now(125);
         }
-    }
-}
-
-/// Starts a thread that plays `helper`, from one of those that serve. It takes nothing from the program's heap.
-fn hire(helper: Helper) {
-    let body: fn(usize) = match helper {
-        Helper::Ahead => |_| process().engine.get().expect("armed").serve(Helper::Ahead),
-        // Blocks of its kind need no thread where there are none.
-        Helper::Collapse if !process().engine.get().expect("armed").has_huge() => return,
-        Helper::Collapse => |_| process().engine.get().expect("armed").serve(Helper::Collapse),
-        Helper::Watch => |_| process().engine.get().expect("armed").serve(Helper::Watch),
-        // Nobody prefetches to devices here.
-        #[cfg(feature = "devices")]
-        Helper::Send => return,
-    };
-    if let Err(e) = raw_thread::spawn(Files::Shared, body, 0) {
-        crate::tell::warning(format_args!(
-            "cannot start a thread: {e}; the process goes on without it, and may be slower"
-        ));
     }
 }
 

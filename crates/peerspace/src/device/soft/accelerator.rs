@@ -13,6 +13,7 @@ use crate::device::{
     Descriptor, Device, DeviceError, DevicePages, ForkSide, Load, MemoryType, PeerCopy, SharedMemory, Store, Usage,
 };
 use peerspace_os::Trouble;
+use peerspace_os::linux::thread::spawn_for_program;
 use peerspace_os::own::{Box, Own, Shared};
 use std::any::Any;
 use std::ops::Range;
@@ -99,7 +100,7 @@ impl Accelerator {
         core.launchable()?;
         core.queue.start(core.lanes.len(), |index| {
             let core = self.handle.0.clone();
-            peerspace_os::linux::thread::spawn("peerspace-lane", move || run_lane(core, index)).map(drop)
+            spawn_for_program("peerspace-lane", move || run_lane(core, index)).map(drop)
         })?;
         let kernel: Kernel = allocator_api2::unsize_box!(Box::new_in(kernel, Own));
         Ok(core.queue.push(core, items, kernel))
