@@ -9,7 +9,7 @@ use crate::device::port::{FaultError, Port, PortOps};
 use crate::engine;
 use crate::engine::place::Bring;
 use crate::space::Real;
-use peerspace_core::addr::{PageRange, Va};
+use peerspace_core::addr::{PageRange, Va, VaRange};
 use peerspace_core::sharers::MmuId;
 use peerspace_os::Kernel;
 use peerspace_os::linux::signal::without_signals;
@@ -36,6 +36,38 @@ impl Link {
     }
 }
 
+/// Bytes that are accessed at once where the device's own are managed.
+const AT_ONCE: usize = 512;
+
+/// Whether a space manages any of `bytes`. A system call that accessed them would wait, or fail, where a page is away; while it is
+/// under way nobody may have to wait for a fault.
+fn is_managed(engine: &Real, bytes: &[u8]) -> bool {
+    let start = bytes.as_ptr() as u64;
+    let pages = engine.geometry.pages_out(VaRange { start: Va(start), end: Va(start + bytes.len() as u64) });
+    engine.regions.next(pages.start).is_some_and(|region| region.range.start < pages.end)
+}
+
+impl Link {
+    fn read_in_page(&self, engine: &Real, va: u64, to: &mut [u8]) -> Result<(), FaultError> {
+        let kernel = &engine.kernel;
+        // Without signals, as in a fault: whoever takes the page away waits for the access.
+        without_signals(|| engine.remote_access(self.mmu, Va(va), to.len(), false, || kernel.read_mapped(Va(va), to)))
+    }
+
+    fn write_in_page(&self, engine: &Real, va: u64, from: &[u8]) -> Result<(), FaultError> {
+        let kernel = &engine.kernel;
+        without_signals(|| {
+            engine.remote_access(self.mmu, Va(va), from.len(), true, || kernel.write_mapped(Va(va), from))
+        })
+    }
+
+    /// That an access in parts is all in one page.
+    fn check_page(&self, engine: &Real, va: u64, len: usize) -> Result<(), FaultError> {
+        let last = va.checked_add(len as u64).filter(|end| *end > va).map(|end| engine.geometry.vpn(Va(end - 1)));
+        if last == Some(engine.geometry.vpn(Va(va))) { Ok(()) } else { Err(FaultError::NotMapped(va)) }
+    }
+}
+
 impl PortOps for Link {
     fn fault(&self, va: u64, access: DeviceAccess) -> Result<(), FaultError> {
         let engine = self.engine()?;
@@ -45,16 +77,30 @@ impl PortOps for Link {
 
     fn read(&self, va: u64, to: &mut [u8]) -> Result<(), FaultError> {
         let engine = self.engine()?;
-        let kernel = &engine.kernel;
-        // As above: whoever takes the page away waits for the access.
-        without_signals(|| engine.remote_access(self.mmu, Va(va), to.len(), false, || kernel.read_mapped(Va(va), to)))
+        if !is_managed(&engine, to) {
+            return self.read_in_page(&engine, va, to);
+        }
+        self.check_page(&engine, va, to.len())?;
+        let mut own = [0; AT_ONCE];
+        (va..).step_by(AT_ONCE).zip(to.chunks_mut(AT_ONCE)).try_for_each(|(va, to)| {
+            let own = &mut own[..to.len()];
+            self.read_in_page(&engine, va, own)?;
+            to.copy_from_slice(own);
+            Ok(())
+        })
     }
 
     fn write(&self, va: u64, from: &[u8]) -> Result<(), FaultError> {
         let engine = self.engine()?;
-        let kernel = &engine.kernel;
-        without_signals(|| {
-            engine.remote_access(self.mmu, Va(va), from.len(), true, || kernel.write_mapped(Va(va), from))
+        if !is_managed(&engine, from) {
+            return self.write_in_page(&engine, va, from);
+        }
+        self.check_page(&engine, va, from.len())?;
+        let mut own = [0; AT_ONCE];
+        (va..).step_by(AT_ONCE).zip(from.chunks(AT_ONCE)).try_for_each(|(va, from)| {
+            let own = &mut own[..from.len()];
+            own.copy_from_slice(from);
+            self.write_in_page(&engine, va, own)
         })
     }
 

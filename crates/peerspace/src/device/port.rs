@@ -97,8 +97,7 @@ impl Port {
     }
 
     /// Reads memory of the host that is mapped in place for the device, up to the end of the page.
-    /// `to` is the device's own memory, none that a space manages: while the access is under way nobody may have to wait for a
-    /// fault.
+    /// `to` had best be memory that the space does not manage: it is read in parts otherwise, by way of memory that is not.
     ///
     /// # Errors
     /// [`FaultError::NotMapped`] when it is not: the device faults then.

@@ -411,6 +411,36 @@ fn g5_a_device_that_waits_for_its_accesses_keeps_nobody_waiting() {
     }
 }
 
+/// What a device reads and writes on the host may come from, and go to, managed memory that is not there just then.
+#[test]
+fn g5_a_device_may_have_its_own_bytes_in_managed_memory() {
+    for faults in BOTH {
+        let chip = Chip::new("chip", CHIP, MmuDescriptor::new(Mode::Share).remote());
+        let space = space_of(faults, 16 * MIB, &[&chip]);
+        let mut region = region_of(&space, 2 * MIB, false);
+        assert_eq!(chip.load(at(&region, 3)), Ok(word(3)));
+        chip.store(at(&region, 4) + 64, word(4)).unwrap();
+        let mut own = space.region(mib(2)).unwrap();
+        within(Duration::from_secs(20), "an access with managed memory", || {
+            // Pages that were never there.
+            let to = &mut own.bytes_mut()[4000..4000 + 4096];
+            chip.port().read(at(&region, 3), to).unwrap();
+            assert!(*to == region.bytes()[3 * 4096..4 * 4096]);
+            assert!(chip.port().read(at(&region, 3) + 8, to).is_err(), "it ends in the next page");
+            // And that are on a device.
+            push_out(&space, 32 * MIB);
+            let from = &own.bytes()[4000..4000 + 2000];
+            while chip.port().write(at(&region, 4), from) == Err(FaultError::NotMapped(at(&region, 4))) {
+                chip.store(at(&region, 4), word(4)).unwrap();
+            }
+            assert!(region.bytes()[4 * 4096..][..2000] == *from);
+        });
+        fill(region.typed_mut());
+        space.check();
+        assert!(is_filled(&region));
+    }
+}
+
 static TOUCHED: AtomicU64 = AtomicU64::new(0);
 
 extern "C" fn touch(_: i32) {
