@@ -209,8 +209,11 @@ mod handler {
     use std::sync::atomic::AtomicPtr;
     use std::time::Duration;
 
-    /// What was there before ours, in memory that stays.
-    static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut());
+    /// What was there before ours, in memory that stays: when it was entered last, and the first time.
+    static BEFORE: [AtomicPtr<libc::sigaction>; 2] = [const { AtomicPtr::new(std::ptr::null_mut()) }; 2];
+    /// In the last word of what is known of a signal, which the kernel leaves zero: this handler has had it, and has had it twice. A
+    /// handler that the program has entered since may call the one before it, which is this.
+    const HAD: [u64; 2] = [0x6d69_7272_6f72_0001, 0x6d69_7272_6f72_0002];
 
     /// Sees to it that ours is the handler. It stays: a thread may yet be on its way to it.
     pub(super) fn install() {
@@ -224,7 +227,9 @@ mod handler {
         if now.sa_sigaction == ours {
             return;
         }
-        BEFORE.store(Box::into_raw(Box::new(now)), Ordering::SeqCst);
+        let before = Box::into_raw(Box::new(now));
+        BEFORE[0].store(before, Ordering::SeqCst);
+        let _ = BEFORE[1].compare_exchange(std::ptr::null_mut(), before, Ordering::SeqCst, Ordering::SeqCst);
         let mut action = now;
         action.sa_sigaction = ours;
         action.sa_flags |= libc::SA_SIGINFO | libc::SA_ONSTACK;
@@ -262,11 +267,18 @@ mod handler {
                 return;
             }
         }
-        let before = BEFORE.load(Ordering::SeqCst);
+        // SAFETY: what the kernel passes, or a copy of it, is as long as that.
+        let had = unsafe { info.cast::<u64>().byte_add(size_of::<libc::siginfo_t>() - 8) };
+        // SAFETY: as above.
+        let times = HAD.iter().position(|word| *word == unsafe { had.read_unaligned() }).map_or(0, |n| n + 1);
+        let before = BEFORE.get(times).map_or(std::ptr::null_mut(), |before| before.load(Ordering::SeqCst));
+        // SAFETY: a zeroed action is the default.
+        let default = unsafe { std::mem::zeroed() };
         // SAFETY: entered by `install`, and never freed.
-        let Some(before) = (unsafe { before.as_ref() }) else { return };
+        let before = unsafe { before.as_ref() }.unwrap_or(&default);
         // SAFETY: as the kernel would have called it, or has the default done.
         unsafe {
+            had.write_unaligned(HAD[times.min(1)]);
             match before.sa_sigaction {
                 libc::SIG_DFL | libc::SIG_IGN => {
                     libc::sigaction(signal, before, std::ptr::null_mut());

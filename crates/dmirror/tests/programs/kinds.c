@@ -164,6 +164,53 @@ TEST(private_files, "G11: their copied pages migrate; the file is as it was")
     }
 }
 
+static struct sigaction earlier;
+static int *handled;
+
+/* Of a program that leaves to the handler before its own what it does not know. */
+static void leave_it(int signal, siginfo_t *info, void *context)
+{
+    if (++*handled > 100)
+        _exit(3);
+    if (earlier.sa_flags & SA_SIGINFO)
+        earlier.sa_sigaction(signal, info, context);
+    else
+        sigaction(signal, &earlier, NULL);
+}
+
+/* Pages that are copied, and writers to them held, on their way to a device. */
+static void migrate_copied(int fd)
+{
+    int file = make_file(SIZE);
+    char *at = map(SIZE, RW, MAP_PRIVATE, file), *copy = buffer(SIZE);
+    fill(at, SIZE, 1);
+    FINDS(1, fd, TO_DEVICE, at, copy, SIZE / PAGE);
+    HOLDS(munmap(at, SIZE) == 0);
+}
+
+TEST(handlers_that_call_the_one_before, "G11: what is no business of the mirror's ends the program, and comes to its handler once")
+{
+    handled = map(PAGE, RW, MAP_SHARED | MAP_ANONYMOUS, -1);
+    EACH_MIRROR(device, fd) {
+        char *read_only = map(PAGE, RO, PRIVATE, -1);
+        struct sigaction own = {.sa_sigaction = leave_it, .sa_flags = SA_SIGINFO};
+        migrate_copied(fd);
+        HOLDS(sigaction(SIGSEGV, &own, &earlier) == 0);
+        migrate_copied(fd);
+        *handled = 0;
+        pid_t child = fork();
+        if (child == 0) {
+            *(volatile char *)read_only = 1;
+            _exit(2);
+        }
+        int status;
+        HOLDS(child > 0 && waitpid(child, &status, 0) == child);
+        HOLDS(WIFSIGNALED(status));
+        EQUAL(SIGSEGV, WTERMSIG(status));
+        EQUAL(1, *handled);
+    }
+}
+
 TEST(huge_pages_of_the_pool, "G11: accessed in place; 4 in each byte of a snapshot")
 {
     EACH_KIND(device) {
