@@ -377,12 +377,11 @@ impl Drop for Service {
         #[cfg(feature = "devices")]
         self.ports.cut_all();
         self.engine.stop();
-        let mut hired = self.hired.lock().unwrap_or_else(PoisonError::into_inner);
         if self.pid != getpid() {
-            return self.threads.drain(..).chain(hired.drain(..)).for_each(std::mem::forget);
+            // Those that were hired stay where they are: the parent's reclaimer may have had the lock.
+            std::mem::forget(self.hired.clone());
+            return self.threads.drain(..).for_each(std::mem::forget);
         }
-        // They may still hire.
-        drop(hired);
         // A thread that panicked has said so. When the reclaimer has ended, nobody is hired any more.
         for thread in self.threads.drain(..) {
             let _ = thread.join();
