@@ -15,6 +15,7 @@ use peerspace_os::Kernel;
 use peerspace_os::linux::signal::without_signals;
 use peerspace_os::own::Shared;
 use peerspace_os::slot::{Slot, SlotRef};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A device's way to the engine.
@@ -47,6 +48,21 @@ fn is_managed(engine: &Real, bytes: &[u8]) -> bool {
     engine.regions.next(pages.start).is_some_and(|region| region.range.start < pages.end)
 }
 
+/// Has `part` access `len` bytes at `va`, all in one page, in parts: each by memory that is not managed.
+fn in_parts(
+    engine: &Real,
+    va: u64,
+    len: usize,
+    mut part: impl FnMut(Range<usize>, &mut [u8]) -> Result<(), FaultError>,
+) -> Result<(), FaultError> {
+    engine.page_of(Va(va), len)?;
+    let mut own = [0; AT_ONCE];
+    (0..len).step_by(AT_ONCE).try_for_each(|at| {
+        let range = at..len.min(at + AT_ONCE);
+        part(range.clone(), &mut own[..range.len()])
+    })
+}
+
 impl Link {
     fn read_in_page(&self, engine: &Real, va: u64, to: &mut [u8]) -> Result<(), FaultError> {
         let kernel = &engine.kernel;
@@ -59,12 +75,6 @@ impl Link {
         without_signals(|| {
             engine.remote_access(self.mmu, Va(va), from.len(), true, || kernel.write_mapped(Va(va), from))
         })
-    }
-
-    /// That an access in parts is all in one page.
-    fn check_page(&self, engine: &Real, va: u64, len: usize) -> Result<(), FaultError> {
-        let last = va.checked_add(len as u64).filter(|end| *end > va).map(|end| engine.geometry.vpn(Va(end - 1)));
-        if last == Some(engine.geometry.vpn(Va(va))) { Ok(()) } else { Err(FaultError::NotMapped(va)) }
     }
 }
 
@@ -80,12 +90,9 @@ impl PortOps for Link {
         if !is_managed(&engine, to) {
             return self.read_in_page(&engine, va, to);
         }
-        self.check_page(&engine, va, to.len())?;
-        let mut own = [0; AT_ONCE];
-        (va..).step_by(AT_ONCE).zip(to.chunks_mut(AT_ONCE)).try_for_each(|(va, to)| {
-            let own = &mut own[..to.len()];
-            self.read_in_page(&engine, va, own)?;
-            to.copy_from_slice(own);
+        in_parts(&engine, va, to.len(), |range, own| {
+            self.read_in_page(&engine, va + range.start as u64, own)?;
+            to[range].copy_from_slice(own);
             Ok(())
         })
     }
@@ -95,12 +102,9 @@ impl PortOps for Link {
         if !is_managed(&engine, from) {
             return self.write_in_page(&engine, va, from);
         }
-        self.check_page(&engine, va, from.len())?;
-        let mut own = [0; AT_ONCE];
-        (va..).step_by(AT_ONCE).zip(from.chunks(AT_ONCE)).try_for_each(|(va, from)| {
-            let own = &mut own[..from.len()];
-            own.copy_from_slice(from);
-            self.write_in_page(&engine, va, own)
+        in_parts(&engine, va, from.len(), |range, own| {
+            own.copy_from_slice(&from[range.clone()]);
+            self.write_in_page(&engine, va + range.start as u64, own)
         })
     }
 

@@ -97,7 +97,8 @@ impl Port {
     }
 
     /// Reads memory of the host that is mapped in place for the device, up to the end of the page.
-    /// `to` had best be memory that the space does not manage: it is read in parts otherwise, by way of memory that is not.
+    /// `to` had best be memory that the space does not manage. It is read in parts otherwise, by way of memory that is not, and may
+    /// wait for a fault: a device that waits for its accesses when it [unmaps](super::mmu::Mmu::unmap) must not do that.
     ///
     /// # Errors
     /// [`FaultError::NotMapped`] when it is not: the device faults then.
@@ -106,7 +107,7 @@ impl Port {
     }
 
     /// Writes memory of the host that is mapped in place for the device, and writable, up to the end of the page.
-    /// `from` is the device's own memory, as above.
+    /// `from` had best be memory that the space does not manage, as above.
     ///
     /// # Errors
     /// [`FaultError::NotMapped`] when it is not: the device faults then.

@@ -378,11 +378,7 @@ impl<K: Kernel> Engine<K> {
         write: bool,
         access: impl FnOnce() -> bool,
     ) -> Result<(), FaultError> {
-        let vpn = self.geometry.vpn(va);
-        let last = va.0.checked_add(len as u64).filter(|_| len > 0);
-        if last.is_none_or(|end| self.geometry.vpn(Va(end - 1)) != vpn) {
-            return Err(FaultError::NotMapped(va.0));
-        }
+        let vpn = self.page_of(va, len)?;
         // Nothing is waited for here, but in the device's fault: whoever acts on a change, or forks, may be waiting for the
         // device to unmap, and the device for its accesses to end.
         let Some(work) = self.contexts.take_if_any() else { return Err(FaultError::NotMapped(va.0)) };
@@ -409,6 +405,14 @@ impl<K: Kernel> Engine<K> {
         } else {
             Err(FaultError::NotMapped(va.0))
         }
+    }
+
+    /// The page of an access of a device to `len` bytes at `va`, which are all to be in one.
+    pub(crate) fn page_of(&self, va: Va, len: usize) -> Result<Vpn, FaultError> {
+        let vpn = self.geometry.vpn(va);
+        let end = va.0.checked_add(len as u64).filter(|_| len > 0);
+        let is_in_one = end.is_some_and(|end| self.geometry.vpn(Va(end - 1)) == vpn);
+        if is_in_one { Ok(vpn) } else { Err(FaultError::NotMapped(va.0)) }
     }
 
     fn is_for_reading(&self, vpn: Vpn) -> bool {
