@@ -328,7 +328,8 @@ pub trait Kernel: Send + Sync + 'static {
     fn collapse(&self, block: VaRange) -> Result<(), Trouble>;
 
     /// Gives the process pages of its own where it still shares them with a forked one. Pages that are there
-    /// become writable. Not for threads that receive messages: it may have to wait for them.
+    /// become writable. It waits for pages that are missing, where a system call [waits for
+    /// faults](Kernel::waits_for_faults); whoever does so is to be [let pass](Kernel::let_pass).
     ///
     /// # Errors
     /// See [`Trouble`].

@@ -71,6 +71,9 @@ impl Thread {
     ///
     /// # Errors
     /// What it panicked with.
+    ///
+    /// # Panics
+    /// When a thread joins itself.
     pub fn join(self) -> std::thread::Result<()> {
         let mut result = null_mut();
         // SAFETY: nobody else joins or detaches it, because `self` is consumed and not dropped.

@@ -80,7 +80,7 @@ impl Stream {
         let sent = work_on(&self.region, &self.accelerator, blocks, self.words, ahead)?;
         let took = begin.elapsed();
         // One that is late would send again what is brought home next.
-        sent.iter().try_for_each(|sent| sent.wait().map(drop)).map_err(Trouble::failed("prefetch"))?;
+        arrive(&sent)?;
         Ok(took)
     }
 }
@@ -119,6 +119,11 @@ pub(super) fn work_on(
     }
     jobs.into_iter().try_for_each(ended)?;
     Ok(sent)
+}
+
+/// Waits until what was sent for is there.
+pub(super) fn arrive(sent: &[Prefetch]) -> Result<(), Trouble> {
+    sent.iter().try_for_each(|sent| sent.wait().map(drop)).map_err(Trouble::failed("prefetch"))
 }
 
 impl Contender for Stream {

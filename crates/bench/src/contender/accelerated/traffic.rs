@@ -3,7 +3,7 @@
 //!
 //! What goes from one accelerator's memory to another's is counted once.
 
-use super::stream::work_on;
+use super::stream::{arrive, work_on};
 use super::{BLOCK, accelerator, read_page, region, run, space, warm};
 use crate::contender::Contender;
 use crate::error::Trouble;
@@ -108,8 +108,7 @@ impl Traffic {
 
     fn stream(&mut self, region: &Region) -> Result<Outcome, Trouble> {
         let ahead = self.hints.then_some((Node::Device(self.ids[0]), AHEAD));
-        let sent = work_on(region, &self.accelerators[0], 0..region.len() / BLOCK, PAGE_WORDS - 1, ahead)?;
-        sent.iter().try_for_each(|sent| sent.wait().map(drop)).map_err(Trouble::failed("prefetch"))?;
+        arrive(&work_on(region, &self.accelerators[0], 0..region.len() / BLOCK, PAGE_WORDS - 1, ahead)?)?;
         let verified = (region.len() / PAGE_BYTES * (PAGE_WORDS - 1)) as u64;
         Ok(Outcome { verified, bytes: Some((Metric::ByAsked, region.len() as u64)) })
     }
