@@ -546,6 +546,8 @@ typedef struct ps_device_statistics {
     uint64_t mmu_recalls;
     // Pages evicted from it for want of room.
     uint64_t mmu_evicted;
+    // Bytes of it that are not used any more, because what was there could not be had back (rule Z9).
+    uint64_t retired_bytes;
 } ps_device_statistics;
 
 // Memory of a space. It begins as zeros, and takes up RAM only where it is used.

@@ -196,6 +196,8 @@ pub struct ps_device_statistics {
     pub mmu_recalls: u64,
     /// Pages evicted from it for want of room.
     pub mmu_evicted: u64,
+    /// Bytes of it that are not used any more, because what was there could not be had back (rule Z9).
+    pub retired_bytes: u64,
 }
 
 // SAFETY: repr(C), begins with its size; bytes in multiples of eight, and numbers of eight bytes.
@@ -235,6 +237,7 @@ impl ps_device_statistics {
             mmu_remote: mmu.remote,
             mmu_recalls: mmu.recalls,
             mmu_evicted: mmu.evicted,
+            retired_bytes: d.retired_bytes,
         }
     }
 }

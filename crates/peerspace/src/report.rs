@@ -167,6 +167,8 @@ pub struct DeviceStatistics {
     pub own_metadata_bytes: u64,
     /// Bytes of it that the CPU maps in place (rule Z5).
     pub in_place_bytes: u64,
+    /// Bytes of it that are not used any more, because what was there could not be had back (rule Z9).
+    pub retired_bytes: u64,
     /// What its MMU has been told, of a device that runs code.
     pub mmu: Option<MmuStatistics>,
 }
@@ -264,7 +266,7 @@ impl DeviceStatistics {
     fn of<W: Words>(g: Geometry, tier: &Tier<W>) -> DeviceStatistics {
         let pages = |n| g.bytes(peerspace_core::addr::Pages(n));
         let usage = tier.device().usage().unwrap_or_else(|| Usage {
-            used_bytes: g.bytes(tier.range.pages - tier.available()),
+            used_bytes: g.bytes(tier.used()),
             peak_bytes: pages(tier.most_used.load(Relaxed)),
         });
         let [host, own] = tier.metadata_bytes();
@@ -283,6 +285,7 @@ impl DeviceStatistics {
             metadata_bytes: host,
             own_metadata_bytes: own,
             in_place_bytes: pages(tier.pages_in_place()),
+            retired_bytes: g.bytes(tier.retired()),
             mmu: tier.mmu_statistics(),
         }
     }

@@ -118,6 +118,37 @@ fn what_cannot_be_loaded_is_lost_and_nothing_else() {
 }
 
 #[test]
+fn z9_a_bad_place_on_a_device_loses_one_page() {
+    each(|space, orders| {
+        let mut region = space.region(SIZE as u64).unwrap();
+        fill(region.typed_mut());
+        let bad = 100..110;
+        orders.on_load({
+            let bad = bad.clone();
+            move |a| if bad.contains(&a.page) { Answer::Fails(DeviceError::Corrupt) } else { Answer::Good }
+        });
+        let lost = verify(&region, word);
+        assert!(!lost.is_empty());
+        // Nothing else is put there, however often everything comes and goes.
+        for _ in 0..3 {
+            let lost = verify(&region, word);
+            for i in &lost {
+                region.discard(i * page()..(i + 1) * page()).unwrap();
+            }
+            fill(region.typed_mut());
+        }
+        assert_eq!(verify(&region, word), NONE);
+        let s = space.statistics();
+        assert!(s.poisoned <= bad.end - bad.start, "{} pages lost for {bad:?}", s.poisoned);
+        let device = s.devices.iter().find(|d| d.retired_bytes > 0).unwrap();
+        assert_eq!(device.retired_bytes, s.poisoned * page() as u64);
+        // It counts as neither used nor free: of a region that has gone nothing is left.
+        drop(region);
+        assert_eq!(orders.held(), 0);
+    });
+}
+
+#[test]
 fn a_device_that_dies_takes_only_its_own_pages_along() {
     each(|space, orders| {
         let mut region = space.region(SIZE as u64).unwrap();

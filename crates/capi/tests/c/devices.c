@@ -157,6 +157,11 @@ TEST(z9_a_page_that_cannot_be_had_back_is_lost_and_no_other)
     OK(ps_region_discard(region, at, page));
     fill(memory + at, page, 3 + at / 8);
     EXPECT_EQ(wrong(memory + at, page, 3 + at / 8), 0);
+    /* And nothing else is put where it was. */
+    EXPECT_EQ(device_statistics_of(device_at(space, 0)).retired_bytes, page);
+    fill(memory, BYTES, 4);
+    EXPECT_EQ(wrong(memory, BYTES, 4), 0);
+    EXPECT_EQ(statistics_of(space).poisoned, 1);
     OK(ps_region_release(region));
     OK(ps_space_release(space));
 }

@@ -168,6 +168,10 @@ impl<W> Tiers<W> {
         pfn.of_no_device()
     }
 
+    pub(crate) fn retire(&self, pfn: DevicePfn) {
+        pfn.of_no_device()
+    }
+
     pub(crate) fn place(&self, pfn: DevicePfn, _: Order, _: Vpn) {
         pfn.of_no_device()
     }

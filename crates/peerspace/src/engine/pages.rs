@@ -389,7 +389,7 @@ impl<K: Kernel> Engine<K> {
         count(&context.counters.poisoned);
         let (vpn, range) = (entry.vpn(), self.addresses(entry.range()));
         entry.commit(State::Poisoned { pfn });
-        self.tiers.free(pfn, Order::BASE);
+        self.tiers.retire(pfn);
         // Before the program learns of it, and without a lock: it may take a file to be written.
         if let (true, Some(tell)) = (loud, self.on_loss.get()) {
             tell();

@@ -113,6 +113,8 @@ struct Room<W> {
     /// Pages that could not be stored to: free, but the last to be tried again. A few bad ones would otherwise be
     /// what is always tried first.
     aside: ArrayVec<(u64, Order), BATCH>,
+    /// Pages whose data could not be had back: nobody's, and never used again, lest they lose more than that (rule Z9).
+    retired: Pages,
     /// Kept for pages of a device that is being detached.
     reserved: u64,
     /// Nothing more is taken: see [`Closed`].
@@ -163,6 +165,10 @@ impl<W: Words> Room<W> {
     fn available(&self) -> Pages {
         self.aside.iter().fold(self.buddy.available(), |n, (_, order)| n + order.pages())
     }
+
+    fn used(&self) -> Pages {
+        self.buddy.pages() - self.available() - self.retired
+    }
 }
 
 impl<W: Words> Tier<W> {
@@ -185,7 +191,7 @@ impl<W: Words> Tier<W> {
             let map = DeviceMap::new(info.pages, page, [words(host)?, words(upper)?], own);
             let n = Inverted::<W>::words_for(info.pages.0);
             let replicas = mmu.is_some().then(|| Ok(Inverted::new(words(n)?, words(n)?))).transpose()?;
-            Ok(Room { buddy, map, replicas, aside: ArrayVec::new(), reserved: 0, closed: false })
+            Ok(Room { buddy, map, replicas, aside: ArrayVec::new(), retired: Pages(0), reserved: 0, closed: false })
         };
         let room = match books() {
             Ok(room) => room,
@@ -331,7 +337,7 @@ impl<W: Words> Tier<W> {
 
     /// Pages have been taken of `room`.
     fn note_use(&self, room: &Room<W>) {
-        self.most_used.fetch_max((self.range.pages - room.available()).0, Relaxed);
+        self.most_used.fetch_max(room.used().0, Relaxed);
     }
 
     /// Takes a page for the data of `vpn`, at `near` if that is free.
@@ -475,7 +481,12 @@ impl<W: Words> Tier<W> {
 
     /// Pages in use.
     pub(crate) fn used(&self) -> Pages {
-        self.range.pages - self.available()
+        self.room.lock().used()
+    }
+
+    /// Pages that are never used again: see [`Tier::retire`].
+    pub(crate) fn retired(&self) -> Pages {
+        self.room.lock().retired
     }
 
     /// Bytes of descriptors in host memory, and in the device's own.
@@ -505,19 +516,34 @@ impl<W: Words> Tier<W> {
 
     /// Frees pages; if they are bad, others are to be tried first from now on.
     pub(crate) fn give_up(&self, page: u64, order: Order, bad: bool) {
+        if self.forget(page, order) {
+            self.room.lock().free(page, order, bad);
+            self.freed.fetch_add(order.pages().0, Relaxed);
+        }
+    }
+
+    /// Frees a page whose data could not be had back. Nothing is stored there until the device is attached anew: as the kernel
+    /// does with memory that it found bad.
+    pub(crate) fn retire(&self, page: u64) {
+        if self.forget(page, Order::BASE) {
+            self.room.lock().retired += Pages(1);
+        }
+    }
+
+    /// Nobody refers to these pages any more; the device is told. False if they are another process's.
+    fn forget(&self, page: u64, order: Order) -> bool {
         if self.is_foreign() {
-            return;
+            return false;
         }
         if !self.room.lock().map.put(page, order) {
             debug_assert!(false, "somebody refers to private pages that are freed");
-            return;
+            return false;
         }
         if unwinding(|| self.device.freed(DevicePages { first: page, count: order.pages().0 })).is_none() {
             // The pages are free nevertheless: nobody will ask for what is in them.
             self.errors.fetch_add(1, Relaxed);
         }
-        self.room.lock().free(page, order, bad);
-        self.freed.fetch_add(order.pages().0, Relaxed);
+        true
     }
 
     /// Whether what leaves RAM may go here now.
@@ -602,11 +628,6 @@ impl<W: Words> Tier<W> {
 
     pub(crate) fn device(&self) -> &dyn Device {
         &*self.device
-    }
-
-    /// Pages that are free by number.
-    pub(crate) fn available(&self) -> Pages {
-        self.room.lock().available()
     }
 }
 

@@ -223,6 +223,12 @@ impl<W: Words> Tiers<W> {
         tier.free(pfn - tier.range.base, order);
     }
 
+    /// Frees a page whose data could not be had back, for good.
+    pub(crate) fn retire(&self, pfn: DevicePfn) {
+        let tier = self.of(pfn);
+        tier.retire(pfn - tier.range.base);
+    }
+
     /// `2^order` pages from `pfn` on hold the data of `vpn` from now on: a mapping has moved.
     pub(crate) fn place(&self, pfn: DevicePfn, order: Order, vpn: Vpn) {
         let tier = self.of(pfn);
