@@ -234,7 +234,8 @@ pub trait Kernel: Send + Sync + 'static {
     /// there stay.
     ///
     /// # Errors
-    /// [`Trouble::Unsuitable`] for memory of another kind, [`Trouble::Busy`] when it is registered elsewhere.
+    /// [`Trouble::Unsuitable`] for memory of another kind, [`Trouble::Busy`] when it is registered elsewhere,
+    /// [`Trouble::Absent`] where some of it belongs to this library.
     fn adopt(&self, range: VaRange) -> Result<(), Trouble>;
 
     /// Undoes [`adopt`](Kernel::adopt). Missing pages read as zeros from now on.

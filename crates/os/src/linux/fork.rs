@@ -146,6 +146,7 @@ pub fn parent() {
 /// Sets everything up anew in the child.
 pub fn child() {
     super::signal::forget_other_threads();
+    super::map::forget_other_threads();
     super::place::renew();
     thaw_heap();
     call_all(CHILD);

@@ -9,7 +9,7 @@
 
 use super::choice::Choice;
 use super::futex::Futex;
-use super::map::{Arena, Mapping};
+use super::map::{Arena, Mapping, where_nothing_is_ours};
 use super::memory::Memory;
 use super::moved::Sides;
 use super::scan::{Maps, Pagemap};
@@ -293,7 +293,7 @@ impl Kernel for Linux {
 
     fn adopt(&self, range: VaRange) -> Result<(), Trouble> {
         self.assert_foreign(range);
-        self.register(range)
+        where_nothing_is_ours(range, || self.register(range)).unwrap_or(Err(Trouble::Absent))
     }
 
     fn disown(&self, range: VaRange) -> Result<(), Trouble> {
@@ -491,7 +491,7 @@ impl Kernel for Linux {
 
     fn watch(&self, range: VaRange) -> Result<(), Trouble> {
         self.assert_foreign(range);
-        self.register_for_news(range)
+        where_nothing_is_ours(range, || self.register_for_news(range)).unwrap_or(Err(Trouble::Absent))
     }
 
     fn unwatch(&self, range: VaRange) -> Result<(), Trouble> {

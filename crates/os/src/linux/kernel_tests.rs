@@ -194,6 +194,41 @@ fn nothing_is_taken_from_a_mapping_that_took_our_place() {
     }
 }
 
+/// Memory of ours that has come to where a scan saw the program's is not taken for that, however late it comes.
+#[test]
+fn g11_what_is_ours_is_never_registered() {
+    let k = open();
+    // Where nobody is put who does not ask for it.
+    let spot = VaRange { start: Va(128 << 30), end: Va((128 << 30) + 16 * PAGE) };
+    let rounds = 1000;
+    let done = AtomicBool::new(false);
+    thread::scope(|s| {
+        let adopter = s.spawn(|| {
+            let (mut asked, mut taken) = (0, 0);
+            while !done.load(SeqCst) {
+                // Nothing is there, or something of ours. If it was taken, it is given back: whoever touched it waits.
+                if k.adopt(spot).is_ok() {
+                    taken += 1;
+                    let _ = k.disown(spot);
+                }
+                while k.receive().is_some() {}
+                asked += 1;
+            }
+            (asked, taken)
+        });
+        let mut hit = 0;
+        for _ in 0..rounds {
+            let ours = Mapping::near(spot.start.0 as usize, spot.len() as usize, PAGE as usize, true).unwrap();
+            hit += (ours.range() == spot) as u32;
+            write(ours.range().start, 1);
+        }
+        done.store(true, SeqCst);
+        let (asked, taken) = adopter.join().unwrap();
+        assert!(hit > rounds / 2 && asked > 100, "{hit} times at the spot, asked {asked} times");
+        assert_eq!(taken, 0, "of {asked} times");
+    });
+}
+
 /// Discarding, unmapping and operations from all sides: what is told adds up, and pages nobody changed are as they were.
 #[test]
 fn changes_race_with_operations() {

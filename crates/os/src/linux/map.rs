@@ -3,7 +3,13 @@
 //! Everything this library keeps for itself lives in a [`Mapping`]: private anonymous memory that is entered in
 //! a table of own ranges ([`ours_within`]), so that a scan of the process's mappings never takes it for the
 //! program's. Nothing here comes from the program's heap.
+//!
+//! A scan may have seen the program's memory where something of ours is by now. So whoever is about to have the kernel
+//! tell of faults in a range does so [while nothing of ours is there](where_nothing_is_ours): ours are mapped and entered in
+//! one step for him, under [`PLACING`].
 
+use super::futex::Mutex;
+use super::signal::without_signals;
 use peerspace_core::addr::{Va, VaRange};
 use peerspace_core::sync::{AtomicU64, AtomicUsize, Ordering};
 use peerspace_core::words::Words;
@@ -39,6 +45,16 @@ impl Mapping {
     /// # Errors
     /// The errno of mmap.
     pub fn near(near: usize, len: usize, align: usize, usable: bool) -> Result<Mapping, Errno> {
+        // Signals wait, since a handler of the program may fault and come by here again.
+        without_signals(|| {
+            let _placing = PLACING.lock();
+            let mapping = Self::map(near, len, align, usable)?;
+            enter(mapping.range());
+            Ok(mapping)
+        })
+    }
+
+    fn map(near: usize, len: usize, align: usize, usable: bool) -> Result<Mapping, Errno> {
         let prot = if usable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::empty() };
         let page = rustix::param::page_size();
         let len = len.next_multiple_of(page);
@@ -59,9 +75,7 @@ impl Mapping {
                 rustix::mm::munmap((start + len) as *mut c_void, back)?;
             }
         }
-        let mapping = Mapping { start: start as *mut u8, len };
-        enter(mapping.range());
-        Ok(mapping)
+        Ok(Mapping { start: start as *mut u8, len })
     }
 
     /// The addresses.
@@ -130,9 +144,10 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        forget(self.range());
+        // Not under a lock: it may wait for somebody to receive the news, and he for the lock. It is ours until it has gone.
         // SAFETY: the mapping is ours, and its owner lets go of it.
         let r = unsafe { rustix::mm::munmap(self.start.cast(), self.len) };
+        forget(self.range());
         debug_assert_eq!(r, Ok(()));
     }
 }
@@ -146,6 +161,23 @@ impl fmt::Debug for Mapping {
 const MAX_OWN: usize = 1024;
 /// Start and end of each own range; a start of zero is a free place.
 static OWN: [[StdAtomicU64; 2]; MAX_OWN] = [const { [StdAtomicU64::new(0), StdAtomicU64::new(0)] }; MAX_OWN];
+/// Held from before something of ours is mapped until it is entered, with signals blocked. Nobody waits for anything else
+/// meanwhile.
+static PLACING: Mutex<()> = Mutex::new(());
+
+/// Does `act` if nothing in `range` is ours; and nothing of ours is mapped there meanwhile.
+pub fn where_nothing_is_ours<T>(range: VaRange, act: impl FnOnce() -> T) -> Option<T> {
+    without_signals(|| {
+        let _placing = PLACING.lock();
+        ours_within(range).next().is_none().then(act)
+    })
+}
+
+/// In a forked child: a thread that it does not have may have been mapping something, which is nobody's now.
+pub(super) fn forget_other_threads() {
+    // SAFETY: the only thread is in no call of this module, since none of them forks.
+    unsafe { PLACING.force_unlock() };
+}
 
 fn enter(range: VaRange) {
     for [start, end] in &OWN {
@@ -163,11 +195,16 @@ fn enter(range: VaRange) {
 }
 
 fn forget(range: VaRange) {
-    for [start, _] in &OWN {
-        if start.compare_exchange(range.start.0, 0, Ordering::Release, Ordering::Relaxed).is_ok() {
+    // Of two that are the same, one that has gone and the one that came in its place, either may go.
+    for [start, end] in &OWN {
+        if start.load(Ordering::Acquire) == range.start.0
+            && end.load(Ordering::Relaxed) == range.end.0
+            && start.compare_exchange(range.start.0, 0, Ordering::Release, Ordering::Relaxed).is_ok()
+        {
             return;
         }
     }
+    debug_assert!(false, "{range} was not entered");
 }
 
 /// Enters memory this library uses that was not mapped here (a thread's stack, say).
