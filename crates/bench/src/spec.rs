@@ -138,6 +138,8 @@ pub(crate) enum CCall {
 pub(crate) enum Call {
     /// Forks, with half of it away.
     Fork,
+    /// The same, in pages of the least size.
+    ForkSmall,
     /// Unmaps all of it, all of it away.
     Unmap,
     /// Moves all of it, all of it away.

@@ -18,10 +18,15 @@ impl Make<'_> {
             name: "fork",
             about: format!("a process with {} MiB forks, and the child ends at once", data / MIB),
             contenders: vec![
-                self.call("ours", true, Call::Fork, data, "half of it is on an accelerator"),
-                self.call("plain", false, Call::Fork, data, "memory of the kernel's alone"),
+                self.call("small pages", true, Call::ForkSmall, data, "half of it is on an accelerator"),
+                self.call("small pages, plain", false, Call::ForkSmall, data, "memory of the kernel's alone"),
+                self.call("huge pages", true, Call::Fork, data, "half of it is on an accelerator"),
+                self.call("huge pages, plain", false, Call::Fork, data, "memory of the kernel's alone"),
             ],
-            versus: vec![Self::slower("ours", "plain", Some(1.5))],
+            versus: vec![
+                Self::slower("small pages", "small pages, plain", Some(1.5)),
+                Self::slower("huge pages", "huge pages, plain", Some(1.5)),
+            ],
             aims: Vec::new(),
             fresh: false,
             rounds: self.sizes.rounds[1],

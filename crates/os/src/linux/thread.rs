@@ -14,6 +14,7 @@ use std::io;
 use std::mem::{ManuallyDrop, MaybeUninit};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Bytes of stack: what devices do on it is theirs to say.
 const STACK: usize = 2 << 20;
@@ -115,6 +116,18 @@ extern "C" fn run<F: FnOnce()>(start: *mut c_void) -> *mut c_void {
     }
 }
 
+/// Starts a thread and waits for its end, once: the next one is given its stack again. The C library has the loader look up, when
+/// a stack is used again for the first time, the function that it needs for that. Unless that has happened, every forked child has
+/// it looked up anew for its first thread, and thereby reads pages that it would not need.
+fn reuse_a_stack() {
+    static DONE: AtomicBool = AtomicBool::new(false);
+    if !DONE.swap(true, Ordering::Relaxed)
+        && let Ok(first) = start("peerspace", || {})
+    {
+        let _ = first.join();
+    }
+}
+
 /// Starts a thread named `name`, of which the kernel keeps 15 bytes, that runs `f`.
 ///
 /// It is made by the C library and not by Rust's, which gives each thread an alternate stack for signals, and has it allocate:
@@ -123,6 +136,11 @@ extern "C" fn run<F: FnOnce()>(start: *mut c_void) -> *mut c_void {
 /// # Errors
 /// When the system has no thread to give.
 pub fn spawn<F: FnOnce() + Send + 'static>(name: &str, f: F) -> io::Result<Thread> {
+    reuse_a_stack();
+    start(name, f)
+}
+
+fn start<F: FnOnce() + Send + 'static>(name: &str, f: F) -> io::Result<Thread> {
     let mut short = [0; 16];
     let len = name.len().min(15);
     short[..len].copy_from_slice(&name.as_bytes()[..len]);

@@ -40,8 +40,8 @@ struct Memory {
 }
 
 impl Memory {
-    /// `bytes` bytes, aligned to a block, of huge pages if it is as much.
-    fn new(bytes: usize) -> Result<Memory, Trouble> {
+    /// `bytes` bytes, aligned to a block, of huge pages if it is as much and they are wanted.
+    fn new(bytes: usize, huge: bool) -> Result<Memory, Trouble> {
         let (whole, flags) = (bytes + BLOCK, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
         // SAFETY: a new mapping.
         let at = unsafe { libc::mmap(std::ptr::null_mut(), whole, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
@@ -58,8 +58,9 @@ impl Memory {
             libc::munmap(at.add(skip + bytes).cast(), whole - skip - bytes);
         }
         let memory = Memory { at: at.wrapping_add(skip), bytes, adopted: None };
+        let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
         // SAFETY: the advice changes no content.
-        unsafe { libc::madvise(memory.at.cast(), bytes, libc::MADV_HUGEPAGE) };
+        unsafe { libc::madvise(memory.at.cast(), bytes, advice) };
         Ok(memory)
     }
 
@@ -134,15 +135,19 @@ impl Calls {
             None
         };
         let mut calls = Calls { call, bytes, ours, kept: None, echo: Echo::new()? };
-        if call == Call::Fork {
+        if calls.forks() {
             calls.kept = Some(calls.memory(bytes / 2)?);
         }
         Ok(calls)
     }
 
+    fn forks(&self) -> bool {
+        matches!(self.call, Call::Fork | Call::ForkSmall)
+    }
+
     /// Filled memory, of which so many bytes are on the accelerator, if there is one.
     fn memory(&self, away: usize) -> Result<Memory, Trouble> {
-        let mut memory = Memory::new(self.bytes)?;
+        let mut memory = Memory::new(self.bytes, self.call != Call::ForkSmall)?;
         memory.fill();
         if let Some(Ours { space, far, .. }) = &self.ours {
             memory.adopted = Some(space.adopt(memory.at, self.bytes).map_err(Trouble::failed("adopt memory"))?);
@@ -166,7 +171,7 @@ impl Calls {
 
     fn relocate(&self) -> Result<(Duration, u64), Trouble> {
         let mut memory = self.memory(self.bytes)?;
-        let place = Memory::new(self.bytes)?;
+        let place = Memory::new(self.bytes, self.call != Call::ForkSmall)?;
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         let start = Instant::now();
         // SAFETY: nobody has a reference into either.
@@ -214,7 +219,7 @@ impl Contender for Calls {
         let mut trips = Vec::new();
         for _ in 0..TIMES {
             took.push(match self.call {
-                Call::Fork => self.fork(false)?,
+                Call::Fork | Call::ForkSmall => self.fork(false)?,
                 Call::Unmap => self.unmap()?,
                 Call::Move => {
                     let (took, words) = self.relocate()?;
@@ -224,7 +229,7 @@ impl Contender for Calls {
             });
             trips.push(self.echo.round_trip()?);
         }
-        if self.call == Call::Fork {
+        if self.forks() {
             self.fork(true)?;
             verified += (self.bytes / PAGE) as u64;
         }
