@@ -6,6 +6,8 @@
 //! that no program can mix up with its own ([`own`]), signals, threads, mappings and the like.
 
 #[cfg(all(test, not(shuttle)))]
+mod alone;
+#[cfg(all(test, not(shuttle)))]
 mod conformance;
 pub mod devmem;
 pub mod error;

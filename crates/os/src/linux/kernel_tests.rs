@@ -2,6 +2,7 @@
 //! clean pages. Beside each stands what would go wrong without it, so that it is known that the test can fail.
 
 use super::*;
+use crate::alone::alone;
 use peerspace_core::addr::Pages;
 use rustix::mm::MremapFlags;
 use std::sync::Mutex;
@@ -164,68 +165,72 @@ fn operations_are_refused_until_a_change_is_received() {
 /// Through a descriptor without events, which many pagers use for staging, it is.
 #[test]
 fn nothing_is_taken_from_a_mapping_that_took_our_place() {
-    for naive in [false, true] {
-        let k = open();
-        let r = region(&k);
-        let here = page(r, 8);
-        let _ = copy(&k, here, 1, Protect::No);
-        let other = Mapping::new(PAGE as usize, PAGE as usize, true).unwrap();
-        let mut without_events = Uffd::open(false).unwrap();
-        without_events.enable(feature::MOVE).unwrap();
-        without_events.register(other.range().start.0, PAGE, Mode::Missing).unwrap();
-        let taken = thread::scope(|s| {
-            s.spawn(|| munmap(here));
-            wait_for(|| k.is_changing());
-            // The addresses are free already, and a third thread is given them.
-            map_at(here);
-            write(here.start, 77);
-            let taken = if naive {
-                // SAFETY: both ends are the test's own, and read through atomics or not at all.
-                unsafe { without_events.move_pages(other.range().start.0, here.start.0, PAGE, false) }.1.is_none()
-            } else {
-                k.take_out(slot(&k, 0).start, here) == Done::all(Pages(1))
-            };
-            while k.receive().is_none() {}
-            taken
-        });
-        assert_eq!(taken, naive, "naive: {naive}");
-        assert_eq!(read(here.start), if naive { 0 } else { 77 }, "naive: {naive}");
-        munmap(here);
-    }
+    alone(|| {
+        for naive in [false, true] {
+            let k = open();
+            let r = region(&k);
+            let here = page(r, 8);
+            let _ = copy(&k, here, 1, Protect::No);
+            let other = Mapping::new(PAGE as usize, PAGE as usize, true).unwrap();
+            let mut without_events = Uffd::open(false).unwrap();
+            without_events.enable(feature::MOVE).unwrap();
+            without_events.register(other.range().start.0, PAGE, Mode::Missing).unwrap();
+            let taken = thread::scope(|s| {
+                s.spawn(|| munmap(here));
+                wait_for(|| k.is_changing());
+                // The addresses are free already, and a third thread is given them.
+                map_at(here);
+                write(here.start, 77);
+                let taken = if naive {
+                    // SAFETY: both ends are the test's own, and read through atomics or not at all.
+                    unsafe { without_events.move_pages(other.range().start.0, here.start.0, PAGE, false) }.1.is_none()
+                } else {
+                    k.take_out(slot(&k, 0).start, here) == Done::all(Pages(1))
+                };
+                while k.receive().is_none() {}
+                taken
+            });
+            assert_eq!(taken, naive, "naive: {naive}");
+            assert_eq!(read(here.start), if naive { 0 } else { 77 }, "naive: {naive}");
+            munmap(here);
+        }
+    });
 }
 
 /// Memory of ours that has come to where a scan saw the program's is not taken for that, however late it comes.
 #[test]
 fn g11_what_is_ours_is_never_registered() {
-    let k = open();
-    // Where nobody is put who does not ask for it.
-    let spot = VaRange { start: Va(128 << 30), end: Va((128 << 30) + 16 * PAGE) };
-    let rounds = 1000;
-    let done = AtomicBool::new(false);
-    thread::scope(|s| {
-        let adopter = s.spawn(|| {
-            let (mut asked, mut taken) = (0, 0);
-            while !done.load(SeqCst) {
-                // Nothing is there, or something of ours. If it was taken, it is given back: whoever touched it waits.
-                if k.adopt(spot).is_ok() {
-                    taken += 1;
-                    let _ = k.disown(spot);
+    alone(|| {
+        let k = open();
+        // Where nobody is put who does not ask for it.
+        let spot = VaRange { start: Va(128 << 30), end: Va((128 << 30) + 16 * PAGE) };
+        let rounds = 1000;
+        let done = AtomicBool::new(false);
+        thread::scope(|s| {
+            let adopter = s.spawn(|| {
+                let (mut asked, mut taken) = (0, 0);
+                while !done.load(SeqCst) {
+                    // Nothing is there, or something of ours. If it was taken, it is given back: whoever touched it waits.
+                    if k.adopt(spot).is_ok() {
+                        taken += 1;
+                        let _ = k.disown(spot);
+                    }
+                    while k.receive().is_some() {}
+                    asked += 1;
                 }
-                while k.receive().is_some() {}
-                asked += 1;
+                (asked, taken)
+            });
+            let mut hit = 0;
+            for _ in 0..rounds {
+                let ours = Mapping::near(spot.start.0 as usize, spot.len() as usize, PAGE as usize, true).unwrap();
+                hit += (ours.range() == spot) as u32;
+                write(ours.range().start, 1);
             }
-            (asked, taken)
+            done.store(true, SeqCst);
+            let (asked, taken) = adopter.join().unwrap();
+            assert!(hit > rounds / 2 && asked > 100, "{hit} times at the spot, asked {asked} times");
+            assert_eq!(taken, 0, "of {asked} times");
         });
-        let mut hit = 0;
-        for _ in 0..rounds {
-            let ours = Mapping::near(spot.start.0 as usize, spot.len() as usize, PAGE as usize, true).unwrap();
-            hit += (ours.range() == spot) as u32;
-            write(ours.range().start, 1);
-        }
-        done.store(true, SeqCst);
-        let (asked, taken) = adopter.join().unwrap();
-        assert!(hit > rounds / 2 && asked > 100, "{hit} times at the spot, asked {asked} times");
-        assert_eq!(taken, 0, "of {asked} times");
     });
 }
 
@@ -488,43 +493,45 @@ fn a_page_that_moved_in_has_to_be_compared() {
 /// does not say so; see `moved`.
 #[test]
 fn pages_that_leave_a_huge_page_together_are_counted() {
-    let k = open();
-    let mut stopped = 0u64;
-    for round in 0..100u64 {
-        let r = region(&k);
-        let block = VaRange { start: k.staging().start, end: Va(k.staging().start.0 + r.len()) };
-        let bytes: Vec<u8> = (0..r.len()).map(|i| (i / PAGE % 251) as u8 + 1).collect();
-        k.write_staged(block, |b| b.copy_from_slice(&bytes));
-        // A fork by a test beside this one stops it: the kernel counts that as a change of mappings.
-        let mut back = 0;
-        while back < 512 {
-            let done = k.put_back(page(r, back).start, VaRange { start: page(block, back).start, ..block }, Wake::No);
-            assert!(done.trouble.is_none_or(|trouble| trouble == Trouble::Changing), "{done:?}");
-            back += done.pages.0;
-        }
-        let take = |first: u64, pages: u64, at: u64| {
-            let from = VaRange { start: page(r, first).start, end: page(r, first + pages).start };
-            let done = k.take_out(slot(&k, at).start, from);
-            for n in 0..pages {
-                let there = k.is_present(slot(&k, at + n).start).unwrap();
-                assert_eq!(there, n < done.pages.0, "page {n} of {done:?} in round {round}");
-                assert_ne!(there, k.is_present(page(r, first + n).start).unwrap(), "page {n} of {done:?}");
-                if there {
-                    let byte = k.read_staged(slot(&k, at + n), |b| b[17]);
-                    assert_eq!(byte, ((first + n) % 251) as u8 + 1);
-                }
+    alone(|| {
+        let k = open();
+        let mut stopped = 0u64;
+        for round in 0..100u64 {
+            let r = region(&k);
+            let block = VaRange { start: k.staging().start, end: Va(k.staging().start.0 + r.len()) };
+            let bytes: Vec<u8> = (0..r.len()).map(|i| (i / PAGE % 251) as u8 + 1).collect();
+            k.write_staged(block, |b| b.copy_from_slice(&bytes));
+            let mut back = 0;
+            while back < 512 {
+                let done =
+                    k.put_back(page(r, back).start, VaRange { start: page(block, back).start, ..block }, Wake::No);
+                assert!(done.trouble.is_none_or(|trouble| trouble == Trouble::Changing), "{done:?}");
+                back += done.pages.0;
             }
-            (done.pages.0 != pages) as u64
-        };
-        thread::scope(|s| {
-            let other = s.spawn(|| take(23, 23, 23));
-            stopped += take(0, 1 + round % 3, 0);
-            stopped += other.join().unwrap();
-        });
-        k.drop_staged(VaRange { start: slot(&k, 0).start, end: slot(&k, 64).start }).unwrap();
-        k.unmap(r).unwrap();
-    }
-    assert!(stopped < 100, "every other move came to nothing");
+            let take = |first: u64, pages: u64, at: u64| {
+                let from = VaRange { start: page(r, first).start, end: page(r, first + pages).start };
+                let done = k.take_out(slot(&k, at).start, from);
+                for n in 0..pages {
+                    let there = k.is_present(slot(&k, at + n).start).unwrap();
+                    assert_eq!(there, n < done.pages.0, "page {n} of {done:?} in round {round}");
+                    assert_ne!(there, k.is_present(page(r, first + n).start).unwrap(), "page {n} of {done:?}");
+                    if there {
+                        let byte = k.read_staged(slot(&k, at + n), |b| b[17]);
+                        assert_eq!(byte, ((first + n) % 251) as u8 + 1);
+                    }
+                }
+                (done.pages.0 != pages) as u64
+            };
+            thread::scope(|s| {
+                let other = s.spawn(|| take(23, 23, 23));
+                stopped += take(0, 1 + round % 3, 0);
+                stopped += other.join().unwrap();
+            });
+            k.drop_staged(VaRange { start: slot(&k, 0).start, end: slot(&k, 64).start }).unwrap();
+            k.unmap(r).unwrap();
+        }
+        assert!(stopped < 100, "every other move came to nothing");
+    });
 }
 
 // --- memory of devices in place ---

@@ -321,6 +321,7 @@ fn moves_around_holes() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alone::alone;
     use crate::linux::uffd::{Mode, Uffd};
     use rustix::mm::{MprotectFlags, mprotect};
 
@@ -383,148 +384,168 @@ mod tests {
 
     #[test]
     fn what_the_kernel_refuses_is_done_in_pieces() {
-        let from = cut();
-        let (old, new) = (from.len() as usize, 40 * page() as usize);
-        // SAFETY: our own memory.
-        let kernel = unsafe { mremap(pointer(from.start), old, new, MremapFlags::MAYMOVE) };
-        assert_eq!(kernel, Err(Errno::FAULT), "else this test shows nothing");
-        let to = carry_out(ask(from, 40)).unwrap();
-        assert_ne!(to, from.start);
-        expect(to, 0..40);
-        assert!(!is_mapped(from.start) && !is_mapped(part(from.start, 4, 1).start), "nothing is left where it was");
+        alone(|| {
+            let from = cut();
+            let (old, new) = (from.len() as usize, 40 * page() as usize);
+            // SAFETY: our own memory.
+            let kernel = unsafe { mremap(pointer(from.start), old, new, MremapFlags::MAYMOVE) };
+            assert_eq!(kernel, Err(Errno::FAULT), "else this test shows nothing");
+            let to = carry_out(ask(from, 40)).unwrap();
+            assert_ne!(to, from.start);
+            expect(to, 0..40);
+            assert!(
+                !is_mapped(from.start) && !is_mapped(part(from.start, 4, 1).start),
+                "nothing is left where it was"
+            );
+        });
     }
 
     #[test]
     fn a_part_of_a_mapping_moves_to_a_fixed_place() {
-        let (from, to) = (cut(), map(2));
-        // SAFETY: memory of this test.
-        unsafe { move_to(part(from.start, 1, 1), to) }.1.unwrap();
-        // SAFETY: mapped and readable.
-        assert_eq!(unsafe { (to.0 as *const u64).read() }, 8);
-        assert_eq!([0, 1, 2].map(|n| is_mapped(part(from.start, n, 1).start)), [true, false, true]);
+        alone(|| {
+            let (from, to) = (cut(), map(2));
+            // SAFETY: memory of this test.
+            unsafe { move_to(part(from.start, 1, 1), to) }.1.unwrap();
+            // SAFETY: mapped and readable.
+            assert_eq!(unsafe { (to.0 as *const u64).read() }, 8);
+            assert_eq!([0, 1, 2].map(|n| is_mapped(part(from.start, n, 1).start)), [true, false, true]);
+        });
     }
 
     #[test]
     fn it_grows_and_shrinks_in_place() {
-        let from = cut();
-        let stays = Request { may_move: false, ..ask(from, 9) };
-        assert_eq!(carry_out(stays), Err(Errno::NOMEM), "something is in the way");
-        unmap(part(from.start, 5, 11));
-        assert_eq!(carry_out(stays), Ok(from.start));
-        expect(from.start, 0..9);
-        assert_eq!(carry_out(ask(part(from.start, 0, 9), 3)), Ok(from.start));
-        expect(from.start, 0..3);
-        assert!(!is_mapped(part(from.start, 3, 1).start));
+        alone(|| {
+            let from = cut();
+            let stays = Request { may_move: false, ..ask(from, 9) };
+            assert_eq!(carry_out(stays), Err(Errno::NOMEM), "something is in the way");
+            unmap(part(from.start, 5, 11));
+            assert_eq!(carry_out(stays), Ok(from.start));
+            expect(from.start, 0..9);
+            assert_eq!(carry_out(ask(part(from.start, 0, 9), 3)), Ok(from.start));
+            expect(from.start, 0..3);
+            assert!(!is_mapped(part(from.start, 3, 1).start));
+        });
     }
 
     #[test]
     fn it_goes_to_a_fixed_place_and_may_leave_an_empty_mapping() {
-        let (from, over) = (cut(), cut().start);
-        assert_eq!(carry_out(Request { to: Some(over), stays: true, ..ask(from, 5) }), Ok(over));
-        expect(over, 0..5);
-        for n in 0..5 {
-            // SAFETY: it stays mapped.
-            assert_eq!(unsafe { (part(from.start, n, 1).start.0 as *const u64).read() }, 0);
-        }
-        let back = Request { to: Some(from.start), ..ask(part(over, 0, 5), 9) };
-        assert_eq!(carry_out(back), Ok(from.start));
-        expect(from.start, 0..9);
-        assert!(!is_mapped(over));
+        alone(|| {
+            let (from, over) = (cut(), cut().start);
+            assert_eq!(carry_out(Request { to: Some(over), stays: true, ..ask(from, 5) }), Ok(over));
+            expect(over, 0..5);
+            for n in 0..5 {
+                // SAFETY: it stays mapped.
+                assert_eq!(unsafe { (part(from.start, n, 1).start.0 as *const u64).read() }, 0);
+            }
+            let back = Request { to: Some(from.start), ..ask(part(over, 0, 5), 9) };
+            assert_eq!(carry_out(back), Ok(from.start));
+            expect(from.start, 0..9);
+            assert!(!is_mapped(over));
+        });
     }
 
     /// Rule G5: where a later one of several mappings is registered the kernel stops in the middle (from 6.17 on); here all of it moves.
     #[test]
     fn g5_all_of_it_moves_to_a_fixed_place_whatever_is_registered() {
-        for (first, n) in [(0, 5), (2, 1), (3, 2), (0, 2)] {
-            let from = cut();
-            let managed = part(from.start, first, n);
-            // It asks for no news, so nobody has to receive any.
-            let mut uffd = Uffd::open(false).unwrap();
-            uffd.enable(0).unwrap();
-            uffd.register(managed.start.0, managed.len(), Mode::Missing).unwrap();
-            let to = map(5);
-            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            let len = from.len() as usize;
-            // SAFETY: both ranges were mapped above.
-            let done = unsafe {
-                call((pointer(from.start), len), len, flags, pointer(to), || {
-                    unreachable!("it is asked piece by piece")
-                })
-            };
-            assert_eq!(done, pointer(to));
-            expect(to, 0..5);
-            assert!((0..5).all(|i| !is_mapped(part(from.start, i, 1).start)));
-        }
+        alone(|| {
+            for (first, n) in [(0, 5), (2, 1), (3, 2), (0, 2)] {
+                let from = cut();
+                let managed = part(from.start, first, n);
+                // It asks for no news, so nobody has to receive any.
+                let mut uffd = Uffd::open(false).unwrap();
+                uffd.enable(0).unwrap();
+                uffd.register(managed.start.0, managed.len(), Mode::Missing).unwrap();
+                let to = map(5);
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                let len = from.len() as usize;
+                // SAFETY: both ranges were mapped above.
+                let done = unsafe {
+                    call((pointer(from.start), len), len, flags, pointer(to), || {
+                        unreachable!("it is asked piece by piece")
+                    })
+                };
+                assert_eq!(done, pointer(to));
+                expect(to, 0..5);
+                assert!((0..5).all(|i| !is_mapped(part(from.start, i, 1).start)));
+            }
+        });
     }
 
     /// What has moved in the place of something else stays there: what was there is gone.
     #[test]
     fn what_cannot_go_on_does_not_go_back() {
-        const MSEAL: libc::c_long = 462;
-        let (from, to) = (map(3), map(3));
-        let all = VaRange { start: from, end: Va(from.0 + 3 * page()) };
-        let last = part(from, 2, 1);
-        (0..3u64).for_each(|n| {
-            // SAFETY: memory of this test; so for all below.
-            unsafe { (part(from, n, 1).start.0 as *mut u64).write(7 + n) };
+        alone(|| {
+            const MSEAL: libc::c_long = 462;
+            let (from, to) = (map(3), map(3));
+            let all = VaRange { start: from, end: Va(from.0 + 3 * page()) };
+            let last = part(from, 2, 1);
+            (0..3u64).for_each(|n| {
+                // SAFETY: memory of this test; so for all below.
+                unsafe { (part(from, n, 1).start.0 as *mut u64).write(7 + n) };
+            });
+            // SAFETY: see above. It stays mapped for good.
+            let sealed = unsafe {
+                mprotect(pointer(last.start), page() as usize, MprotectFlags::READ).unwrap();
+                libc::syscall(MSEAL, last.start.0, page(), 0)
+            };
+            if sealed != 0 {
+                return; // Linux 6.10 is the first that can
+            }
+            // SAFETY: see above.
+            assert_eq!(unsafe { move_to(all, to) }, (2 * page(), Err(Errno::PERM)));
+            assert_eq!([0, 1, 2].map(|n| is_mapped(part(from, n, 1).start)), [false, false, true]);
+            let words = [part(to, 0, 1), part(to, 1, 1), last].map(|page| {
+                // SAFETY: mapped and readable.
+                unsafe { (page.start.0 as *const u64).read() }
+            });
+            assert_eq!(words, [7, 8, 9]);
         });
-        // SAFETY: see above. It stays mapped for good.
-        let sealed = unsafe {
-            mprotect(pointer(last.start), page() as usize, MprotectFlags::READ).unwrap();
-            libc::syscall(MSEAL, last.start.0, page(), 0)
-        };
-        if sealed != 0 {
-            return; // Linux 6.10 is the first that can
-        }
-        // SAFETY: see above.
-        assert_eq!(unsafe { move_to(all, to) }, (2 * page(), Err(Errno::PERM)));
-        assert_eq!([0, 1, 2].map(|n| is_mapped(part(from, n, 1).start)), [false, false, true]);
-        let words = [part(to, 0, 1), part(to, 1, 1), last].map(|page| {
-            // SAFETY: mapped and readable.
-            unsafe { (page.start.0 as *const u64).read() }
-        });
-        assert_eq!(words, [7, 8, 9]);
     }
 
     #[test]
     fn holes_move_where_the_kernel_moves_them() {
-        let ask_kernel = |from: VaRange, to: Va| {
-            let len = from.len() as usize;
-            // SAFETY: memory of this test.
-            unsafe { mremap_fixed(pointer(from.start), len, len, MremapFlags::MAYMOVE, pointer(to)) }.map(drop)
-        };
-        let ask_us =
-            |from: VaRange, to: Va| carry_out(Request { to: Some(to), ..ask(from, from.len() / page()) }).map(drop);
-        for hole in [0, 1, 4] {
-            let run = |ask: &dyn Fn(VaRange, Va) -> Result<(), Errno>| {
-                let (from, to) = (cut(), map(5));
-                unmap(part(from.start, hole, 1));
-                let done = ask(from, to);
-                let there = |start: Va| (0..5).map(|n| is_mapped(part(start, n, 1).start)).collect::<Vec<_>>();
-                // Where the hole comes to be, something is mapped already.
-                let words = there(to).into_iter().enumerate().map(|(n, there)| {
-                    // SAFETY: it is mapped.
-                    there.then(|| unsafe { (part(to, n as u64, 1).start.0 as *const u64).read() })
-                });
-                (done, words.collect::<Vec<_>>(), there(from.start))
+        alone(|| {
+            let ask_kernel = |from: VaRange, to: Va| {
+                let len = from.len() as usize;
+                // SAFETY: memory of this test.
+                unsafe { mremap_fixed(pointer(from.start), len, len, MremapFlags::MAYMOVE, pointer(to)) }.map(drop)
             };
-            assert_eq!(run(&ask_us), run(&ask_kernel), "page {hole} is not there");
-        }
+            let ask_us = |from: VaRange, to: Va| {
+                carry_out(Request { to: Some(to), ..ask(from, from.len() / page()) }).map(drop)
+            };
+            for hole in [0, 1, 4] {
+                let run = |ask: &dyn Fn(VaRange, Va) -> Result<(), Errno>| {
+                    let (from, to) = (cut(), map(5));
+                    unmap(part(from.start, hole, 1));
+                    let done = ask(from, to);
+                    let there = |start: Va| (0..5).map(|n| is_mapped(part(start, n, 1).start)).collect::<Vec<_>>();
+                    // Where the hole comes to be, something is mapped already.
+                    let words = there(to).into_iter().enumerate().map(|(n, there)| {
+                        // SAFETY: it is mapped.
+                        there.then(|| unsafe { (part(to, n as u64, 1).start.0 as *const u64).read() })
+                    });
+                    (done, words.collect::<Vec<_>>(), there(from.start))
+                };
+                assert_eq!(run(&ask_us), run(&ask_kernel), "page {hole} is not there");
+            }
+        });
     }
 
     #[test]
     fn what_is_not_one_mapping_to_the_program_is_refused_and_stays() {
-        let from = cut();
-        let [second, last] = [1, 4].map(|n| part(from.start, n, 1).start);
-        assert_eq!(carry_out(Request { to: Some(second), ..ask(from, 5) }), Err(Errno::INVAL), "they overlap");
-        assert_eq!(carry_out(Request { stays: true, ..ask(from, 6) }), Err(Errno::INVAL));
-        // SAFETY: our own.
-        unsafe { mprotect(pointer(last), page() as usize, MprotectFlags::READ) }.unwrap();
-        assert_eq!(carry_out(ask(from, 40)), Err(Errno::FAULT));
-        expect(from.start, 0..5);
-        unmap(part(second, 0, 1));
-        assert_eq!(carry_out(ask(part(from.start, 0, 4), 40)), Err(Errno::FAULT));
-        expect(from.start, 0..1);
-        expect(from.start, 2..5);
+        alone(|| {
+            let from = cut();
+            let [second, last] = [1, 4].map(|n| part(from.start, n, 1).start);
+            assert_eq!(carry_out(Request { to: Some(second), ..ask(from, 5) }), Err(Errno::INVAL), "they overlap");
+            assert_eq!(carry_out(Request { stays: true, ..ask(from, 6) }), Err(Errno::INVAL));
+            // SAFETY: our own.
+            unsafe { mprotect(pointer(last), page() as usize, MprotectFlags::READ) }.unwrap();
+            assert_eq!(carry_out(ask(from, 40)), Err(Errno::FAULT));
+            expect(from.start, 0..5);
+            unmap(part(second, 0, 1));
+            assert_eq!(carry_out(ask(part(from.start, 0, 4), 40)), Err(Errno::FAULT));
+            expect(from.start, 0..1);
+            expect(from.start, 2..5);
+        });
     }
 }

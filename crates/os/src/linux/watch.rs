@@ -93,6 +93,7 @@ impl Linux {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alone::alone;
     use crate::kernel::{Kernel, Mapped, Message};
     use crate::linux::{Delivery, Setup};
     use peerspace_core::addr::Access;
@@ -156,48 +157,52 @@ mod tests {
     /// G5: what the program does to any mapping is told, if it could have been one to be written.
     #[test]
     fn changes_of_mappings_of_any_kind_are_told() {
-        let k = open(0);
-        let both = ProtFlags::READ | ProtFlags::WRITE;
-        let memory = memfd_create(c"watched", MemfdFlags::CLOEXEC).unwrap();
-        ftruncate(&memory, 4 * PAGE as u64).unwrap();
-        let file = on_disk(OFlags::RDONLY);
-        assert!(k.watcher.get().is_none(), "nobody needs it yet");
-        for (range, told) in [
-            (mapped(&memory, both, MapFlags::SHARED), true),
-            (mapped(&memory, ProtFlags::READ, MapFlags::PRIVATE), true),
-            (mapped(&file, both, MapFlags::PRIVATE), true),
-            (mapped(&file, ProtFlags::READ | ProtFlags::EXEC, MapFlags::PRIVATE), true),
-            (mapped(&file, ProtFlags::READ, MapFlags::SHARED), false),
-        ] {
-            if !told {
-                assert_eq!(k.watch(range), Err(Trouble::Unsuitable), "of that the kernel tells nobody");
-                continue;
+        alone(|| {
+            let k = open(0);
+            let both = ProtFlags::READ | ProtFlags::WRITE;
+            let memory = memfd_create(c"watched", MemfdFlags::CLOEXEC).unwrap();
+            ftruncate(&memory, 4 * PAGE as u64).unwrap();
+            let file = on_disk(OFlags::RDONLY);
+            assert!(k.watcher.get().is_none(), "nobody needs it yet");
+            for (range, told) in [
+                (mapped(&memory, both, MapFlags::SHARED), true),
+                (mapped(&memory, ProtFlags::READ, MapFlags::PRIVATE), true),
+                (mapped(&file, both, MapFlags::PRIVATE), true),
+                (mapped(&file, ProtFlags::READ | ProtFlags::EXEC, MapFlags::PRIVATE), true),
+                (mapped(&file, ProtFlags::READ, MapFlags::SHARED), false),
+            ] {
+                if !told {
+                    assert_eq!(k.watch(range), Err(Trouble::Unsuitable), "of that the kernel tells nobody");
+                    continue;
+                }
+                k.watch(range).unwrap();
+                changes(&k, range);
             }
+            // What is watched no longer is nobody's news.
+            let range = mapped(&memory, both, MapFlags::SHARED);
             k.watch(range).unwrap();
-            changes(&k, range);
-        }
-        // What is watched no longer is nobody's news.
-        let range = mapped(&memory, both, MapFlags::SHARED);
-        k.watch(range).unwrap();
-        k.unwatch(range).unwrap();
-        // SAFETY: as above.
-        assert_eq!(heard(&k, || unsafe { rustix::mm::munmap(range.start.0 as *mut _, 4 * PAGE).unwrap() }), []);
-        assert_eq!(k.unwatch(range), Err(Trouble::Unsuitable));
+            k.unwatch(range).unwrap();
+            // SAFETY: as above.
+            assert_eq!(heard(&k, || unsafe { rustix::mm::munmap(range.start.0 as *mut _, 4 * PAGE).unwrap() }), []);
+            assert_eq!(k.unwatch(range), Err(Trouble::Unsuitable));
+        });
     }
 
     /// On kernels before 6.7: shared memory alone.
     #[test]
     fn without_a_second_descriptor_there_is_news_of_shared_memory() {
-        let k = open(feature::WP_ASYNC);
-        let memory = memfd_create(c"watched", MemfdFlags::CLOEXEC).unwrap();
-        ftruncate(&memory, 4 * PAGE as u64).unwrap();
-        let range = mapped(&memory, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
-        k.watch(range).unwrap();
-        changes(&k, range);
-        let file = mapped(on_disk(OFlags::RDONLY), ProtFlags::READ, MapFlags::PRIVATE);
-        assert_eq!(k.watch(file), Err(Trouble::Unsuitable));
-        assert!(k.watcher.get().is_none());
-        let found = Mapped { range: file, allowed: Some(Access::Read) };
-        assert_eq!(k.mapped_from(file.start), Ok(Some(found)));
+        alone(|| {
+            let k = open(feature::WP_ASYNC);
+            let memory = memfd_create(c"watched", MemfdFlags::CLOEXEC).unwrap();
+            ftruncate(&memory, 4 * PAGE as u64).unwrap();
+            let range = mapped(&memory, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
+            k.watch(range).unwrap();
+            changes(&k, range);
+            let file = mapped(on_disk(OFlags::RDONLY), ProtFlags::READ, MapFlags::PRIVATE);
+            assert_eq!(k.watch(file), Err(Trouble::Unsuitable));
+            assert!(k.watcher.get().is_none());
+            let found = Mapped { range: file, allowed: Some(Access::Read) };
+            assert_eq!(k.mapped_from(file.start), Ok(Some(found)));
+        });
     }
 }

@@ -229,6 +229,7 @@ impl World {
         let protects = self.rig.engine.kernel.capabilities().write_protect;
         let trouble = chip.trouble();
         let troubled = trouble.bad_maps.load(Relaxed) > 0 || chip.shelf().is_troubled();
+        let retired = self.is_retired(chip);
         let seen = &mut self.areas[area].seen[page];
         let may = seen.allowed >= if writes { Allowed::Write } else { Allowed::Read };
         match &came {
@@ -257,7 +258,7 @@ impl World {
             }
             Err(FaultError::Cut) => assert!(chip.is_cut(), "{va}: {came:?}"),
             Err(FaultError::NoRoom(_) | FaultError::NoHeadway(_)) => assert!(
-                failing || troubled,
+                failing || troubled || retired,
                 "{va}: {came:?}, {writes}, {:?}, {:?}, held: {relied_on}, on {:?}",
                 seen.allowed,
                 self.rig.engine.table.look(self.rig.engine.geometry.vpn(va)),
@@ -266,6 +267,12 @@ impl World {
             Err(e) => panic!("{va}: {e:?}"),
         }
         came.is_ok()
+    }
+
+    /// Whether every page of `chip` has lost what was there once, so that none is used any more.
+    fn is_retired(&self, chip: &Chip) -> bool {
+        let tier = self.rig.engine.tiers.by_id(chip.id());
+        tier.is_some_and(|tier| tier.retired() == tier.range.pages)
     }
 
     /// Devices that have been detached have nothing of the space's any more.
