@@ -144,10 +144,14 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // Not under a lock: it may wait for somebody to receive the news, and he for the lock. It is ours until it has gone.
-        // SAFETY: the mapping is ours, and its owner lets go of it.
-        let r = unsafe { rustix::mm::munmap(self.start.cast(), self.len) };
-        forget(self.range());
+        // In one step for whoever registers what is not ours. Nobody has to hear of it first, for ours is not registered, or its
+        // userfaultfd is closed by now.
+        let r = without_signals(|| {
+            let _placing = PLACING.lock();
+            forget(self.range());
+            // SAFETY: the mapping is ours, and its owner lets go of it.
+            unsafe { rustix::mm::munmap(self.start.cast(), self.len) }
+        });
         debug_assert_eq!(r, Ok(()));
     }
 }
@@ -161,8 +165,8 @@ impl fmt::Debug for Mapping {
 const MAX_OWN: usize = 1024;
 /// Start and end of each own range; a start of zero is a free place.
 static OWN: [[StdAtomicU64; 2]; MAX_OWN] = [const { [StdAtomicU64::new(0), StdAtomicU64::new(0)] }; MAX_OWN];
-/// Held from before something of ours is mapped until it is entered, with signals blocked. Nobody waits for anything else
-/// meanwhile.
+/// Held from before something of ours is mapped until it is entered, and while it goes, with signals blocked. Nobody waits for
+/// anything else meanwhile.
 static PLACING: Mutex<()> = Mutex::new(());
 
 /// Does `act` if nothing in `range` is ours; and nothing of ours is mapped there meanwhile.
@@ -195,12 +199,8 @@ fn enter(range: VaRange) {
 }
 
 fn forget(range: VaRange) {
-    // Of two that are the same, one that has gone and the one that came in its place, either may go.
-    for [start, end] in &OWN {
-        if start.load(Ordering::Acquire) == range.start.0
-            && end.load(Ordering::Relaxed) == range.end.0
-            && start.compare_exchange(range.start.0, 0, Ordering::Release, Ordering::Relaxed).is_ok()
-        {
+    for [start, _] in &OWN {
+        if start.compare_exchange(range.start.0, 0, Ordering::Release, Ordering::Relaxed).is_ok() {
             return;
         }
     }
