@@ -39,6 +39,8 @@ const PINNED: Duration = if cfg!(test) { Duration::ZERO } else { Duration::from_
 /// Between two tries, after the first few.
 const PAUSE: Duration = Duration::from_micros(50);
 const AT_ONCE: u32 = 16;
+/// How often it makes room for a block, or waits for others who do, before it makes do with small pages.
+const ROOMS: u32 = 16;
 
 /// What comes after an attempt.
 pub(super) enum Next {
@@ -127,7 +129,7 @@ impl<K: Kernel> Engine<K> {
     ) -> Result<Pages, FaultError> {
         let va = self.geometry.va(vpn);
         let mut started: Option<Waited> = None;
-        let mut tries = 0;
+        let (mut tries, mut rooms) = (0, 0);
         let (mut stays, mut waited, mut peace) = (false, false, !matches!(how, Bring::AsChosen));
         loop {
             let next = {
@@ -186,9 +188,15 @@ impl<K: Kernel> Engine<K> {
                         return Err(FaultError::InPlace(va.0));
                     }
                 }
+                // Room for a block is not kept for anybody: where others always have part of it, small pages have to do.
+                Next::Room(Order::BLOCK) if rooms == ROOMS => {
+                    rooms = 0;
+                    self.split_for_device(vpn);
+                }
                 Next::Room(order) => match self.make_room(mmu, order) {
-                    Room::Made => {}
+                    Room::Made => rooms += 1,
                     Room::Busy => {
+                        rooms += 1;
                         self.keep_staging_open();
                         crate::sync::sleep(PAUSE);
                     }
