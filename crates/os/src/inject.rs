@@ -302,6 +302,10 @@ impl<K: Kernel> Kernel for Inject<K> {
         self.whole(Call::Adopt, || self.kernel.adopt(range))
     }
 
+    fn confirm(&self, page: VaRange) -> Result<(), Trouble> {
+        self.whole(Call::Adopt, || self.kernel.confirm(page))
+    }
+
     fn disown(&self, range: VaRange) -> Result<(), Trouble> {
         self.whole(Call::Disown, || self.kernel.disown(range))
     }

@@ -238,6 +238,15 @@ pub trait Kernel: Send + Sync + 'static {
     /// [`Trouble::Absent`] where some of it belongs to this library.
     fn adopt(&self, range: VaRange) -> Result<(), Trouble>;
 
+    /// Whether faults in `page` come here already, asked in the one way there is: by [adopting](Kernel::adopt) it once more. For
+    /// whoever has just faulted there, so that it is no memory of this library's.
+    ///
+    /// # Errors
+    /// As for [`adopt`](Kernel::adopt), when they do not.
+    fn confirm(&self, page: VaRange) -> Result<(), Trouble> {
+        self.adopt(page)
+    }
+
     /// Undoes [`adopt`](Kernel::adopt). Missing pages read as zeros from now on.
     ///
     /// # Errors

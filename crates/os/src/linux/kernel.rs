@@ -296,6 +296,12 @@ impl Kernel for Linux {
         where_nothing_is_ours(range, || self.register(range)).unwrap_or(Err(Trouble::Absent))
     }
 
+    fn confirm(&self, page: VaRange) -> Result<(), Trouble> {
+        // In a fault: without the lock.
+        self.assert_foreign(page);
+        self.register(page)
+    }
+
     fn disown(&self, range: VaRange) -> Result<(), Trouble> {
         self.assert_foreign(range);
         self.uffd.unregister(range.start.0, range.len()).map_err(trouble)

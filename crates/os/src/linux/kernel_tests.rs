@@ -501,13 +501,7 @@ fn pages_that_leave_a_huge_page_together_are_counted() {
             let block = VaRange { start: k.staging().start, end: Va(k.staging().start.0 + r.len()) };
             let bytes: Vec<u8> = (0..r.len()).map(|i| (i / PAGE % 251) as u8 + 1).collect();
             k.write_staged(block, |b| b.copy_from_slice(&bytes));
-            let mut back = 0;
-            while back < 512 {
-                let done =
-                    k.put_back(page(r, back).start, VaRange { start: page(block, back).start, ..block }, Wake::No);
-                assert!(done.trouble.is_none_or(|trouble| trouble == Trouble::Changing), "{done:?}");
-                back += done.pages.0;
-            }
+            assert_eq!(k.put_back(r.start, block, Wake::No), Done::all(Pages(512)));
             let take = |first: u64, pages: u64, at: u64| {
                 let from = VaRange { start: page(r, first).start, end: page(r, first + pages).start };
                 let done = k.take_out(slot(&k, at).start, from);

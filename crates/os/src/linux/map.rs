@@ -43,14 +43,20 @@ impl Mapping {
     /// The same, at the address `near` if that is free; wherever else if not.
     ///
     /// # Errors
-    /// The errno of mmap.
+    /// The errno of mmap; ENOMEM too when there are more of ours than can be told apart.
     pub fn near(near: usize, len: usize, align: usize, usable: bool) -> Result<Mapping, Errno> {
         // Signals wait, since a handler of the program may fault and come by here again.
         without_signals(|| {
             let _placing = PLACING.lock();
             let mapping = Self::map(near, len, align, usable)?;
-            enter(mapping.range());
-            Ok(mapping)
+            if enter(mapping.range()) {
+                return Ok(mapping);
+            }
+            // Losing track of own memory would let it be adopted and evicted under our feet.
+            let range = mapping.leak();
+            // SAFETY: the mapping just made, of which nobody knows.
+            unsafe { rustix::mm::munmap(range.start.0 as *mut c_void, range.len() as usize)? };
+            Err(Errno::NOMEM)
         })
     }
 
@@ -183,7 +189,8 @@ pub(super) fn forget_other_threads() {
     unsafe { PLACING.force_unlock() };
 }
 
-fn enter(range: VaRange) {
+/// Enters `range` as ours. False when there is no place for it.
+fn enter(range: VaRange) -> bool {
     for [start, end] in &OWN {
         // The end is written first, so whoever sees the start sees the end.
         if start.load(Ordering::Relaxed) == 0
@@ -191,11 +198,10 @@ fn enter(range: VaRange) {
         {
             end.store(range.end.0, Ordering::Relaxed);
             start.store(range.start.0, Ordering::Release);
-            return;
+            return true;
         }
     }
-    // Losing track of own memory would let it be adopted and evicted under our feet.
-    panic!("more than {MAX_OWN} own mappings");
+    false
 }
 
 fn forget(range: VaRange) {
@@ -207,9 +213,12 @@ fn forget(range: VaRange) {
     debug_assert!(false, "{range} was not entered");
 }
 
-/// Enters memory this library uses that was not mapped here (a thread's stack, say).
+/// Enters memory this library uses that was not mapped here (memory of a device, say).
+///
+/// # Panics
+/// When there are more of ours than can be told apart.
 pub fn claim(range: VaRange) {
-    enter(range);
+    assert!(enter(range), "more than {MAX_OWN} own mappings");
 }
 
 /// Undoes [`claim`].
@@ -343,6 +352,7 @@ impl Words for Arena {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alone::alone;
 
     #[test]
     fn own_mappings_are_known_and_forgotten() {
@@ -352,6 +362,30 @@ mod tests {
         assert_eq!(ours_within(r).collect::<Vec<_>>(), [r]);
         drop(m);
         assert!(!ours_within(r).any(|x| x == r));
+    }
+
+    /// One more than can be told apart is refused, and nothing of it stays mapped.
+    #[test]
+    fn too_many_mappings_of_ours_are_refused() {
+        alone(|| {
+            let page = rustix::param::page_size();
+            let mut all = std::vec::Vec::with_capacity(MAX_OWN);
+            let why = loop {
+                match Mapping::new(page, page, false) {
+                    Ok(mapping) => all.push(mapping),
+                    Err(why) => break why,
+                }
+            };
+            assert_eq!(why, Errno::NOMEM);
+            assert!(all.len() > MAX_OWN / 2 && all.len() <= MAX_OWN, "{}", all.len());
+            // Where nobody is put who does not ask for it.
+            let spot = 128 << 30;
+            assert_eq!(Mapping::near(spot, page, page, false).map(drop), Err(Errno::NOMEM));
+            assert!(!crate::linux::remap::is_mapped(Va(spot as u64)));
+            drop(all.pop());
+            let again = Mapping::new(page, page, true).unwrap();
+            assert_eq!(ours_within(again.range()).collect::<Vec<_>>(), [again.range()]);
+        });
     }
 
     #[test]

@@ -393,7 +393,7 @@ impl<K: Kernel> Engine<K> {
         // Files and shared memory raise SIGBUS for reasons of their own, and could be registered all the same.
         match self.kernel.mapping_at(va) {
             // What is ours is registered already, so it takes nothing that there could be too little of.
-            Ok(Some(_)) if self.kernel.adopt(page).is_ok() => {}
+            Ok(Some(_)) if self.kernel.confirm(page).is_ok() => {}
             Ok(_) => return false,
             Err(_) => {
                 // Not to know is not to say that it is none of ours: the access faults again.
